@@ -1,0 +1,445 @@
+"""Tokens out of prompts: slots, prefill and the decode loop. Knows tensors and the image grammar, never text or files.
+
+Every output is a pair of slots that step together: row 2i of the cache is output i's conditional stream, row 2i+1
+its unconditional one. The unconditional stream sees its own prompt and every image block made so far, nothing of
+the text between. The loop has two states: text (one stream, the host reads every token) and image (both streams,
+the grammar is known ahead, the host looks in once a row).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emu_cog.config import Sampling
+from emu_cog.lm import LanguageModel, SlotCache
+from emu_cog.sampling import Uniforms, draw, guide, probabilities
+from emu_cog.tokens import block_length
+
+PREFILL_CHUNK = 1024
+CACHE_STEP = 256
+"""The cache grows in steps of this many tokens where its size was not known ahead."""
+
+Reason = Literal["image", "eos", "limit", "context"]
+Trace = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One output: the ids of its two prompts and the seed of its random numbers."""
+
+    conditional: tuple[int, ...]
+    unconditional: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What holds for every job of a run. `size` is (rows, columns); None lets the model choose with its first image.
+
+    `max_new_tokens` bounds the sampled tokens at which text may go on or an image may start; None: the context does.
+    With `single_image` a job ends with its first image, and gets one even if the model never asks for it.
+    """
+
+    guidance: float
+    image: Sampling
+    text: Sampling
+    size: tuple[int, int] | None
+    max_new_tokens: int | None
+    single_image: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The next ids of job `job`'s answer, in order; forced ones included."""
+
+    job: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Job `job` begins an image of (rows, columns)."""
+
+    job: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Job `job` is done: its image is there, the model said so, or the token limit or the context is reached."""
+
+    job: int
+    reason: Reason
+
+
+Event = Tokens | Opened | Ended
+
+
+@dataclass
+class Stats:
+    """Counters of one run. Seconds are wall time; `sampled` leaves out forced tokens."""
+
+    sampled: int = 0
+    steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class Lane:
+    """One job in the making. `lengths` are the tokens in its two cache rows."""
+
+    uniforms: Uniforms
+    lengths: list[int]
+    size: tuple[int, int] | None
+    state: Literal["text", "image", "ended"] = "text"
+    sampled: int = 0
+    images: int = 0
+
+
+class Engine:
+    """Generates for a list of jobs in one batch. Not re-entrant: one `generate` at a time."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm, self.ids = lm, lm.ids
+        self.stats = Stats()
+        self._cache: SlotCache | None = None
+
+    @torch.inference_mode()
+    def generate(self, jobs: Sequence[Job], rules: Rules, *, trace: Trace | None = None) -> Iterator[Event]:
+        """Yield the jobs' events as they come about. `trace(kind, probs)` sees each sampled distribution:
+        kind "text", "digit" or "visual", probs (N, V) over the legal half (or the ten digits)."""
+        run = _Run(self, jobs, rules, trace)
+        self.stats = run.stats
+        started = time.perf_counter()
+        for event in run.events():
+            # What the consumer does between two events (files, pixels) is not decoding time.
+            run.stats.decode_seconds += time.perf_counter() - started
+            yield event
+            started = time.perf_counter()
+        run.stats.decode_seconds -= run.stats.prefill_seconds
+
+    def cache(self, *, rows: int, capacity: int) -> SlotCache:
+        """The engine's cache, made anew only when what is there is too small or of another width."""
+        if self._cache is None or self._cache.rows != rows or self._cache.capacity < capacity:
+            self._cache = None  # free the old one first
+            self._cache = self.lm.new_cache(rows=rows, capacity=capacity)
+        return self._cache
+
+
+class _Run:
+    """The state of one `generate` call."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], rules: Rules, trace: Trace | None) -> None:
+        self.lm, self.ids = engine.lm, engine.lm.ids
+        self.jobs, self.rules, self.trace = jobs, rules, trace
+        self.stats = Stats()
+        self.lanes = [
+            Lane(Uniforms(job.seed), [len(job.conditional), len(job.unconditional)], rules.size) for job in jobs
+        ]
+        longest = max(max(lane.lengths) for lane in self.lanes)
+        room = self._block(rules.size) + CACHE_STEP
+        self.cache = engine.cache(rows=2 * len(jobs), capacity=_round_up(longest + room))
+
+    # -- 1. the order of things ------------------------------------------------------------------------------
+
+    def events(self) -> Iterator[Event]:
+        started = time.perf_counter()
+        self.hidden = self._prefill()
+        if self.lm.device.type == "cuda":
+            torch.cuda.synchronize(self.lm.device)
+        self.stats.prefill_seconds = time.perf_counter() - started
+        while any(lane.state != "ended" for lane in self.lanes):
+            yield from self._write_text()
+            if any(lane.state == "image" for lane in self.lanes):
+                yield from self._make_images()
+
+    def _write_text(self) -> Iterator[Event]:
+        """Sample text for every lane in text mode until each has opened an image or ended."""
+        while True:
+            for i, lane in enumerate(self.lanes):
+                if lane.state == "text" and (reason := self._exhausted(lane)):
+                    yield from self._finish_or_force(i, lane, reason)
+            if not any(lane.state == "text" for lane in self.lanes):
+                return
+            chosen = self._sample_text()
+            chunks: list[tuple[int, ...] | None] = [None] * len(self.lanes)
+            for i, lane in enumerate(self.lanes):
+                if lane.state != "text":
+                    continue
+                self._count(lane)
+                if chosen[i] == self.ids.eos:
+                    yield from self._finish_or_force(i, lane, "eos")
+                elif chosen[i] == self.ids.boi:
+                    yield from self._open(i, lane)
+                else:
+                    yield Tokens(i, (chosen[i],))
+                    chunks[i] = (chosen[i],)
+            if any(chunks):
+                self.hidden = self._feed(chunks, both=False)
+
+    def _make_images(self) -> Iterator[Event]:
+        """Make one image for every lane in image mode; all of them step together."""
+        yield from self._write_headers()
+        yield from self._write_codes()
+        chunks: list[tuple[int, ...] | None] = [None] * len(self.lanes)
+        for i, lane in enumerate(self.lanes):
+            if lane.state != "image":
+                continue
+            lane.images += 1
+            if self.rules.single_image:
+                lane.state = "ended"
+                yield Ended(i, "image")
+            else:
+                lane.state = "text"
+                chunks[i] = (self.ids.eoi,)
+        if any(chunks):
+            self.hidden = self._feed(chunks, both=True)
+
+    # -- 2. stop conditions ----------------------------------------------------------------------------------
+
+    def _exhausted(self, lane: Lane) -> Reason | None:
+        """Why `lane` may not sample another text token, if it may not."""
+        limit = self.rules.max_new_tokens
+        if limit is not None and lane.sampled >= limit:
+            return "limit"
+        owed = self._block(lane.size) if self._owes_image(lane) else 0
+        return "context" if lane.lengths[0] + 1 + owed > self.lm.context else None
+
+    def _owes_image(self, lane: Lane) -> bool:
+        return self.rules.single_image and lane.images == 0
+
+    def _finish_or_force(self, i: int, lane: Lane, reason: Reason) -> Iterator[Event]:
+        """End `lane`, unless it owes an image: then open the image in the model's stead."""
+        if self._owes_image(lane):
+            yield from self._open(i, lane)
+            return
+        lane.state = "ended"
+        if reason == "eos":
+            yield Tokens(i, (self.ids.eos,))
+        yield Ended(i, reason)
+
+    def _open(self, i: int, lane: Lane) -> Iterator[Event]:
+        """Put `lane` in image mode if the whole block fits the context: an image begun is always finished."""
+        if max(lane.lengths) + self._block(lane.size) > self.lm.context:
+            lane.state = "ended"
+            yield Ended(i, "context")
+        else:
+            lane.state = "image"
+
+    def _block(self, size: tuple[int, int] | None) -> int:
+        """Tokens of an image block of `size`; of the smallest the model can choose where it is not known yet."""
+        return block_length(*(size or (10, 10)))
+
+    # -- 3. prefill ------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> Tensor:
+        """Fill every lane's rows; equal prompts are computed once and copied. Returns (jobs, hidden)."""
+        done: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        hidden: list[Tensor] = []
+        for i, job in enumerate(self.jobs):
+            key = (job.conditional, job.unconditional)
+            if key in done:
+                source = done[key]
+                for row, length in enumerate(self.lanes[i].lengths):
+                    self.cache.copy_row(2 * source + row, 2 * i + row, length)
+                hidden.append(hidden[source])
+            else:
+                done[key] = i
+                hidden.append(self._prefill_pair(i, job))
+        return torch.stack(hidden)
+
+    def _prefill_pair(self, i: int, job: Job) -> Tensor:
+        """Both prompts of job `i` in one pass a chunk, the shorter padded at its end. Returns (hidden,).
+
+        The padding's keys lie beyond the row's length, where nothing reads before real tokens overwrite them.
+        """
+        streams = (job.conditional, job.unconditional)
+        last = torch.empty(0)
+        for begin in range(0, max(map(len, streams)), PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, max(map(len, streams)))
+            both = all(len(stream) > begin for stream in streams)
+            used = streams if both else streams[: 1 if len(streams[0]) > begin else 2]
+            rows = slice(2 * i, 2 * i + len(used))
+            padded = [[*stream[begin:end], *[self.ids.pad] * (end - max(begin, len(stream)))] for stream in used]
+            tokens = torch.tensor([row[: end - begin] for row in padded], device=self.lm.device)
+            start = torch.full((len(used),), begin, device=self.lm.device)
+            hidden = self.lm.forward(tokens, start, self.cache, rows=rows, filled=end)
+            if begin < len(streams[0]) <= end:
+                last = hidden[0, len(streams[0]) - 1 - begin]
+        return last
+
+    # -- 4. steps led by the host ----------------------------------------------------------------------------
+
+    def _feed(self, chunks: Sequence[tuple[int, ...] | None], *, both: bool) -> Tensor:
+        """Feed each lane its chunk (all of one length; None: the lane stays where it is), to both streams or to the
+        conditional one. Returns the conditional hidden states after the last token, (jobs, hidden)."""
+        length = next(len(chunk) for chunk in chunks if chunk)
+        stride = 1 if both else 2
+        lines = [list(chunk or (self.ids.pad,) * length) for chunk in chunks for _ in range(2 // stride)]
+        starts = [n for lane in self.lanes for n in lane.lengths[: 2 // stride]]
+        self._reserve(max(starts) + length)
+        hidden = self.lm.forward(
+            torch.tensor(lines, device=self.lm.device),
+            torch.tensor(starts, device=self.lm.device),
+            self.cache,
+            rows=slice(0, None, stride),
+            filled=max(starts) + length,
+        )
+        for lane, chunk in zip(self.lanes, chunks, strict=True):
+            for stream in range(2 // stride) if chunk else ():
+                lane.lengths[stream] += length
+        self.stats.steps += 1
+        return hidden[:: 2 // stride, -1]
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > self.cache.capacity:
+            self.cache.grow(_round_up(tokens))
+
+    def _sample_text(self) -> list[int]:
+        return self._sample("text", self.lm.text_logits(self.hidden), self.rules.text)
+
+    def _sample(self, kind: str, logits: Tensor, sampling: Sampling) -> list[int]:
+        """One draw a lane from (jobs, V) logits, read by the host. Lanes that sit this one out give a number too."""
+        probs = probabilities(logits, sampling)
+        if self.trace:
+            self.trace(kind, probs)
+        uniform = torch.cat([lane.uniforms.take(lane.sampled, 1) for lane in self.lanes])
+        return draw(probs, uniform.to(probs.device)).tolist()
+
+    def _count(self, lane: Lane, sampled: int = 1) -> None:
+        lane.sampled += sampled
+        self.stats.sampled += sampled
+
+    # -- 5. images -------------------------------------------------------------------------------------------
+
+    def _write_headers(self) -> Iterator[Event]:
+        """BOI, the size's digits and IMG. IMG is left for the first step of `_write_codes` to feed."""
+        image = [lane.state == "image" for lane in self.lanes]
+        unsized = [on and lane.size is None for on, lane in zip(image, self.lanes, strict=True)]
+        sized = [on and not new for on, new in zip(image, unsized, strict=True)]
+        if any(unsized):
+            self._choose_sizes(unsized)
+        if any(sized):
+            self._feed(
+                [
+                    self.ids.header(*lane.size)[:-1] if on and lane.size else None
+                    for on, lane in zip(sized, self.lanes, strict=True)
+                ],
+                both=True,
+            )
+        for i, lane in enumerate(self.lanes):
+            if not image[i] or lane.size is None:
+                continue
+            rows, columns = lane.size
+            if max(lane.lengths) + 1 + rows * (columns + 1) > self.lm.context:
+                lane.state = "ended"
+                yield Ended(i, "context")
+            else:
+                yield Opened(i, lane.size)
+                yield Tokens(i, self.ids.header(rows, columns))
+
+    def _choose_sizes(self, choosing: Sequence[bool]) -> None:
+        """Let the model write `h*w` under the pattern [1-9][0-9]*[1-9][0-9], from unguided logits.
+
+        Source: in_image_logits_processor in upstream's logits_processor.py.
+        """
+        numbers: list[list[int]] = [[] for _ in self.lanes]
+        fed: list[tuple[int, ...]] = [(self.ids.boi,)] * len(self.lanes)
+        for place in range(4):
+            hidden = self._feed([f if on else None for f, on in zip(fed, choosing, strict=True)], both=True)
+            logits = self.lm.text_logits(hidden)[:, list(self.ids.digits)]
+            if place % 2 == 0:
+                logits[:, 0] = -torch.inf  # no leading zero
+            chosen = self._sample("digit", logits, self.rules.image)
+            for i, lane in enumerate(self.lanes):
+                if choosing[i]:
+                    self._count(lane)
+                    numbers[i].append(chosen[i])
+            star = (self.ids.star,) if place == 1 else ()
+            fed = [(self.ids.digits[digit], *star) for digit in chosen]
+        self._feed([f if on else None for f, on in zip(fed, choosing, strict=True)], both=True)
+        for lane, digits, on in zip(self.lanes, numbers, choosing, strict=True):
+            if on:
+                lane.size = (10 * digits[0] + digits[1], 10 * digits[2] + digits[3])
+
+    def _write_codes(self) -> Iterator[Event]:
+        """All visual tokens, EOLs and EOI of one image a lane.
+
+        The grammar is known ahead, so forced tokens, random numbers and lengths are laid out before the first
+        step and nothing in the loop waits for the device but one look a row.
+        """
+        device, lanes = self.lm.device, self.lanes
+        grids = [lane.size if lane.state == "image" else None for lane in lanes]
+        if not any(grids):
+            return
+        steps = max(rows * (columns + 1) for rows, columns in filter(None, grids))
+        forced, uniform = self._schedule(grids, steps)
+        sampling_step = (forced < 0).any(dim=1).tolist()
+        active = torch.tensor([[g is not None and t < g[0] * (g[1] + 1) for g in grids] for t in range(steps)])
+        advance = active.long().repeat_interleave(2, dim=1).to(device)
+        forced, uniform = forced.to(device), uniform.to(device)
+        out = torch.empty_like(forced)
+
+        lengths = [n for lane in lanes for n in lane.lengths]
+        filled = max(lengths)
+        self._reserve(filled + steps)
+        start = torch.tensor(lengths, device=device)
+        token = torch.full((len(lengths), 1), self.ids.img, device=device)
+        row = max(columns + 1 for _, columns in filter(None, grids))
+        for t in range(steps):
+            hidden = self.lm.forward(token, start, self.cache, rows=slice(None), filled=filled + t + 1)
+            start = start + advance[t]
+            if sampling_step[t]:
+                logits = self.lm.visual_logits(hidden[:, -1])
+                probs = probabilities(guide(logits[0::2], logits[1::2], self.rules.guidance), self.rules.image)
+                if self.trace:
+                    self.trace("visual", probs)
+                chosen = self.ids.visual + draw(probs, uniform[t])
+                out[t] = torch.where(forced[t] < 0, chosen, forced[t])
+            else:
+                out[t] = forced[t]
+            token = out[t].repeat_interleave(2)[:, None]
+            if (t + 1) % row == 0 or t + 1 == steps:
+                yield from self._tell_row(out, grids, t // row * row, t + 1)
+        self.stats.steps += steps
+        for lane, grid in zip(lanes, grids, strict=True):
+            if grid:
+                lane.lengths = [n + grid[0] * (grid[1] + 1) for n in lane.lengths]
+
+    def _schedule(self, grids: Sequence[tuple[int, int] | None], steps: int) -> tuple[Tensor, Tensor]:
+        """(steps, jobs) forced ids, -1 where a visual token is sampled, and (steps, jobs) uniform numbers."""
+        forced = torch.full((steps, len(grids)), self.ids.pad)
+        uniform = torch.zeros((steps, len(grids)), dtype=torch.float64)
+        for i, (lane, grid) in enumerate(zip(self.lanes, grids, strict=True)):
+            if grid is None:
+                continue
+            rows, columns = grid
+            plan = torch.full((rows, columns + 1), -1)
+            plan[:, -1] = self.ids.eol
+            plan[-1, -1] = self.ids.eoi
+            forced[: plan.numel(), i] = plan.flatten()
+            numbers = lane.uniforms.take(lane.sampled, rows * columns)
+            uniform[: plan.numel(), i][plan.flatten() < 0] = numbers
+        return forced, uniform
+
+    def _tell_row(self, out: Tensor, grids: Sequence[tuple[int, int] | None], begin: int, end: int) -> Iterator[Event]:
+        """The tokens of steps begin..end-1: the loop's one wait for the device."""
+        made = out[begin:end].tolist()
+        for i, grid in enumerate(grids):
+            if grid is None:
+                continue
+            ids = tuple(line[i] for line in made[: grid[0] * (grid[1] + 1) - begin])
+            if ids:
+                self._count(self.lanes[i], sum(token >= self.ids.visual for token in ids))
+                yield Tokens(i, ids)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // CACHE_STEP) * CACHE_STEP

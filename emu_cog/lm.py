@@ -1,0 +1,254 @@
+"""The language model: transformers' Qwen3 over an Emu3.5 folder, a preallocated cache, and the two halves of its head.
+
+Emu3.5 is Qwen3 layer by layer and key by key; only the config's name and its defaults differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from emu_cog.config import CheckpointError, log
+from emu_cog.shards import READERS, read_headers, read_tensors
+from emu_cog.tokens import TokenIds
+from emu_cog.vision import check_state
+
+CONFIG_FILE = "config.json"
+# Where config.json leaves a field out these hold, not Qwen3's own. Source: upstream's Emu3Config; dropout
+# (0.1 there) acts in training only.
+EMU3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 184622,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 9216,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+
+
+def read_config(folder: Path) -> Qwen3Config:
+    """`folder/config.json` as a Qwen3Config with Emu3's defaults. CheckpointError when it is missing or unusable."""
+    path = folder / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: a checkpoint folder holds {CONFIG_FILE}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("model_type", "Emu3") not in ("Emu3", "qwen3"):
+        raise CheckpointError(f"{path}: model_type must be 'Emu3', found {data.get('model_type')!r}")
+    fields = {name: data.get(name, default) for name, default in EMU3_DEFAULTS.items()}
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    scaling = fields.pop("rope_scaling")
+    if scaling is not None:
+        rope |= {"rope_type": scaling.get("type", scaling.get("rope_type")), "factor": scaling["factor"]}
+    return Qwen3Config(**fields, rope_parameters=rope, attention_bias=False, use_sliding_window=False)
+
+
+def load_language_model(folder: Path, ids: TokenIds, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Load an Emu3.5 folder as it stands: config.json and model.safetensors, or its shards with their index.
+
+    Names and shapes are compared with the config from the files' headers before any weight is read; then the
+    shards are read in parallel straight to `device`, each tensor once. CheckpointError names what is wrong.
+    """
+    config = read_config(folder)
+    config._attn_implementation = choose_attention(device, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = Qwen3ForCausalLM(config)
+    expected = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    headers = read_headers(folder)
+    check_state(expected, headers, where=str(folder))
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        by_file: dict[Path, list[str]] = {}
+        for name in expected:
+            by_file.setdefault(headers[name].file, []).append(name)
+        for tensors in pool.map(lambda item: read_tensors(*item, device=device, dtype=dtype), by_file.items()):
+            for name, tensor in tensors.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    model.model.rotary_emb.to(device)
+    return LanguageModel(model.eval(), ids)
+
+
+class SlotCache:
+    """Keys and values of `rows` sequences, `capacity` tokens each, allocated once.
+
+    Two tensors a layer of shape (rows, capacity, kv_heads, head_dim), the layout that flash-attn's kv-cache
+    kernel reads. What is valid is told by the caller's lengths; the rest is garbage and never attended to.
+    """
+
+    def __init__(
+        self, config: Qwen3Config, *, rows: int, capacity: int, dtype: torch.dtype, devices: list[torch.device]
+    ) -> None:
+        shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.rows, self.capacity = rows, capacity
+
+    @staticmethod
+    def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
+        """Bytes one token of one sequence takes over all layers."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def grow(self, capacity: int) -> None:
+        """Room for `capacity` tokens a row, what is there kept."""
+        for buffers in (self.keys, self.values):
+            for i, old in enumerate(buffers):
+                new = old.new_zeros((old.shape[0], capacity, *old.shape[2:]))
+                new[:, : self.capacity] = old
+                buffers[i] = new
+        self.capacity = capacity
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give row `target` the first `length` tokens of row `source`: a shared prefill."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :length] = buffer[source, :length]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass's view of the cache: which rows, which positions are written, how much is read.
+
+    `rows` slices the cache's rows; `positions` (N, T) int64; `filled` bounds every position from above, so that
+    attention reads no further. transformers' attention layers call `update` on it as on any cache.
+    """
+
+    cache: SlotCache
+    rows: slice
+    positions: Tensor
+    filled: int
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write (N, kv_heads, T, head_dim) keys and values at `positions`; give back all up to `filled`."""
+        k, v = self.cache.keys[layer][self.rows], self.cache.values[layer][self.rows]
+        positions = self.positions.to(keys.device)
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        k[row, positions] = keys.transpose(1, 2)
+        v[row, positions] = values.transpose(1, 2)
+        return k[:, : self.filled].transpose(1, 2), v[:, : self.filled].transpose(1, 2)
+
+
+def _sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of (N, heads, T, D) queries over (N, kv_heads, L, D) keys under a boolean (N, 1, T, L) mask."""
+    n, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    if length == 1:
+        # One query: fold the heads that share keys into the query axis, so that no key is copied or read twice.
+        folded = query.view(n, key.shape[1], groups, dim)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(n, 1, heads, dim), None
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def _flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, window: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """The same through flash-attn's kv-cache kernel, which reads what is filled and nothing more.
+
+    `window` stands in the mask's place: the kernel needs each row's length, (N,) int32, after this step's tokens.
+    """
+    from flash_attn import flash_attn_with_kvcache
+
+    lengths = window.positions[:, -1].to(query.device, torch.int32) + 1
+    out = flash_attn_with_kvcache(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        cache_seqlens=lengths,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return out, None
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """ "emu_flash" on CUDA in half precision where flash-attn is importable, else "emu_sdpa"; told in the log."""
+    functions: dict[str, Callable[..., Any]] = {"emu_sdpa": _sdpa, "emu_flash": _flash}
+    for name, function in functions.items():
+        ALL_ATTENTION_FUNCTIONS.register(name, function)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "emu_flash"
+        log.info("flash-attn is not installed: attention goes through PyTorch's SDPA")
+    return "emu_sdpa"
+
+
+class LanguageModel:
+    """The decoder as the engine sees it: tokens at positions in, hidden states and half-vocabulary logits out."""
+
+    def __init__(self, model: Qwen3ForCausalLM, ids: TokenIds) -> None:
+        if model.config.vocab_size < ids.vocab_size:
+            raise CheckpointError(
+                f"the model knows {model.config.vocab_size} tokens but its tokenizer files name {ids.vocab_size}"
+            )
+        self.model, self.ids = model, ids
+        self.config: Qwen3Config = model.config
+        head = model.lm_head.weight
+        self.device, self.dtype = model.model.embed_tokens.weight.device, head.dtype
+        # The two halves of the head, as views: text mode may never give a visual token, an image nothing else.
+        self._text_head = head[: ids.visual]
+        self._visual_head = head[ids.visual : ids.vocab_size]
+
+    @property
+    def context(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    def new_cache(self, *, rows: int, capacity: int) -> SlotCache:
+        devices = [layer.self_attn.k_proj.weight.device for layer in self.model.model.layers]
+        return SlotCache(self.config, rows=rows, capacity=capacity, dtype=self.dtype, devices=devices)
+
+    def forward(self, tokens: Tensor, start: Tensor, cache: SlotCache, *, rows: slice, filled: int) -> Tensor:
+        """Feed (N, T) int64 `tokens` to the rows `rows` of `cache` at positions start..start+T-1, `start` (N,) int64.
+
+        `filled` is at least every position fed plus one. Returns the final hidden states (N, T, hidden).
+        """
+        positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        window = Window(cache, rows, positions, filled)
+        if self.config._attn_implementation == "emu_flash":
+            mask: Any = window
+        else:
+            # Row i may read what lies at or before its own position: causal, and blind to the unwritten rest.
+            mask = torch.arange(filled, device=tokens.device)[None, None, None, :] <= positions[:, None, :, None]
+        out = self.model.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},
+            past_key_values=window,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """(N, hidden) to (N, visual) fp32 logits over all that is not a visual token."""
+        return F.linear(hidden, self._text_head).float()
+
+    def visual_logits(self, hidden: Tensor) -> Tensor:
+        """(N, hidden) to (N, visual_count) fp32 logits over the visual tokens; entry i is code i."""
+        return F.linear(hidden, self._visual_head).float()

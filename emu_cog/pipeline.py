@@ -1,0 +1,260 @@
+"""Load everything once, then turn each Request into a stream of texts and pictures."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emu_cog import geometry, pictures, prompts, tasks
+from emu_cog.config import CheckpointError, InputError, Request, Settings, log
+from emu_cog.engine import Ended, Engine, Job, Opened, Rules, Tokens, Trace
+from emu_cog.folders import locate
+from emu_cog.lm import LanguageModel, load_language_model
+from emu_cog.outputs import Finished, Picture
+from emu_cog.segments import ImageCodes, Reader, Text
+from emu_cog.tokenizer import Tokenizer
+from emu_cog.tokens import TokenIds, block_length
+from emu_cog.vision import IBQ, load_vision_tokenizer
+
+Event = Text | Picture | Finished
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the current pictures are: `row` of `rows` done in picture `number` (counted from 1 an output)."""
+
+    number: int
+    row: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStats:
+    """What a run cost, in wall seconds. `tokens` are sampled ones; `size` is the last picture's (width, height)."""
+
+    seed: int
+    size: tuple[int, int] | None
+    pictures: int
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    vq_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Pipeline:
+    """A loaded model. `stream` serves one request at a time; `stats` tells of the last one."""
+
+    def __init__(
+        self, lm: LanguageModel, vision: IBQ, tokenizer: Tokenizer, defaults: tasks.ModelDefaults, *, revision: str
+    ) -> None:
+        self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
+        self.revision = revision
+        self.engine = Engine(lm)
+        self.stats: RunStats | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path | str,
+        vision_tokenizer: Path | str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format.
+
+        `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
+        always runs in float32. Raises CheckpointError naming the file, key or shape that is wrong.
+        """
+        folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
+        target = choose_device(device)
+        tokenizer = Tokenizer.load(folder)
+        lm = load_language_model(folder, tokenizer.ids, device=target, dtype=choose_dtype(dtype, target))
+        vision = load_vision_tokenizer(vision_folder, device=target)
+        if vision.config.n_embed < tokenizer.ids.visual_count:
+            raise CheckpointError(
+                f"{vision_folder} has {vision.config.n_embed} codes but {folder} names "
+                f"{tokenizer.ids.visual_count} visual tokens: they don't belong together"
+            )
+        return cls(lm, vision, tokenizer, tasks.ModelDefaults.read(folder), revision=revision or folder.name)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Pipeline:
+        """Load what the environment names: a folder with its vision tokenizer, or the miniature ("mini")."""
+        folders = locate(settings)
+        return cls.load(
+            folders.model,
+            folders.vision_tokenizer,
+            device=settings.device,
+            dtype=settings.dtype,
+            revision=folders.revision,
+        )
+
+    def warm_up(self) -> None:
+        """Make the first request as fast as the next: one small picture on a GPU, nothing on a CPU."""
+        if self.lm.device.type == "cuda":
+            for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0)):
+                pass
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        trace: Trace | None = None,
+    ) -> Iterator[Event]:
+        """Yield texts and pictures in reading order as they are finished. Raises InputError before any model work."""
+        # 1. settle every default and refuse what can't be done
+        plan = tasks.plan(request, self.defaults)
+        self._check_fits(request, plan)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+
+        # 2. words and photos to ids
+        started = time.perf_counter()
+        images = [pictures.encode(image, plan.image_area, self.vision) for image in request.images]
+        vq_seconds = time.perf_counter() - started
+        prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
+        jobs = [
+            Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
+            for i in range(request.num_outputs)
+        ]
+        rules = Rules(
+            guidance=plan.guidance,
+            image=plan.image,
+            text=plan.text,
+            size=plan.size,
+            max_new_tokens=plan.max_new_tokens,
+            single_image=not plan.task.interleaved,
+        )
+
+        # 3. ids to texts and pictures
+        readers = [Reader(self.tokenizer, output=i) for i in range(len(jobs))]
+        progress = _ProgressTeller(on_progress, len(jobs), self.tokenizer.ids)
+        made, size = 0, None
+        for event in self.engine.generate(jobs, rules, trace=trace):
+            progress.see(event)
+            reader = readers[event.job]
+            segments = reader.feed(event.ids) if isinstance(event, Tokens) else iter(())
+            for segment in reader.finish() if isinstance(event, Ended) else segments:
+                if not isinstance(segment, ImageCodes):
+                    yield segment
+                    continue
+                started = time.perf_counter()
+                image = pictures.decode(segment.codes, self.vision)
+                vq_seconds += time.perf_counter() - started
+                made, size = made + 1, image.size
+                yield Picture(
+                    output=event.job,
+                    number=progress.number[event.job],
+                    image=image,
+                    codes=segment.codes,
+                    settings=self._settings(plan, seed + event.job, image.size),
+                )
+            if isinstance(event, Ended):
+                yield Finished(event.job, event.reason)
+
+        # 4. what it cost
+        self.stats = RunStats(
+            seed=seed,
+            size=size,
+            pictures=made,
+            tokens=self.engine.stats.sampled,
+            prefill_seconds=self.engine.stats.prefill_seconds,
+            decode_seconds=self.engine.stats.decode_seconds,
+            vq_seconds=vq_seconds,
+        )
+        if not plan.task.interleaved and made < request.num_outputs:
+            raise RuntimeError(
+                f"{request.num_outputs - made} of {request.num_outputs} pictures could not be made: the size the model "
+                "chose does not fit its context; set aspect_ratio or a smaller resolution"
+            )
+
+    def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
+        """Refuse a prompt that leaves no room for one picture, before anything is computed."""
+        shapes = [geometry.reference_size(image.size, plan.image_area) for image in request.images]
+        blank = [[[0] * columns] * rows for rows, columns in shapes]
+        prompt = prompts.build(plan.task, request.prompt, blank, self.tokenizer)
+        taken, block = len(prompt.conditional), block_length(*(plan.size or (10, 10)))
+        if taken + block + 1 > self.lm.context:
+            raise InputError(
+                f"the prompt with its {len(shapes)} reference image(s) takes {taken} tokens, a picture {block} more, "
+                f"but the model's context holds {self.lm.context}: shorten the prompt, leave out references "
+                "or choose a smaller resolution"
+            )
+
+    def _settings(self, plan: tasks.Plan, seed: int, size: tuple[int, int]) -> dict[str, object]:
+        return {
+            "task": plan.task.name,
+            "seed": seed,
+            "guidance_scale": plan.guidance,
+            "width": size[0],
+            "height": size[1],
+            "image_temperature": plan.image.temperature,
+            "image_top_k": plan.image.top_k,
+            "image_top_p": plan.image.top_p,
+            "model": self.revision,
+        }
+
+
+class _ProgressTeller:
+    """Turns engine events into Progress. Outputs step together, so one of them, the lead, speaks for all."""
+
+    def __init__(self, tell: Callable[[Progress], None] | None, outputs: int, ids: TokenIds) -> None:
+        self._tell, self._row_ends = tell, (ids.eol, ids.eoi)
+        self.number = [0] * outputs
+        self._lead: int | None = None
+        self._rows, self._row, self._tokens = 0, 0, 0
+
+    def see(self, event: Tokens | Opened | Ended) -> None:
+        if isinstance(event, Opened):
+            self.number[event.job] += 1
+            if self._lead is None:
+                self._lead, self._rows, self._row, self._tokens = event.job, event.size[0], 0, 0
+                self._report()
+        elif isinstance(event, Tokens) and event.job == self._lead and event.ids[-1] in self._row_ends:
+            self._row += 1
+            self._tokens += len(event.ids) - 1
+            self._report()
+            if self._row == self._rows:
+                self._lead = None
+
+    def _report(self) -> None:
+        if self._tell and self._lead is not None:
+            self._tell(Progress(self.number[self._lead], self._row, self._rows, self._tokens))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU. InputError for a name torch does not know."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"EMU_DEVICE={name!r} is not a device, accepted are cpu, cuda, cuda:0 and so on") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"EMU_DEVICE={name!r} but PyTorch sees no CUDA device here: set EMU_DEVICE=cpu")
+    return device
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype, or bfloat16 on CUDA and float32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"EMU_DTYPE={name!r} is not known, accepted are {', '.join(DTYPES)}")
+    return DTYPES[name]
