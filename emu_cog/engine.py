@@ -9,86 +9,24 @@ the grammar is known ahead, the host looks in once a row).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from emu_cog import image_loop
 from emu_cog.config import Sampling
+from emu_cog.image_loop import Trace
+from emu_cog.jobs import Ended, Event, Job, Opened, Reason, Rules, Stats, Tokens
 from emu_cog.lm import LanguageModel, SlotCache
-from emu_cog.sampling import Uniforms, draw, guide, probabilities
+from emu_cog.sampling import Uniforms, draw, probabilities
 from emu_cog.tokens import block_length
 
 PREFILL_CHUNK = 1024
 CACHE_STEP = 256
 """The cache grows in steps of this many tokens where its size was not known ahead."""
-
-Reason = Literal["image", "eos", "limit", "context"]
-Trace = Callable[[str, Tensor], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One output: the ids of its two prompts and the seed of its random numbers."""
-
-    conditional: tuple[int, ...]
-    unconditional: tuple[int, ...]
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What holds for every job of a run. `size` is (rows, columns); None lets the model choose with its first image.
-
-    `max_new_tokens` bounds the sampled tokens at which text may go on or an image may start; None: the context does.
-    With `single_image` a job ends with its first image, and gets one even if the model never asks for it.
-    """
-
-    guidance: float
-    image: Sampling
-    text: Sampling
-    size: tuple[int, int] | None
-    max_new_tokens: int | None
-    single_image: bool
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The next ids of job `job`'s answer, in order; forced ones included."""
-
-    job: int
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Job `job` begins an image of (rows, columns)."""
-
-    job: int
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Job `job` is done: its image is there, the model said so, or the token limit or the context is reached."""
-
-    job: int
-    reason: Reason
-
-
-Event = Tokens | Opened | Ended
-
-
-@dataclass
-class Stats:
-    """Counters of one run. Seconds are wall time; `sampled` leaves out forced tokens."""
-
-    sampled: int = 0
-    steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
 
 
 @dataclass
@@ -370,75 +308,31 @@ class _Run:
                 lane.size = (10 * digits[0] + digits[1], 10 * digits[2] + digits[3])
 
     def _write_codes(self) -> Iterator[Event]:
-        """All visual tokens, EOLs and EOI of one image a lane.
-
-        The grammar is known ahead, so forced tokens, random numbers and lengths are laid out before the first
-        step and nothing in the loop waits for the device but one look a row.
-        """
-        device, lanes = self.lm.device, self.lanes
-        grids = [lane.size if lane.state == "image" else None for lane in lanes]
+        """The rest of every opened image, row by row."""
+        grids = [lane.size if lane.state == "image" else None for lane in self.lanes]
         if not any(grids):
             return
-        steps = max(rows * (columns + 1) for rows, columns in filter(None, grids))
-        forced, uniform = self._schedule(grids, steps)
-        sampling_step = (forced < 0).any(dim=1).tolist()
-        active = torch.tensor([[g is not None and t < g[0] * (g[1] + 1) for g in grids] for t in range(steps)])
-        advance = active.long().repeat_interleave(2, dim=1).to(device)
-        forced, uniform = forced.to(device), uniform.to(device)
-        out = torch.empty_like(forced)
-
-        lengths = [n for lane in lanes for n in lane.lengths]
-        filled = max(lengths)
-        self._reserve(filled + steps)
-        start = torch.tensor(lengths, device=device)
-        token = torch.full((len(lengths), 1), self.ids.img, device=device)
-        row = max(columns + 1 for _, columns in filter(None, grids))
-        for t in range(steps):
-            hidden = self.lm.forward(token, start, self.cache, rows=slice(None), filled=filled + t + 1)
-            start = start + advance[t]
-            if sampling_step[t]:
-                logits = self.lm.visual_logits(hidden[:, -1])
-                probs = probabilities(guide(logits[0::2], logits[1::2], self.rules.guidance), self.rules.image)
-                if self.trace:
-                    self.trace("visual", probs)
-                chosen = self.ids.visual + draw(probs, uniform[t])
-                out[t] = torch.where(forced[t] < 0, chosen, forced[t])
-            else:
-                out[t] = forced[t]
-            token = out[t].repeat_interleave(2)[:, None]
-            if (t + 1) % row == 0 or t + 1 == steps:
-                yield from self._tell_row(out, grids, t // row * row, t + 1)
-        self.stats.steps += steps
-        for lane, grid in zip(lanes, grids, strict=True):
+        plan = image_loop.schedule(grids, [(lane.uniforms, lane.sampled) for lane in self.lanes], self.ids)
+        lengths = [n for lane in self.lanes for n in lane.lengths]
+        self._reserve(max(lengths) + plan.steps)
+        made = image_loop.run(
+            self.lm,
+            self.cache,
+            plan,
+            lengths,
+            guidance=self.rules.guidance,
+            sampling=self.rules.image,
+            trace=self.trace,
+        )
+        for row in made:
+            for i, ids in enumerate(row):
+                if ids:
+                    self._count(self.lanes[i], sum(token >= self.ids.visual for token in ids))
+                    yield Tokens(i, ids)
+        self.stats.steps += plan.steps
+        for lane, grid in zip(self.lanes, grids, strict=True):
             if grid:
                 lane.lengths = [n + grid[0] * (grid[1] + 1) for n in lane.lengths]
-
-    def _schedule(self, grids: Sequence[tuple[int, int] | None], steps: int) -> tuple[Tensor, Tensor]:
-        """(steps, jobs) forced ids, -1 where a visual token is sampled, and (steps, jobs) uniform numbers."""
-        forced = torch.full((steps, len(grids)), self.ids.pad)
-        uniform = torch.zeros((steps, len(grids)), dtype=torch.float64)
-        for i, (lane, grid) in enumerate(zip(self.lanes, grids, strict=True)):
-            if grid is None:
-                continue
-            rows, columns = grid
-            plan = torch.full((rows, columns + 1), -1)
-            plan[:, -1] = self.ids.eol
-            plan[-1, -1] = self.ids.eoi
-            forced[: plan.numel(), i] = plan.flatten()
-            numbers = lane.uniforms.take(lane.sampled, rows * columns)
-            uniform[: plan.numel(), i][plan.flatten() < 0] = numbers
-        return forced, uniform
-
-    def _tell_row(self, out: Tensor, grids: Sequence[tuple[int, int] | None], begin: int, end: int) -> Iterator[Event]:
-        """The tokens of steps begin..end-1: the loop's one wait for the device."""
-        made = out[begin:end].tolist()
-        for i, grid in enumerate(grids):
-            if grid is None:
-                continue
-            ids = tuple(line[i] for line in made[: grid[0] * (grid[1] + 1) - begin])
-            if ids:
-                self._count(self.lanes[i], sum(token >= self.ids.visual for token in ids))
-                yield Tokens(i, ids)
 
 
 def _round_up(tokens: int) -> int:

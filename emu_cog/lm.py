@@ -103,7 +103,7 @@ class SlotCache:
     def __init__(
         self, config: Qwen3Config, *, rows: int, capacity: int, dtype: torch.dtype, devices: list[torch.device]
     ) -> None:
-        shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (rows, capacity, int(config.num_key_value_heads or 0), config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.rows, self.capacity = rows, capacity
@@ -111,7 +111,7 @@ class SlotCache:
     @staticmethod
     def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
         """Bytes one token of one sequence takes over all layers."""
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return 2 * config.num_hidden_layers * int(config.num_key_value_heads or 0) * config.head_dim * dtype.itemsize
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` tokens a row, what is there kept."""

@@ -12,8 +12,10 @@ import torch
 
 from emu_cog import geometry, pictures, prompts, tasks
 from emu_cog.config import CheckpointError, InputError, Request, Settings, log
-from emu_cog.engine import Ended, Engine, Job, Opened, Rules, Tokens, Trace
+from emu_cog.engine import Engine
 from emu_cog.folders import locate
+from emu_cog.image_loop import Trace
+from emu_cog.jobs import Ended, Job, Opened, Rules, Tokens
 from emu_cog.lm import LanguageModel, load_language_model
 from emu_cog.outputs import Finished, Picture
 from emu_cog.segments import ImageCodes, Reader, Text

@@ -127,18 +127,27 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention where the config asks for it."""
+    """The blocks of one resolution: residual blocks, each followed by attention where the config asks for it.
+
+    The encoder's levels end with `downsample`, the decoder's with `upsample`; the last one of each has neither.
+    """
+
+    downsample: nn.Module | None
+    upsample: nn.Module | None
 
     def __init__(self, c_in: int, c_out: int, *, blocks: int, attention: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
+        self.downsample = self.upsample = None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
+        for resample in (self.downsample, self.upsample):
+            x = x if resample is None else resample(x)
         return x
 
 
@@ -176,8 +185,6 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -204,8 +211,6 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(list(self.up)):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
