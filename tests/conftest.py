@@ -1,0 +1,88 @@
+"""Tiny random checkpoints, made once a session, and the folders of real data where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen3ForCausalLM
+
+from emu_cog import tiny
+from emu_cog.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+FAVOURS = {
+    "picture": tiny.PICTURE,
+    "talker": tiny.TALKER,
+    "silent": tiny.SILENT,
+    "storyteller": tiny.STORYTELLER,
+    "wild": {},
+}
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tiny.TinyFolders]:
+    """`make_checkpoint(name)`: the folders of one of FAVOURS."""
+    made: dict[str, tiny.TinyFolders] = {}
+
+    def make(name: str) -> tiny.TinyFolders:
+        if name not in made:
+            made[name] = tiny.make_tiny(
+                tmp_path_factory.mktemp(name), seed=7, favour=FAVOURS[name], defaults=tiny.small_defaults()
+            )
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipelines(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> Callable[[str], Pipeline]:
+    """`pipelines(name)`: a Pipeline over one of FAVOURS, loaded once."""
+    loaded: dict[str, Pipeline] = {}
+
+    def load(name: str) -> Pipeline:
+        if name not in loaded:
+            folders = make_checkpoint(name)
+            loaded[name] = Pipeline.load(folders.model, folders.vision, device="cpu")
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def plain_models(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> Callable[[str], Qwen3ForCausalLM]:
+    """`plain_models(name)`: the same weights through transformers' own loading and eager attention."""
+    loaded: dict[str, Qwen3ForCausalLM] = {}
+
+    def load(name: str) -> Qwen3ForCausalLM:
+        if name not in loaded:
+            folder = make_checkpoint(name).model
+            loaded[name] = Qwen3ForCausalLM.from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32
+            ).eval()
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_folder() -> Path:
+    """The released tokenizer's files: EMU_TEST_TOKENIZER, or a folder beside the checkout."""
+    folder = Path(os.environ.get("EMU_TEST_TOKENIZER", ROOT.parent / "shared/data/tokenizer"))
+    if not (folder / "emu3.tiktoken").exists():
+        pytest.skip("the released tokenizer's files are not here (set EMU_TEST_TOKENIZER)")
+    return folder
+
+
+def photo(seed: int, width: int = 200, height: int = 150) -> Image.Image:
+    """A smooth random RGB picture."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
