@@ -17,7 +17,7 @@ from emu_cog.vision import IBQ
 
 MAX_PIXELS = 100_000_000
 """A larger reference is refused by its header: 100 megapixels are 300 MB once decoded."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What Pillow may try on an upload; others (EPS starts Ghostscript) are kept away from strangers' files."""
 MIN_REFERENCE_SIDE = 16
 """A reference must fill at least one token; smaller ones are mistakes, not pictures."""
@@ -38,7 +38,8 @@ def open_reference(path: Path, *, name: str) -> Image.Image:
             raise InputError(f"{name}: the file is empty, it has 0 bytes ({_WANTED})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            Image.init()  # fills Image.OPEN with what this build of Pillow can read
+            image = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
         raise InputError(f"{name}: the file is not a picture that can be read ({_WANTED})") from None
     except Image.DecompressionBombError:
