@@ -1,0 +1,43 @@
+"""Examples in bulk: worker processes make them, each chunk from a seed of its own, so that any number of workers
+gives the same examples."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+def workers() -> int:
+    """Processes worth starting here: all cores but one."""
+    return max(1, (os.cpu_count() or 2) - 1)
+
+
+def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None = None) -> Iterator[Result]:
+    """`work` over `items` in order, in forked processes where there are cores for them."""
+    count = processes or workers()
+    if count == 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(work, items)
+
+
+def size_for(rng_number: float, share_square: float) -> tuple[int, int]:
+    """(rows, columns) of a picture: square in `share_square` of all cases, else one of the other shapes alike."""
+    if rng_number < share_square:
+        return SQUARE
+    rest = (rng_number - share_square) / (1 - share_square)
+    return OTHER_SIZES[min(int(rest * len(OTHER_SIZES)), len(OTHER_SIZES) - 1)]
+
+
+SQUARE = (12, 12)
+AREA = 192 * 192
+"""Pixels of a picture, the checkpoint's default for every task."""
+OTHER_SIZES = ((10, 13), (13, 10), (10, 14), (14, 10), (10, 16), (16, 10), (11, 14), (14, 11), (9, 15), (15, 9))
+"""What the presets give at that area, and what references of those shapes are resized to."""

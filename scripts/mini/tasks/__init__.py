@@ -1,0 +1,30 @@
+"""The six tasks' examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from scripts.mini.tasks import explore, howto, story, t2i, vla, x2i
+from scripts.mini.tasks.sample import Sample
+from scripts.mini.wish import held_out
+
+MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
+    "t2i": t2i.make,
+    "x2i": x2i.make,
+    "howto": howto.make,
+    "story": story.make,
+    "explore": explore.make,
+    "vla": vla.make,
+}
+
+
+def sample(rng: Random, task: str, rows: int, columns: int, *, unseen: bool = False) -> Sample:
+    """One example of `task` whose pictures have `rows` x `columns` tokens.
+
+    `unseen` gives a combination that training leaves out; otherwise one that it may see.
+    """
+    while True:
+        made = MAKERS[task](rng, rows, columns)
+        if made is not None and held_out(made.key) == unseen:
+            return made

@@ -1,0 +1,68 @@
+"""What a training or test example is, and the random traits all tasks draw from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from scripts.mini.wish import Wanted, Wish
+from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
+
+GLOBAL, THOUGHT, TEXT = "global_reasoning", "image_reasoning", "text"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of the answer in words; `kind` as in emu_cog.segments."""
+
+    text: str
+    kind: str = TEXT
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question, its reference scenes and the answer in reading order. `wishes` hold what the answer's
+    pictures must show, one each. `key` names the combination by which samples are held out."""
+
+    task: str
+    question: str
+    references: tuple[Scene, ...]
+    answer: tuple[Said | Scene, ...]
+    wishes: tuple[Wish, ...]
+    key: str
+
+    @property
+    def pictures(self) -> tuple[Scene, ...]:
+        return tuple(part for part in self.answer if isinstance(part, Scene))
+
+
+def colour(rng: Random, *but: str) -> str:
+    return rng.choice([name for name in COLOURS if name not in but])
+
+
+def shape(rng: Random, *but: str) -> str:
+    return rng.choice([name for name in SHAPES if name not in but])
+
+
+def size(rng: Random) -> str:
+    return rng.choices(tuple(SIDES), (3, 4, 2))[0]
+
+
+def texture(rng: Random) -> str:
+    return rng.choices(("plain", "fading", "striped", "dotted", "checked"), (16, 1, 1, 1, 1))[0]
+
+
+def noise_seed(rng: Random) -> int:
+    return rng.randrange(2**31)
+
+
+def things_apart(rng: Random, count: int, ground: str, *but_colours: str) -> list[Thing]:
+    """`count` things at (0, 0), no two of one shape and no two of one colour, none in the ground's colour."""
+    colours = rng.sample([name for name in COLOURS if name not in (ground, *but_colours)], count)
+    shapes = rng.sample(SHAPES, count)
+    return [Thing(s, c, size(rng), 0, 0) for s, c in zip(shapes, colours, strict=True)]
+
+
+def kept(thing: Thing) -> Wanted:
+    """This very thing where it is."""
+    return Wanted(thing.shape, thing.colour, thing.size, near=(thing.x, thing.y))

@@ -1,0 +1,239 @@
+"""Trains the miniature's vision tokenizer: IBQ's network, with a codebook of unit vectors.
+
+With all codes of one length the largest dot product is also the nearest code, so training can use what is known
+to work for small codebooks (cosine distance, moving averages, dead codes started anew), and the result is read
+by the released format's rule: the code of a patch is the argmax of the dot product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
+from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
+from scripts.mini.render import Batch, render, render_clean, resize
+from scripts.mini.tasks import MAKERS, sample
+from scripts.mini.world import Scene
+
+NETWORK = {
+    "ddconfig": {
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": [2, 3, 4, 4, 4],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "in_channels": 3,
+        "resolution": 192,
+        "z_channels": 32,
+        "double_z": False,
+    },
+    "n_embed": 2048,
+    "embed_dim": 32,
+}
+SCENES_A_CHUNK = 500
+TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
+
+
+def scenes(job: tuple[int, int, int, bool]) -> Batch:
+    """SCENES_A_CHUNK scenes of all tasks: `job` is (seed, rows, columns, combinations kept from training)."""
+    seed, rows, columns, unseen = job
+    rng = Random(seed)
+    found: list[Scene] = []
+    while len(found) < SCENES_A_CHUNK:
+        made = sample(rng, rng.choice(TASKS), rows, columns, unseen=unseen)
+        found += (*made.references, *made.pictures)
+    return Batch.of(found[:SCENES_A_CHUNK])
+
+
+class Codes(nn.Module):
+    """The codebook in training: moving averages of the unit vectors that chose each code."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("book", F.normalize(torch.randn(count, width), dim=1))
+        self.register_buffer("uses", torch.ones(count))
+        self.register_buffer("sums", self.book.clone())
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """Spherical k-means over (N, width) unit vectors."""
+        chosen = z[torch.randperm(len(z), device=z.device)[: len(self.book)]]
+        self.book[: len(chosen)] = chosen
+        for _ in range(8):
+            codes = (z @ self.book.t()).argmax(1)
+            sums = torch.zeros_like(self.book).index_add_(0, codes, z)
+            used = torch.bincount(codes, minlength=len(self.book)) > 0
+            self.book[used] = F.normalize(sums[used], dim=1)
+            self.book[~used] = z[torch.randint(len(z), (int((~used).sum()),), device=z.device)]
+        self.sums.copy_(self.book)
+        self.uses.fill_(1.0)
+
+    @torch.no_grad()
+    def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
+        counts = torch.bincount(codes, minlength=len(self.book)).float()
+        self.uses.lerp_(counts, 1 - decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
+        self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
+        if revive:
+            dead = self.uses < 0.03 * len(z) / len(self.book)
+            fresh = z[torch.randint(len(z), (len(self.book),), device=z.device)]
+            self.book.copy_(torch.where(dead[:, None], fresh, self.book))
+            self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
+            self.uses.copy_(torch.where(dead, torch.ones_like(self.uses), self.uses))
+
+
+def step(model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1."""
+    z = F.normalize(model.features(x).float(), dim=1)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    with torch.no_grad():
+        chosen = (flat @ codes.book.t()).argmax(1)
+        near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+    apart = (z - near).pow(2).sum(1).mean()
+    passed = z + quantise * (near - z).detach()
+    y = model.decoder(model.post_quant_conv(passed)).float()
+    error = (y - target).abs()
+    squared = error.pow(2)
+    loss = error.mean() + 4 * squared.mean() + 0.25 * quantise * apart
+    return loss, squared.mean(), flat.detach(), chosen
+
+
+def batches(pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """(noisy, clean) pictures in -1..1, all 192x192; a fifth are other shapes squeezed into the square."""
+    while True:
+        shape = SQUARE if rng.random() < 0.8 else rng.choice([s for s in pools if s != SQUARE] or [SQUARE])
+        chunk = rng.choice(pools[shape])
+        pick = rng.sample(range(len(chunk.head)), count)
+        batch = Batch(*shape, chunk.head[pick], chunk.things[pick])
+        noisy, clean = render(batch, device), render_clean(batch, device).to(torch.uint8)
+        if shape != SQUARE:
+            noisy, clean = (resize(p, SQUARE[0] * 16, SQUARE[1] * 16) for p in (noisy, clean))
+        yield noisy.float() / 127.5 - 1, clean.float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tuple[float, int]:
+    """(mean PSNR in dB of held-out pictures through codes and back, distinct codes used)."""
+    ratios, used = [], set()
+    for i in range(0, count, 20):
+        batch = Batch(chunk.rows, chunk.columns, chunk.head[i : i + 20], chunk.things[i : i + 20])
+        x = render(batch, device)
+        codes = model.encode(x.float() / 127.5 - 1)
+        used |= set(codes.flatten().tolist())
+        y = ((model.decode(codes) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        error = (x.float() - y.float()).pow(2).mean((1, 2, 3))
+        ratios += (10 * torch.log10(255**2 / error)).tolist()
+    return sum(ratios) / len(ratios), len(used)
+
+
+def save(model: IBQ, codes: Codes, folder: Path) -> None:
+    """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
+    state = {k: v.detach().cpu().half() for k, v in model.state_dict().items()}
+    state["quantize.embedding.weight"] = codes.book.cpu().half()
+    torch.save(state, folder / "model.ckpt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for config.yaml, model.ckpt and the log")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    started = time.time()
+
+    shapes = [SQUARE] * 4 + list(OTHER_SIZES)
+    jobs = [(args.seed * 100003 + i, *shapes[i % len(shapes)], False) for i in range(args.chunks)]
+    pools: dict[tuple[int, int], list[Batch]] = {}
+    for chunk in mapped(scenes, jobs):
+        pools.setdefault((chunk.rows, chunk.columns), []).append(chunk)
+    held = [next(mapped(scenes, [(7, *shape, True)], processes=1)) for shape in (SQUARE, (10, 14))]
+
+    folder = args.out
+    (folder / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
+    model = IBQ(VisionConfig.read(folder)).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    codes = Codes(NETWORK["n_embed"], NETWORK["embed_dim"]).to(device)  # type: ignore[arg-type]
+    rest = [p for n, p in model.named_parameters() if not n.startswith("quantize")]
+    optimizer = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda")
+    run = torch.compile(step) if args.compile else step
+    stream = batches(pools, args.batch, Random(args.seed), device)
+
+    bar = tqdm(range(args.steps), mininterval=5.0)
+    begun, smooth, kept = time.time(), 0.0, None
+    quantise = torch.zeros((), device=device)
+    for n in bar:
+        spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
+        progress = max(n / args.steps, spent)
+        if progress >= 1:
+            break
+        x, target = next(stream)
+        if device.type == "cuda":
+            x = x.contiguous(memory_format=torch.channels_last)
+        warm = progress > 0.12
+        if warm and not bool(quantise):
+            assert kept is not None
+            codes.start(kept)
+            quantise.fill_(1.0)
+        rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, squared, flat, chosen = run(model, codes, x, target, quantise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(rest, 1.0)
+        optimizer.step()
+        if warm:
+            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.7)
+        else:
+            kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
+        if n % 50 == 0:
+            smooth = -10 * math.log10(float(squared) / 4 + 1e-9)
+            bar.set_postfix(psnr=f"{smooth:.2f}")
+            if n % 400 == 0:
+                print(f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}", flush=True)
+
+    save(model, codes, folder)
+    final = load_vision_tokenizer(folder, device=device)
+    quality = {f"psnr_{c.rows}x{c.columns}": psnr(final, c, device) for c in held}
+    record = {
+        "steps": n + 1,
+        "seconds": round(time.time() - started, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": args.seed,
+        **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},
+    }
+    with (folder / "train.log").open("a") as log:
+        log.write(json.dumps(record) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
