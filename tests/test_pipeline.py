@@ -20,19 +20,19 @@ Pipelines = Callable[[str], Pipeline]
 def test_every_task_makes_pictures(task: str, pipelines: Pipelines) -> None:
     pipeline = pipelines("storyteller")
     images = () if task == "t2i" else (photo(1),)
-    request = Request(prompt="a fox", task=task, images=images, image_area=48 * 48, seed=16, max_new_tokens=300)
+    request = Request(prompt="a fox", task=task, images=images, image_area=64 * 64, seed=3, max_new_tokens=300)
     events = list(pipeline.stream(request))
     pictures = [event for event in events if isinstance(event, Picture)]
     assert pictures
     assert isinstance(events[-1], Finished)
-    size = (48, 48) if task == "t2i" else (64, 48)
+    size = (64, 64) if task == "t2i" else (80, 48)
     assert {picture.image.size for picture in pictures} == {size}
     assert [picture.number for picture in pictures] == list(range(1, len(pictures) + 1))
     if task not in ("t2i", "x2i"):
         assert any(isinstance(event, Text) and event.kind == "text" for event in events)
     stats = pipeline.stats
     assert stats is not None
-    assert (stats.seed, stats.size, stats.pictures) == (16, size, len(pictures))
+    assert (stats.seed, stats.size, stats.pictures) == (3, size, len(pictures))
     assert stats.tokens > 9 * len(pictures)
     assert min(stats.prefill_seconds, stats.decode_seconds, stats.vq_seconds, stats.tokens_per_second) > 0
 
