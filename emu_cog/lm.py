@@ -6,91 +6,18 @@ Emu3.5 is Qwen3 layer by layer and key by key; only the config's name and its de
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emu_cog.config import CheckpointError, log
-from emu_cog.shards import READERS, read_headers, read_tensors
 from emu_cog.tokens import TokenIds
-from emu_cog.vision import check_state
-
-CONFIG_FILE = "config.json"
-# Where config.json leaves a field out these hold, not Qwen3's own. Source: upstream's Emu3Config; dropout
-# (0.1 there) acts in training only.
-EMU3_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 184622,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 9216,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-}
-
-
-def read_config(folder: Path) -> Qwen3Config:
-    """`folder/config.json` as a Qwen3Config with Emu3's defaults. CheckpointError when it is missing or unusable."""
-    path = folder / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder holds {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("model_type", "Emu3") not in ("Emu3", "qwen3"):
-        raise CheckpointError(f"{path}: model_type must be 'Emu3', found {data.get('model_type')!r}")
-    fields = {name: data.get(name, default) for name, default in EMU3_DEFAULTS.items()}
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    scaling = fields.pop("rope_scaling")
-    if scaling is not None:
-        rope |= {"rope_type": scaling.get("type", scaling.get("rope_type")), "factor": scaling["factor"]}
-    return Qwen3Config(**fields, rope_parameters=rope, attention_bias=False, use_sliding_window=False)
-
-
-def load_language_model(folder: Path, ids: TokenIds, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """Load an Emu3.5 folder as it stands: config.json and model.safetensors, or its shards with their index.
-
-    Names and shapes are compared with the config from the files' headers before any weight is read; then the
-    shards are read in parallel straight to `device`, each tensor once. CheckpointError names what is wrong.
-    """
-    config = read_config(folder)
-    config._attn_implementation = choose_attention(device, dtype)
-    with init_empty_weights(include_buffers=False):
-        model = Qwen3ForCausalLM(config)
-    expected = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    headers = read_headers(folder)
-    check_state(expected, headers, where=str(folder))
-    with ThreadPoolExecutor(max_workers=READERS) as pool:
-        by_file: dict[Path, list[str]] = {}
-        for name in expected:
-            by_file.setdefault(headers[name].file, []).append(name)
-        for tensors in pool.map(lambda item: read_tensors(*item, device=device, dtype=dtype), by_file.items()):
-            for name, tensor in tensors.items():
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    model.tie_weights()
-    model.model.rotary_emb.to(device)
-    return LanguageModel(model.eval(), ids)
 
 
 class SlotCache:

@@ -16,7 +16,8 @@ from emu_cog.engine import Engine
 from emu_cog.folders import locate
 from emu_cog.image_loop import Trace
 from emu_cog.jobs import Ended, Job, Opened, Rules, Tokens
-from emu_cog.lm import LanguageModel, load_language_model
+from emu_cog.lm import LanguageModel
+from emu_cog.loading import load_language_model
 from emu_cog.outputs import Finished, Picture
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.tokenizer import Tokenizer

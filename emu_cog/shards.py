@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,13 @@ def read_headers(folder: Path) -> Mapping[str, TensorHeader]:
     return headers
 
 
-def read_tensors(file: Path, names: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`names` of one file on `device` in `dtype`. The file is mapped, so no second copy of it stays in memory."""
+def read_tensors(
+    file: Path, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """`names` of one file, one by one, on `device` in `dtype`. The file is mapped: no second copy stays in memory."""
     with _open(file, str(device)) as shard:
-        return {name: shard.get_tensor(name).to(dtype) for name in names}
+        for name in names:
+            yield name, shard.get_tensor(name).to(dtype)
 
 
 def _open(file: Path, device: str) -> Any:

@@ -19,7 +19,7 @@ import yaml
 from transformers import Qwen3ForCausalLM
 
 from emu_cog.config import CheckpointError, log
-from emu_cog.lm import read_config
+from emu_cog.loading import read_config
 
 _MODULES = ("model_utils", "generation_utils", "input_utils", "logits_processor")
 _IMPORT_LOCK = threading.Lock()

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from emu_cog import tiny
 from emu_cog.config import CheckpointError, InputError, Request
-from emu_cog.lm import read_config
+from emu_cog.loading import read_config
 from emu_cog.pipeline import Pipeline, choose_device, choose_dtype
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from emu_cog import lm, tiny
+from emu_cog import loading, tiny
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.vision import load_vision_tokenizer
 
@@ -62,7 +62,7 @@ def test_released_tokenizer_files_are_taken_over(tmp_path: Path) -> None:
 
 
 def next_token(folder: Path, last: list[int]) -> int:
-    model = Qwen3ForCausalLM.from_pretrained(folder, config=lm.read_config(folder))
+    model = Qwen3ForCausalLM.from_pretrained(folder, config=loading.read_config(folder))
     ids = Tokenizer.load(folder).ids
     with torch.no_grad():
         return int(model(torch.tensor([[ids.bos, *last]])).logits[0, -1, : ids.visual].argmax())
