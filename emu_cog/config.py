@@ -181,6 +181,15 @@ def _in_range(name: str, value: float | None, low: float, high: float, *, whole:
         raise InputError(f"{name}={value!r} is out of range: it must be {kind} from {low} to {high}")
 
 
+def _whole(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"{name}={value!r} must be a whole number from 1")
+    return int(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the environment chooses. Each field is EMU_<FIELD>; see the README's table."""
@@ -194,6 +203,8 @@ class Settings:
     backend: str = "native"
     upstream_url: str = UPSTREAM_URL
     device_map: str | None = None
+    max_context: int | None = None
+    max_outputs: int = 1
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -214,5 +225,7 @@ class Settings:
             backend=get("BACKEND") or "native",
             upstream_url=get("UPSTREAM_URL") or UPSTREAM_URL,
             device_map=get("DEVICE_MAP"),
+            max_context=_whole(env, "EMU_MAX_CONTEXT"),
+            max_outputs=_whole(env, "EMU_MAX_OUTPUTS") or 1,
             environ=env,
         )

@@ -70,3 +70,10 @@ class Stats:
     steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def add(self, other: Stats) -> None:
+        """Count `other` in."""
+        self.sampled += other.sampled
+        self.steps += other.steps
+        self.prefill_seconds += other.prefill_seconds
+        self.decode_seconds += other.decode_seconds

@@ -137,15 +137,13 @@ class LanguageModel:
             )
         self.model, self.ids = model, ids
         self.config: Qwen3Config = model.config
+        self.context = int(model.config.max_position_embeddings)
+        """Tokens a stream may hold; the caller may lower it to what memory allows."""
         head = model.lm_head.weight
         self.device, self.dtype = model.model.embed_tokens.weight.device, head.dtype
         # The two halves of the head, as views: text mode may never give a visual token, an image nothing else.
         self._text_head = head[: ids.visual]
         self._visual_head = head[ids.visual : ids.vocab_size]
-
-    @property
-    def context(self) -> int:
-        return int(self.config.max_position_embeddings)
 
     def new_cache(self, *, rows: int, capacity: int) -> SlotCache:
         devices = [layer.self_attn.k_proj.weight.device for layer in self.model.model.layers]

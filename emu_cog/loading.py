@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.config import CheckpointError, InputError, log
-from emu_cog.lm import LanguageModel, choose_attention
+from emu_cog.lm import LanguageModel, SlotCache, choose_attention
+from emu_cog.memory import WORKSPACE, Budget, available_bytes
 from emu_cog.shards import READERS, TensorHeader, read_headers, read_tensors
 from emu_cog.tokens import TokenIds
-from emu_cog.vision import check_state
+from emu_cog.vision import IBQ, VisionConfig, check_state
 
 CONFIG_FILE = "config.json"
 # Where config.json leaves a field out these hold, not Qwen3's own. Source: upstream's Emu3Config; dropout
@@ -84,6 +86,25 @@ def load_language_model(
     if len(set(places.values())) > 1:
         dispatch_model(model, device_map=places, main_device=device)
     return LanguageModel(model.eval(), ids)
+
+
+def plan_memory(
+    folder: Path, vision_folder: Path, *, device: torch.device, dtype: torch.dtype, spread: bool, area: int
+) -> Budget:
+    """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
+    config, vision = read_config(folder), VisionConfig.read(vision_folder)
+    with torch.device("meta"):
+        vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
+    # The decoder's last level holds about four full-size fp32 feature maps at a time.
+    workspace = 4 * vision.ch * vision.ch_mult[0] * area * torch.float32.itemsize
+    return Budget(
+        device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",
+        available=available_bytes(device, all_devices=spread),
+        weights=sum(math.prod(header.shape) for header in read_headers(folder).values()) * dtype.itemsize,
+        vision=vision_bytes,
+        workspace=workspace + (WORKSPACE if device.type == "cuda" else 0),
+        per_token=2 * SlotCache.bytes_per_token(config, dtype),
+    )
 
 
 Places = Mapping[str, torch.device]

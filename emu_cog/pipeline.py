@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from emu_cog.config import CheckpointError, InputError, Request, Settings, log
 from emu_cog.engine import Engine
 from emu_cog.folders import locate
 from emu_cog.image_loop import Trace
-from emu_cog.jobs import Ended, Job, Opened, Rules, Tokens
+from emu_cog.jobs import Ended, Job, Opened, Rules, Stats, Tokens
 from emu_cog.lm import LanguageModel
-from emu_cog.loading import load_language_model
+from emu_cog.loading import load_language_model, plan_memory
+from emu_cog.memory import Budget
 from emu_cog.outputs import Finished, Picture
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.tokenizer import Tokenizer
@@ -25,6 +26,10 @@ from emu_cog.tokens import TokenIds, block_length
 from emu_cog.vision import IBQ, load_vision_tokenizer
 
 Event = Text | Picture | Finished
+
+
+PROMPT_TOKENS = 512
+"""A long prompt, for reckoning how much cache a picture needs."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,17 @@ class Pipeline:
     """A loaded model. `stream` serves one request at a time; `stats` tells of the last one."""
 
     def __init__(
-        self, lm: LanguageModel, vision: IBQ, tokenizer: Tokenizer, defaults: tasks.ModelDefaults, *, revision: str
+        self,
+        lm: LanguageModel,
+        vision: IBQ,
+        tokenizer: Tokenizer,
+        defaults: tasks.ModelDefaults,
+        *,
+        budget: Budget,
+        revision: str,
     ) -> None:
         self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
-        self.revision = revision
+        self.budget, self.revision = budget, revision
         self.engine = Engine(lm)
         self.stats: RunStats | None = None
 
@@ -73,24 +85,37 @@ class Pipeline:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        device_map: str | None = None,
+        max_context: int | None = None,
+        max_outputs: int = 1,
         revision: str | None = None,
     ) -> Pipeline:
         """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format.
 
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
-        always runs in float32. Raises CheckpointError naming the file, key or shape that is wrong.
+        always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
+        `max_outputs` outputs; that is reckoned before anything is loaded. Raises CheckpointError naming the
+        file, key or shape that is wrong, InputError with the numbers where memory is short.
         """
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
         target = choose_device(device)
-        tokenizer = Tokenizer.load(folder)
-        lm = load_language_model(folder, tokenizer.ids, device=target, dtype=choose_dtype(dtype, target))
+        weights_dtype = choose_dtype(dtype, target)
+        tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder)
+        picture = tasks.plan(Request(prompt="-"), defaults)
+        area, spread = picture.image_area, device_map == "auto"
+        budget = plan_memory(folder, vision_folder, device=target, dtype=weights_dtype, spread=spread, area=area)
+        typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
+        budget.check(max_context or typical, max_outputs)
+        lm = load_language_model(folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map)
+        lm.context = min(lm.context, budget.tokens(), max_context or lm.context)
+        log.info("a sequence may hold %d tokens, prompt and pictures together", lm.context)
         vision = load_vision_tokenizer(vision_folder, device=target)
         if vision.config.n_embed < tokenizer.ids.visual_count:
             raise CheckpointError(
                 f"{vision_folder} has {vision.config.n_embed} codes but {folder} names "
                 f"{tokenizer.ids.visual_count} visual tokens: they don't belong together"
             )
-        return cls(lm, vision, tokenizer, tasks.ModelDefaults.read(folder), revision=revision or folder.name)
+        return cls(lm, vision, tokenizer, defaults, budget=budget, revision=revision or folder.name)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
@@ -101,6 +126,9 @@ class Pipeline:
             folders.vision_tokenizer,
             device=settings.device,
             dtype=settings.dtype,
+            device_map=settings.device_map,
+            max_context=settings.max_context,
+            max_outputs=settings.max_outputs,
             revision=folders.revision,
         )
 
@@ -146,7 +174,8 @@ class Pipeline:
         readers = [Reader(self.tokenizer, output=i) for i in range(len(jobs))]
         progress = _ProgressTeller(on_progress, len(jobs), self.tokenizer.ids)
         made, size = 0, None
-        for event in self.engine.generate(jobs, rules, trace=trace):
+        cost = Stats()
+        for event in self._generate(jobs, rules, trace, cost):
             progress.see(event)
             reader = readers[event.job]
             segments = reader.feed(event.ids) if isinstance(event, Tokens) else iter(())
@@ -173,9 +202,9 @@ class Pipeline:
             seed=seed,
             size=size,
             pictures=made,
-            tokens=self.engine.stats.sampled,
-            prefill_seconds=self.engine.stats.prefill_seconds,
-            decode_seconds=self.engine.stats.decode_seconds,
+            tokens=cost.sampled,
+            prefill_seconds=cost.prefill_seconds,
+            decode_seconds=cost.decode_seconds,
             vq_seconds=vq_seconds,
         )
         if not plan.task.interleaved and made < request.num_outputs:
@@ -183,6 +212,20 @@ class Pipeline:
                 f"{request.num_outputs - made} of {request.num_outputs} pictures could not be made: the size the model "
                 "chose does not fit its context; set aspect_ratio or a smaller resolution"
             )
+
+    def _generate(
+        self, jobs: Sequence[Job], rules: Rules, trace: Trace | None, cost: Stats
+    ) -> Iterator[Tokens | Opened | Ended]:
+        """The engine's events for all `jobs`, in as many batches as the caches need memory for; adds up `cost`."""
+        prompt, text = max(len(job.conditional) for job in jobs), rules.max_new_tokens or self.lm.context
+        tokens = min(prompt + text + block_length(*(rules.size or (99, 99))), self.lm.context)
+        side_by_side = max(self.budget.outputs(tokens), 1)
+        if side_by_side < len(jobs):
+            log.info("memory holds %d output(s) side by side: the %d are made in turn", side_by_side, len(jobs))
+        for first in range(0, len(jobs), side_by_side):
+            for event in self.engine.generate(jobs[first : first + side_by_side], rules, trace=trace):
+                yield replace(event, job=event.job + first)
+            cost.add(self.engine.stats)
 
     def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
         """Refuse a prompt that leaves no room for one picture, before anything is computed."""

@@ -79,7 +79,9 @@ def test_every_sampled_distribution_is_the_twins(name: str, pipelines: Pipelines
     pipeline = pipelines(model)
     job, rules = job_and_rules(pipeline, request)
     traced: list[tuple[str, torch.Tensor]] = []
-    events = list(pipeline.engine.generate([job], rules, trace=lambda kind, probs: traced.append((kind, probs.clone()))))
+    events = list(
+        pipeline.engine.generate([job], rules, trace=lambda kind, probs: traced.append((kind, probs.clone())))
+    )
     answer = answers(events)[0]
     steps = judge(plain_models(model), pipeline.lm.ids, job.conditional, job.unconditional, answer, rules)
     ids = pipeline.lm.ids
@@ -169,9 +171,7 @@ def test_first_size_holds_for_later_images(pipelines: Pipelines) -> None:
 
 @pytest.mark.parametrize("model", ["talker", "silent"])
 @pytest.mark.parametrize("task", ["t2i", "x2i"])
-def test_a_picture_comes_even_if_the_model_never_asks(
-    model: str, task: str, pipelines: Pipelines
-) -> None:
+def test_a_picture_comes_even_if_the_model_never_asks(model: str, task: str, pipelines: Pipelines) -> None:
     pipeline = pipelines(model)
     images = (photo(1),) if task == "x2i" else ()
     request = Request(prompt="boat", task=task, images=images, image_area=2304, max_new_tokens=20)

@@ -52,7 +52,9 @@ def test_other_shapes_load_and_agree_with_transformers(name: str, tmp_path: Path
     tokens = torch.tensor([pipeline.tokenizer.encode("a red boat on the sea")])
     cache = pipeline.lm.new_cache(rows=1, capacity=32)
     with torch.inference_mode():
-        hidden = pipeline.lm.forward(tokens, torch.zeros(1, dtype=torch.long), cache, rows=slice(None), filled=tokens.shape[1])
+        hidden = pipeline.lm.forward(
+            tokens, torch.zeros(1, dtype=torch.long), cache, rows=slice(None), filled=tokens.shape[1]
+        )
         ours = torch.cat([pipeline.lm.text_logits(hidden[0]), pipeline.lm.visual_logits(hidden[0])], dim=-1)
         theirs = plain(input_ids=tokens).logits[0].float()
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

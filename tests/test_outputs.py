@@ -22,9 +22,7 @@ PICTURE = Picture(output=0, number=1, image=photo(1), codes=((0,),), settings=SE
 
 
 def writer(folder: Path, *, interleaved: bool = True, output_format: str = "png", prompt: str = "a fox") -> Writer:
-    return Writer(
-        folder, task="story", prompt=prompt, interleaved=interleaved, output_format=output_format, quality=90
-    )
+    return Writer(folder, task="story", prompt=prompt, interleaved=interleaved, output_format=output_format, quality=90)
 
 
 @pytest.mark.parametrize(("output_format", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")])
@@ -97,9 +95,7 @@ def _assert_well_formed(text: str) -> None:
     assert checker.open_tags == []
 
 
-def test_single_pictures_come_alone_and_text_goes_to_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_single_pictures_come_alone_and_text_goes_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     w = writer(tmp_path, interleaved=False)
     with caplog.at_level(logging.INFO, logger="emu_cog"):
         assert w.write(Text(0, "text", "a note")) is None

@@ -89,9 +89,7 @@ def test_uniform_numbers_depend_on_seed_and_position_alone() -> None:
 
 def test_uniform_numbers_are_the_same_on_every_machine() -> None:
     """Pinned: a picture of last year must come out of its seed next year."""
-    np.testing.assert_array_equal(
-        Uniforms(42).take(0, 3).numpy(), np.random.Generator(np.random.Philox(42)).random(3)
-    )
+    np.testing.assert_array_equal(Uniforms(42).take(0, 3).numpy(), np.random.Generator(np.random.Philox(42)).random(3))
     assert Uniforms(42).take(4096, 1).item() == PINNED_4096
 
 

@@ -61,7 +61,19 @@ def test_image_block_has_rows_between_eols(pipelines: Pipelines) -> None:
     ids = pipelines("picture").tokenizer.ids
     block = ids.image_block([[1, 2], [3, 4]])
     v = ids.visual
-    assert block == [ids.boi, ids.digits[2], ids.star, ids.digits[2], ids.img, v + 1, v + 2, ids.eol, v + 3, v + 4, ids.eoi]
+    assert block == [
+        ids.boi,
+        ids.digits[2],
+        ids.star,
+        ids.digits[2],
+        ids.img,
+        v + 1,
+        v + 2,
+        ids.eol,
+        v + 3,
+        v + 4,
+        ids.eoi,
+    ]
 
 
 def _break(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:

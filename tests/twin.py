@@ -82,7 +82,9 @@ def judge(
             continue
         head = inside[: inside.index(ids.img)]
         star = head.index(ids.star)
-        rows, columns = (int("".join(str(ids.digits.index(t)) for t in part)) for part in (head[:star], head[star + 1 :]))
+        rows, columns = (
+            int("".join(str(ids.digits.index(t)) for t in part)) for part in (head[:star], head[star + 1 :])
+        )
         size = rules.size or (rows, columns)
         done = len(inside) - inside.index(ids.img) - 1
         mask = torch.full_like(c, -torch.inf)
@@ -124,7 +126,9 @@ def _header_next(head: str, size: tuple[int, int] | None, ids: TokenIds) -> list
         wanted = f"{size[0]}*{size[1]}"
         return [ids.img] if head == wanted else [_token(wanted[len(head)], ids)]
     place = len(head)
-    return [ids.img] if place == 5 else [_token(c, ids) for c in ("123456789", "0123456789", "*")[[0, 1, 2, 0, 1][place]]]
+    return (
+        [ids.img] if place == 5 else [_token(c, ids) for c in ("123456789", "0123456789", "*")[[0, 1, 2, 0, 1][place]]]
+    )
 
 
 def _token(character: str, ids: TokenIds) -> int:

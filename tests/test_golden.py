@@ -1,0 +1,220 @@
+"""Ours against vectors made by upstream's own code at the pinned commit (tests/golden/make.py).
+
+Vectors over the small vocabulary run everywhere; those over the released one need its tokenizer files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emu_cog import geometry, pictures, prompts, tasks
+from emu_cog.jobs import Job, Rules, Tokens
+from emu_cog.outputs import Picture
+from emu_cog.pipeline import Pipeline
+from emu_cog.segments import ImageCodes, Reader
+from tests.golden import inputs
+from tests.golden.inputs import Run
+
+HERE = Path(__file__).resolve().parent / "golden"
+FACTS: Mapping[str, Any] = json.loads((HERE / "facts.json").read_text(encoding="utf-8"))
+TOLERANCE = 1e-4
+"""Largest difference of a processed probability, fp32. Upstream runs each stream alone with eager attention, and
+guidance multiplies what rounding is left by up to five."""
+
+Load = Callable[[str], Pipeline]
+Arrays = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """`load(name)`: a Pipeline over one of the golden checkpoints, remade by its seed and held to its hash."""
+    made: dict[str, Pipeline] = {}
+
+    def load(name: str, tokenizer: Path | None = None) -> Pipeline:
+        if name not in made:
+            folders = inputs.make(name, tmp_path_factory.mktemp(name), tokenizer=tokenizer)
+            assert inputs.digest(folders) == FACTS["digests"][name], (
+                "make_tiny makes another checkpoint than when the vectors were made: run tests/golden/make.py"
+            )
+            made[name] = Pipeline.load(folders.model, folders.vision, device="cpu", dtype="float32")
+        return made[name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    with np.load(HERE / "runs.npz") as file:
+        return dict(file)
+
+
+def codes_of(pipeline: Pipeline, references: int, area: int) -> list[tuple[tuple[int, ...], ...]]:
+    names = inputs.REFERENCES[:references]
+    return [pictures.encode(inputs.picture(name), area, pipeline.vision) for name in names]
+
+
+def check_prompts(pipeline: Pipeline, expected: Mapping[str, Any]) -> None:
+    assert len(expected) == 24
+    for name, (conditional, unconditional) in expected.items():
+        task, references = name.split()
+        images = codes_of(pipeline, int(references), 64 * 64)
+        if task == "x2i" and not images:
+            continue  # upstream has a template for it, but x2i without a picture is refused here
+        made = prompts.build(tasks.TABLE[task], inputs.QUESTIONS[task], images, pipeline.tokenizer)
+        assert list(made.conditional) == conditional, name
+        assert list(made.unconditional) == unconditional, name
+
+
+def generate(pipeline: Pipeline, run: Run, arrays: Arrays, name: str, *, greedy: bool) -> list[tuple[str, np.ndarray]]:
+    """Run our engine from the golden prompt, hold its tokens against the golden ones; what its draws came from."""
+    expected = arrays[f"{name}/{'greedy' if greedy else 'sampled'}"].tolist()
+    interleaved = tasks.TABLE[run.task].interleaved
+    size = run.size
+    if size is None and run.references:  # upstream takes the last reference's
+        size = geometry.reference_size(inputs.picture(inputs.REFERENCES[run.references - 1]).size, run.area)
+    rules = Rules(
+        guidance=run.guidance,
+        image=inputs.GREEDY if greedy else run.image,
+        text=inputs.GREEDY if greedy else run.text,
+        size=size,
+        max_new_tokens=None,
+        single_image=not interleaved,
+    )
+    prompt = (tuple(arrays[f"{name}/{stream}"].tolist()) for stream in ("conditional", "unconditional"))
+    conditional, unconditional = prompt
+    steps: list[tuple[str, np.ndarray]] = []
+    told: list[int] = []
+    for event in pipeline.engine.generate(
+        [Job(conditional=conditional, unconditional=unconditional, seed=run.seed)],
+        rules,
+        trace=lambda kind, probs: steps.append((kind, probs[0].numpy())),
+    ):
+        if isinstance(event, Tokens):
+            told += event.ids
+        if len(told) >= len(expected):
+            break  # upstream's run was cut off by its limit
+    if not interleaved:  # ours ends with its picture, upstream may go on to an EOS
+        assert told[-1] == pipeline.tokenizer.ids.eoi
+        expected = expected[: expected.index(pipeline.tokenizer.ids.eoi) + 1]
+    assert told[: len(expected)] == expected
+    return steps
+
+
+def check_probabilities(pipeline: Pipeline, run: Run, arrays: Arrays, name: str) -> None:
+    steps = generate(pipeline, run, arrays, name, greedy=False)
+    ids = pipeline.tokenizer.ids
+    offsets = np.cumsum([0, *arrays[f"{name}/kept"]])
+    count = min(len(steps), len(offsets) - 1)
+    assert count >= 15
+    for i in range(count):
+        kind, probs = steps[i]
+        kept = slice(offsets[i], offsets[i + 1])
+        dense = np.zeros(ids.vocab_size, dtype=np.float32)
+        dense[arrays[f"{name}/kept_ids"][kept]] = arrays[f"{name}/kept_probs"][kept]
+        ours = np.zeros_like(dense)
+        where = {"text": slice(0, ids.visual), "visual": slice(ids.visual, None), "digit": list(ids.digits)}[kind]
+        ours[where] = probs
+        np.testing.assert_allclose(ours, dense, rtol=0, atol=TOLERANCE, err_msg=f"{name}: sampled token {i} ({kind})")
+
+
+@pytest.mark.parametrize("name", inputs.CHECKPOINTS)
+def test_prompt_ids(load: Load, name: str) -> None:
+    check_prompts(load(name), FACTS["prompts"][name])
+
+
+@pytest.mark.parametrize("name", inputs.CHECKPOINTS)
+def test_codes_of_pictures(load: Load, name: str) -> None:
+    pipeline = load(name)
+    for key, expected in FACTS["codes"][name].items():
+        reference, area = key.split()
+        made = pictures.encode(inputs.picture(reference), int(area), pipeline.vision)
+        assert [list(row) for row in made] == expected, key
+
+
+@pytest.mark.parametrize("name", inputs.CHECKPOINTS)
+def test_pixels_of_codes(load: Load, arrays: Arrays, name: str) -> None:
+    """Within one step of 255: the last bit of a sum may fall to either side of a whole number."""
+    prefix = f"pixels {name}/"
+    keys = [key for key in arrays if key.startswith(prefix)]
+    assert len(keys) == len(inputs.REFERENCES)
+    for key in keys:
+        image = pictures.decode(FACTS["codes"][name][key.removeprefix(prefix)], load(name).vision)
+        difference = np.abs(np.asarray(image).astype(int) - arrays[key].astype(int))
+        assert difference.max() <= 1, key
+        assert (difference > 0).mean() < 0.001, key
+
+
+def test_reference_sizes() -> None:
+    checked = 0
+    for width, height, area, new_width, new_height in FACTS["resizes"]:
+        if max(width, height) <= geometry.MAX_RATIO * min(width, height):
+            assert geometry.reference_pixels((width, height), area) == (new_width, new_height), (width, height, area)
+            checked += 1
+    assert checked > 90
+
+
+@pytest.mark.parametrize("name", inputs.RUNS)
+def test_tokens_at_top_k_1(load: Load, arrays: Arrays, name: str) -> None:
+    run = inputs.RUNS[name]
+    generate(load(run.checkpoint), run, arrays, name, greedy=True)
+
+
+@pytest.mark.parametrize("name", inputs.RUNS)
+def test_processed_probabilities_and_seeded_tokens(load: Load, arrays: Arrays, name: str) -> None:
+    run = inputs.RUNS[name]
+    check_probabilities(load(run.checkpoint), run, arrays, name)
+
+
+def test_segments(load: Load, arrays: Arrays) -> None:
+    """What upstream's multimodal_decode makes of the same ids: kinds, texts, and pictures' sizes, in order."""
+    kinds = {"text": "text", "global_reasoning": "global_cot", "image_reasoning": "image_cot"}
+    passages = inputs.passages(load("storyteller").tokenizer.ids, load("storyteller").tokenizer)
+    for name, expected in FACTS["segments"].items():
+        checkpoint = "storyteller" if name in passages else inputs.RUNS[name].checkpoint
+        tokenizer = load(checkpoint).tokenizer
+        reader = Reader(tokenizer)
+        ids = passages[name] if name in passages else arrays[f"{name}/sampled"].tolist()
+        made: list[list[Any]] = []
+        for segment in [*reader.feed(ids), *reader.finish()]:
+            if isinstance(segment, ImageCodes):
+                made.append(["image", [16 * len(segment.codes[0]), 16 * len(segment.codes)]])
+            else:
+                made.append([kinds[segment.kind], segment.text])
+        assert made == expected, name
+
+
+def test_a_whole_request_gives_the_golden_picture(load: Load, arrays: Arrays) -> None:
+    """From words to pixels through the public door, with upstream's tokens in between."""
+    from emu_cog import Request
+
+    name = "t2i fixed size"
+    run, pipeline = inputs.RUNS[name], load("picture")
+    request = Request(
+        prompt=inputs.QUESTIONS["t2i"],
+        size=run.size,
+        guidance_scale=run.guidance,
+        image_top_k=run.image.top_k,
+        text_top_k=run.text.top_k,
+        seed=run.seed,
+    )
+    (picture,) = [event for event in pipeline.stream(request) if isinstance(event, Picture)]
+    ids = pipeline.tokenizer.ids
+    golden = arrays[f"{name}/sampled"]
+    assert [code for row in picture.codes for code in row] == (golden[golden >= ids.visual] - ids.visual).tolist()
+
+
+def test_released_vocabulary(load: Load, arrays: Arrays, real_tokenizer_folder: Path) -> None:
+    pipeline = load("real", tokenizer=real_tokenizer_folder)  # type: ignore[call-arg]
+    check_prompts(pipeline, FACTS["prompts"]["real"])
+    generate(pipeline, inputs.REAL_RUN, arrays, "real", greedy=True)
+    check_probabilities(pipeline, inputs.REAL_RUN, arrays, "real")
+
+
+def test_vectors_are_small() -> None:
+    assert sum(path.stat().st_size for path in HERE.iterdir() if path.is_file()) < 2_000_000
