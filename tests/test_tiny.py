@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from transformers import Qwen3ForCausalLM
 from emu_cog import loading, tiny
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.vision import load_vision_tokenizer
-
-REAL = Path(os.environ.get("EMU_TEST_TOKENIZER", Path(__file__).parents[2] / "shared/data/tokenizer"))
 
 
 def digest(folder: Path) -> str:
@@ -54,9 +51,9 @@ def test_small_vocabulary_has_the_released_order(tmp_path: Path) -> None:
     assert (ids.bos, ids.eos, ids.img, ids.boi, ids.eoi, ids.visual) == tuple(ids.pad + i for i in range(206, 212))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the released tokenizer's files")
-def test_released_tokenizer_files_are_taken_over(tmp_path: Path) -> None:
-    ids = Tokenizer.load(tiny.make_tiny(tmp_path, tokenizer=REAL, visual_tokens=50, hidden=32, layers=1).model).ids
+def test_released_tokenizer_files_are_taken_over(tmp_path: Path, real_tokenizer_folder: Path) -> None:
+    made = tiny.make_tiny(tmp_path, tokenizer=real_tokenizer_folder, visual_tokens=50, hidden=32, layers=1)
+    ids = Tokenizer.load(made.model).ids
     assert ids.visual == 151854
     assert ids.vocab_size == 151854 + 50
 

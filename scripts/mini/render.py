@@ -49,7 +49,12 @@ class Batch:
 @torch.inference_mode()
 def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     """(N, 3, H, W) uint8 pictures, noise included."""
-    clean = render_clean(batch, device)
+    return with_noise(render_clean(batch, device), batch)
+
+
+@torch.inference_mode()
+def with_noise(clean: Tensor, batch: Batch) -> Tensor:
+    """What `render_clean` gave for `batch` as (N, 3, H, W) uint8 with each scene's own noise."""
     noise = _noise(torch.from_numpy(batch.head[:, 2]).to(clean.device), *clean.shape[-2:])
     return (clean + noise).clamp(0, 255).to(torch.uint8)
 

@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
 from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
-from scripts.mini.render import Batch, render, render_clean, resize
+from scripts.mini.render import Batch, render, render_clean, resize, with_noise
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.world import Scene
 
 NETWORK = {
     "ddconfig": {
-        "ch": 32,
+        "ch": 64,
         "out_ch": 3,
-        "ch_mult": [2, 3, 4, 4, 4],
+        "ch_mult": [1, 1, 2, 2, 2],
         "num_res_blocks": 1,
         "attn_resolutions": [],
         "dropout": 0.0,
@@ -43,6 +43,8 @@ NETWORK = {
     "n_embed": 2048,
     "embed_dim": 32,
 }
+LENGTH = 32**0.5
+"""Of every code: a component then is about 1 in size, as the decoder's first layers expect."""
 SCENES_A_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
 
@@ -97,14 +99,14 @@ class Codes(nn.Module):
 
 def step(model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1."""
-    z = F.normalize(model.features(x).float(), dim=1)
+    z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     with torch.no_grad():
         chosen = (flat @ codes.book.t()).argmax(1)
         near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
     apart = (z - near).pow(2).sum(1).mean()
     passed = z + quantise * (near - z).detach()
-    y = model.decoder(model.post_quant_conv(passed)).float()
+    y = model.decoder(model.post_quant_conv(LENGTH * passed)).float()
     error = (y - target).abs()
     squared = error.pow(2)
     loss = error.mean() + 4 * squared.mean() + 0.25 * quantise * apart
@@ -118,7 +120,8 @@ def batches(pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, 
         chunk = rng.choice(pools[shape])
         pick = rng.sample(range(len(chunk.head)), count)
         batch = Batch(*shape, chunk.head[pick], chunk.things[pick])
-        noisy, clean = render(batch, device), render_clean(batch, device).to(torch.uint8)
+        clean = render_clean(batch, device)
+        noisy, clean = with_noise(clean, batch), clean.to(torch.uint8)
         if shape != SQUARE:
             noisy, clean = (resize(p, SQUARE[0] * 16, SQUARE[1] * 16) for p in (noisy, clean))
         yield noisy.float() / 127.5 - 1, clean.float() / 127.5 - 1
@@ -144,7 +147,7 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     state = {k: v.detach().cpu().half() for k, v in model.state_dict().items()}
-    state["quantize.embedding.weight"] = codes.book.cpu().half()
+    state["quantize.embedding.weight"] = (LENGTH * codes.book).cpu().half()
     torch.save(state, folder / "model.ckpt")
 
 
@@ -196,10 +199,10 @@ def main() -> None:
         if device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
         warm = progress > 0.12
-        if warm and not bool(quantise):
-            assert kept is not None
+        if warm and kept is not None:
             codes.start(kept)
             quantise.fill_(1.0)
+            kept = None
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -211,10 +214,10 @@ def main() -> None:
         optimizer.step()
         if warm:
             codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.7)
-        else:
+        elif progress > 0.10:
             kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
-            smooth = -10 * math.log10(float(squared) / 4 + 1e-9)
+            smooth = -10 * math.log10(squared.item() / 4 + 1e-9)
             bar.set_postfix(psnr=f"{smooth:.2f}")
             if n % 400 == 0:
                 print(f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}", flush=True)
