@@ -41,7 +41,7 @@ chain can tell three kinds of text apart), or the text of one token ("1"). As la
 
 _ORDERLY: dict[str, float] = {"special": -40.0}
 # Ten to nineteen rows and columns where the model chooses the size itself.
-_SMALL_SIZES: dict[str, Mapping[str, float]] = {"boi": {"1": 20.0}, "*": {"1": 20.0}, "1": {"0": 6.0, "2": 6.0}}
+_SMALL_SIZES: dict[str, Mapping[str, float]] = {"boi": {"1": 20.0}, "*": {"1": 20.0}, "1": {"0": 3.0, "2": 3.0}}
 
 PICTURE: Favour = {"any": _ORDERLY, "bss": {"boi": 80.0}, "eoi": {"eos": 80.0}, **_SMALL_SIZES}
 """Begins one image at once and ends after it."""

@@ -1,0 +1,215 @@
+"""Make the golden vectors again, by running upstream's own code: `python tests/golden/make.py CLONE`.
+
+CLONE is a clone of https://github.com/baaivision/Emu3.5 at the pinned commit (`emu_cog.config.UPSTREAM_COMMIT`).
+Everything runs on a CPU in fp32 with eager attention; `emu_cog/upstream.py` tells what stands in for what.
+
+Each run is made twice. Once at top-k 1. Once with real sampling, where the draw is this project's (the inverse of
+the cumulative distribution at the i-th number of NumPy's Philox, i counting sampled tokens) in place of torch's
+multinomial: upstream computes every distribution, and the same seed must then give the same tokens in our engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers import LogitsProcessor  # noqa: E402
+
+from emu_cog import upstream, upstream_clone  # noqa: E402
+from emu_cog.tokens import TokenIds  # noqa: E402
+from tests.golden import inputs  # noqa: E402
+from tests.golden.inputs import Run  # noqa: E402
+
+
+class Listener(LogitsProcessor):
+    """Stands after upstream's processor: notes each sampled distribution and, with a seed, draws from it."""
+
+    def __init__(self, ids: TokenIds, prompt: int, *, size_known: bool, seed: int | None) -> None:
+        self.ids, self.prompt, self.size_known = ids, prompt, size_known
+        self.numbers = None if seed is None else np.random.Generator(np.random.Philox(seed)).random(100_000)
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probs = scores[0].softmax(dim=-1)
+        if not self._is_sampled(input_ids[0, self.prompt :].tolist(), probs):
+            return scores
+        kept = probs.nonzero()[:, 0]
+        self.steps.append((kept.numpy().astype(np.uint32), probs[kept].numpy()))
+        if self.numbers is None:
+            return scores
+        mass = probs.double().numpy().cumsum()
+        chosen = int(np.searchsorted(mass, self.numbers[len(self.steps) - 1] * mass[-1], side="right"))
+        alone = torch.full_like(scores, -torch.inf)
+        alone[0, chosen] = 0.0
+        return alone
+
+    def _is_sampled(self, said: list[int], probs: torch.Tensor) -> bool:
+        """False where upstream's grammar leaves one token: EOL, EOI, IMG, "*" and the digits of a known size."""
+        ids = self.ids
+        opened = max((i for i, t in enumerate(said) if t == ids.boi), default=-1)
+        closed = max((i for i, t in enumerate(said) if t == ids.eoi), default=-1)
+        if opened <= closed:
+            return True  # text
+        if float(probs[ids.visual :].sum()) > 0:
+            return True
+        choosing = not self.size_known and closed < 0 and ids.img not in said[opened:]
+        return choosing and float(probs[list(ids.digits)].sum()) > 0
+
+
+def generate(up: upstream.Upstream, run: Run, *, greedy: bool) -> dict[str, Any]:
+    pictures = [inputs.picture(name) for name in inputs.REFERENCES[: run.references]]
+    conditional, unconditional = up.prompt(run.task, inputs.QUESTIONS[run.task], pictures, run.area)
+    listener = Listener(
+        up.ids,
+        conditional.shape[1],
+        size_known=run.size is not None or run.references > 0,
+        seed=None if greedy else run.seed,
+    )
+    tokens = up.generate(
+        conditional,
+        unconditional,
+        guidance=run.guidance,
+        image=inputs.GREEDY if greedy else run.image,
+        text=inputs.GREEDY if greedy else run.text,
+        size=run.size,
+        max_new_tokens=run.limit,
+        references=run.references,
+        seed=0,
+        after=[listener],
+    )
+    return {"tokens": tokens, "steps": listener.steps, "prompt": (conditional[0], unconditional[0])}
+
+
+def pack(name: str, up: upstream.Upstream, run: Run) -> dict[str, np.ndarray]:
+    """One run as arrays: ids, and the sampled distributions as the surviving ids and their probabilities, flat."""
+    greedy, sampled = (generate(up, run, greedy=g) for g in (True, False))
+    blocks = [sum(t == up.ids.eoi for t in made["tokens"]) for made in (greedy, sampled)]
+    print(f"{name}: {len(greedy['tokens'])} tokens at top-k 1, {len(sampled['tokens'])} sampled, images {blocks}")
+    kept = [ids for ids, _ in sampled["steps"]]
+    arrays: dict[str, Sequence[Any] | np.ndarray] = {
+        "conditional": sampled["prompt"][0].numpy().astype(np.uint32),
+        "unconditional": sampled["prompt"][1].numpy().astype(np.uint32),
+        "greedy": np.array(greedy["tokens"], dtype=np.uint32),
+        "sampled": np.array(sampled["tokens"], dtype=np.uint32),
+        "kept": np.array([len(ids) for ids in kept], dtype=np.uint16),
+        "kept_ids": np.concatenate(kept),
+        "kept_probs": np.concatenate([probs for _, probs in sampled["steps"]]).astype(np.float32),
+    }
+    return {f"{name}/{key}": np.asarray(value) for key, value in arrays.items()}
+
+
+def prompts(up: upstream.Upstream) -> dict[str, list[list[int]]]:
+    """Ids of both prompts for every task with 0 to 3 references."""
+    made = {}
+    for task, question in inputs.QUESTIONS.items():
+        for count in range(4):
+            pictures = [inputs.picture(name) for name in inputs.REFERENCES[:count]]
+            made[f"{task} {count}"] = [ids[0].tolist() for ids in up.prompt(task, question, pictures, 64 * 64)]
+    return made
+
+
+class Sized:
+    """What `smart_resize` needs of a picture: its size, and to be asked for another."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.size = (width, height)
+
+    def resize(self, size: tuple[int, int], _: Any) -> tuple[int, int]:
+        return size
+
+
+def resizes(up: upstream.Upstream) -> list[list[int]]:
+    """[width, height, area, new width, new height]; sides that round to 0 make upstream fail and are left out."""
+    rows = []
+    for area in inputs.RESIZE_AREAS:
+        for size in inputs.RESIZE_SIZES:
+            new = up.code.input_utils.smart_resize(Sized(*size), area)
+            if min(new):
+                rows.append([*size, area, *new])
+    return rows
+
+
+def codes(up: upstream.Upstream) -> dict[str, list[list[int]]]:
+    made = {}
+    for name in inputs.REFERENCES:
+        for area in inputs.CODE_AREAS:
+            lines = up.image_string(inputs.picture(name), area).split("<|extra_200|>")
+            made[f"{name} {area}"] = [[int(n) for n in re.findall(r"visual token (\d+)", line)] for line in lines]
+    return made
+
+
+def segments(up: upstream.Upstream, tokens: Sequence[int]) -> list[list[Any]]:
+    return [[kind, value if isinstance(value, str) else list(value.size)] for kind, value in up.segments(tokens)]
+
+
+def pixels(up: upstream.Upstream, made: dict[str, list[list[int]]]) -> dict[str, np.ndarray]:
+    """Pictures decoded by upstream from some of the codes."""
+    drawn = {}
+    for name in (f"{reference} {inputs.CODE_AREAS[0]}" for reference in inputs.REFERENCES):
+        ((kind, image),) = up.segments(up.ids.image_block(made[name]))
+        assert kind == "image"
+        drawn[name] = np.asarray(image)
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make tests/golden/*.npz and *.json again.")
+    parser.add_argument("clone", type=Path, help="a clone of upstream's repository at the pinned commit")
+    clone = parser.parse_args().clone.resolve()
+    upstream_clone.verify(clone)
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    facts: dict[str, Any] = {"prompts": {}, "codes": {}, "segments": {}, "digests": {}}
+    arrays: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def load(name: str, tokenizer: Path | None = None) -> tuple[upstream.Upstream, str]:
+            folders = inputs.make(name, Path(temporary) / name, tokenizer=tokenizer)
+            up = upstream.load(
+                clone,
+                folders.model,
+                folders.vision,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                attention="eager",
+            )
+            return up, inputs.digest(folders)
+
+        for name in inputs.CHECKPOINTS:
+            up, facts["digests"][name] = load(name)
+            for run_name, run in inputs.RUNS.items():
+                if run.checkpoint == name:
+                    arrays |= pack(run_name, up, run)
+                    sampled = arrays[f"{run_name}/sampled"].tolist()
+                    if up.ids.eos in sampled or run.task in ("t2i", "x2i"):  # ends properly: no cut image
+                        facts["segments"][run_name] = segments(up, sampled)
+            facts["codes"][name] = codes(up)
+            arrays |= {f"pixels {name}/{key}": value for key, value in pixels(up, facts["codes"][name]).items()}
+            facts["prompts"][name] = prompts(up)
+            if name == "storyteller":
+                facts["resizes"] = resizes(up)
+                for passage, tokens in inputs.passages(up.ids, up.own_tokenizer).items():
+                    facts["segments"][passage] = segments(up, tokens)
+        released = clone / "src/tokenizer_emu3_ibq"
+        up, facts["digests"]["real"] = load("real", tokenizer=released)
+        real_arrays = pack("real", up, inputs.REAL_RUN)
+        facts["prompts"]["real"] = prompts(up)
+    np.savez_compressed(HERE / "runs.npz", **arrays, **real_arrays)
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+    (HERE / "facts.json").write_text(text.replace(',"', ',\n"') + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
