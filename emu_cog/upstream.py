@@ -35,6 +35,8 @@ from emu_cog.tokenizer import RANKS_FILE, VISION_FILE, Tokenizer
 from emu_cog.tokens import ROLES, TokenIds
 from emu_cog.upstream_code import Code, import_code, templates
 
+__all__ = ["Config", "Upstream", "load", "templates"]
+
 # Upstream's size grammar has these ids written out: mask[:, 16:25], mask[:, 9], mask[:, 15:25].
 _DIGITS, _STAR = tuple(range(15, 25)), 9
 
@@ -230,11 +232,19 @@ def _sampling_params(image: Sampling, text: Sampling, max_new_tokens: int) -> di
 
 
 def load(
-    clone: Path, model: Path, vision: Path, *, device: torch.device, dtype: torch.dtype, attention: str | None = None
+    clone: Path,
+    model: Path,
+    vision: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    device_map: str | None = None,
 ) -> Upstream:
     """Build a checkpoint's model, tokenizer and vision tokenizer with upstream's `build_emu3p5`.
 
     `attention` is transformers' name for it: by default "flash_attention_2" where it can run, else "sdpa".
+    `device_map` "auto" spreads the layers over several devices.
     Raises CheckpointError for a vocabulary that upstream's constants rule out.
     """
     tokenizer = Tokenizer.load(model)
@@ -246,6 +256,6 @@ def load(
     adopt_vocabulary(code, tokenizer.ids)
     with _tokenizer_folder(code, model, tokenizer.ids) as folder:
         built = code.model_utils.build_emu3p5(
-            str(model), str(folder), str(vision), vq_type="ibq", model_device=device, vq_device=device
+            str(model), str(folder), str(vision), vq_type="ibq", model_device=device_map or device, vq_device=device
         )
     return Upstream(code, tokenizer, *built)
