@@ -58,8 +58,10 @@ def _nearest(colours: NDArray[np.float32], *but: str) -> NDArray[np.intp]:
 
 def _background(smooth: NDArray[np.float32]) -> str:
     ring = np.concatenate(
-        [smooth[:RING].reshape(-1, 3), smooth[-RING:].reshape(-1, 3)]
-        + [smooth[RING:-RING, :RING].reshape(-1, 3), smooth[RING:-RING, -RING:].reshape(-1, 3)]
+        [
+            strip.reshape(-1, 3)
+            for strip in (smooth[:RING], smooth[-RING:], smooth[RING:-RING, :RING], smooth[RING:-RING, -RING:])
+        ]
     )
     return _NAMES[int(np.bincount(_nearest(ring), minlength=len(_NAMES)).argmax())]
 
@@ -155,11 +157,11 @@ def _outlines() -> list[tuple[str, int, NDArray[np.float32], tuple[float, float]
 def _overlap(cover: NDArray[np.float32], outline: NDArray[np.float32], top: int, left: int) -> float:
     """The area common to both, with the outline's corner at (top, left)."""
     height, width = cover.shape
-    t, l = max(top, 0), max(left, 0)
-    b, r = min(top + outline.shape[0], height), min(left + outline.shape[1], width)
-    if t >= b or l >= r:
+    y0, x0 = max(top, 0), max(left, 0)
+    y1, x1 = min(top + outline.shape[0], height), min(left + outline.shape[1], width)
+    if y0 >= y1 or x0 >= x1:
         return 0.0
-    return float(np.minimum(cover[t:b, l:r], outline[t - top : b - top, l - left : r - left]).sum())
+    return float(np.minimum(cover[y0:y1, x0:x1], outline[y0 - top : y1 - top, x0 - left : x1 - left]).sum())
 
 
 def _texture(shift: NDArray[np.float32], clear: Mask, background: str) -> str:

@@ -73,9 +73,7 @@ def whole(width: int, height: int) -> Area:
     return MARGIN, MARGIN, width - MARGIN, height - MARGIN
 
 
-def halves(
-    rng: Random, width: int, height: int, first: int, second: int, *, upright: bool
-) -> tuple[Area, Area] | None:
+def halves(rng: Random, width: int, height: int, first: int, second: int, *, upright: bool) -> tuple[Area, Area] | None:
     """The picture cut in two, the parts at least `first` and `second` pixels deep: (top, bottom) or (left, right)."""
     length = height if upright else width
     low, high = -(-(MARGIN + first) // GRID), (length - MARGIN - second) // GRID

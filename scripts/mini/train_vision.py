@@ -17,6 +17,7 @@ from random import Random
 
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
 from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
-from scripts.mini.tasks import MAKERS, sample
+from scripts.mini.tasks import sample
 from scripts.mini.world import Scene
 
 NETWORK = {
@@ -71,33 +72,47 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Spherical k-means over (N, width) unit vectors."""
-        chosen = z[torch.randperm(len(z), device=z.device)[: len(self.book)]]
-        self.book[: len(chosen)] = chosen
-        for _ in range(8):
+        """Spherical k-means over (N, width) unit vectors, begun far apart: most patches are plain ground and
+        would otherwise take most codes."""
+        count = len(self.book)
+        self.book[:] = z[torch.randint(len(z), (count,), device=z.device)]
+        filled = count // 32
+        while filled < count:
+            more = min(count // 16, count - filled)
+            self.book[filled : filled + more] = z[self._far(z, self.book[:filled], more)]
+            filled += more
+        for _ in range(10):
             codes = (z @ self.book.t()).argmax(1)
             sums = torch.zeros_like(self.book).index_add_(0, codes, z)
-            used = torch.bincount(codes, minlength=len(self.book)) > 0
+            used = torch.bincount(codes, minlength=count) > 0
             self.book[used] = F.normalize(sums[used], dim=1)
-            self.book[~used] = z[torch.randint(len(z), (int((~used).sum()),), device=z.device)]
         self.sums.copy_(self.book)
         self.uses.fill_(1.0)
 
+    @staticmethod
+    def _far(z: Tensor, book: Tensor, count: int) -> Tensor:
+        """Numbers of `count` rows of z, drawn by their squared distance from the nearest code."""
+        apart = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
+        return torch.multinomial(apart, count, replacement=True)
+
     @torch.no_grad()
     def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
-        counts = torch.bincount(codes, minlength=len(self.book)).float()
-        self.uses.lerp_(counts, 1 - decay)
+        """Move each code towards those that chose it; with `revive`, codes hardly ever chosen start anew."""
+        count = len(self.book)
+        self.uses.lerp_(torch.bincount(codes, minlength=count).float(), 1 - decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
         self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
         if revive:
-            dead = self.uses < 0.03 * len(z) / len(self.book)
-            fresh = z[torch.randint(len(z), (len(self.book),), device=z.device)]
+            dead = self.uses < 0.01 * len(z) / count
+            fresh = z[self._far(z, self.book, count)]
             self.book.copy_(torch.where(dead[:, None], fresh, self.book))
             self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
             self.uses.copy_(torch.where(dead, torch.ones_like(self.uses), self.uses))
 
 
-def step(model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def step(
+    model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1."""
     z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -113,7 +128,39 @@ def step(model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor) 
     return loss, squared.mean(), flat.detach(), chosen
 
 
-def batches(pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+class Layout:
+    """Finds in the first steps which memory layout is the faster one here, and keeps to it."""
+
+    TRIAL = 12
+
+    def __init__(self, model: IBQ, device: torch.device) -> None:
+        self.model, self.cuda = model, device.type == "cuda"
+        self.formats = [torch.contiguous_format, torch.channels_last]
+        self.seconds: list[float] = []
+        self.chosen = self.formats[0]
+        self._since = 0.0
+
+    def settle(self, n: int, x: Tensor) -> Tensor:
+        """`x` of step `n` in the layout whose turn it is, or that won."""
+        if self.cuda and n <= 2 * self.TRIAL:
+            place = n % self.TRIAL
+            if place == self.TRIAL // 2 or (place == 0 and n):
+                torch.cuda.synchronize()
+                if place:
+                    self._since = time.perf_counter()
+                else:
+                    self.seconds.append(time.perf_counter() - self._since)
+            if place == 0:
+                turn = n // self.TRIAL if n < 2 * self.TRIAL else self.seconds.index(min(self.seconds))
+                self.chosen = self.formats[turn]
+                self.model.to(memory_format=self.chosen)
+                print(f"layout {self.chosen}, trials {self.seconds}", flush=True)
+        return x.contiguous(memory_format=self.chosen)
+
+
+def batches(
+    pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(noisy, clean) pictures in -1..1, all 192x192; a fifth are other shapes squeezed into the square."""
     while True:
         shape = SQUARE if rng.random() < 0.8 else rng.choice([s for s in pools if s != SQUARE] or [SQUARE])
@@ -142,6 +189,15 @@ def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tu
     return sum(ratios) / len(ratios), len(used)
 
 
+@torch.inference_mode()
+def before_and_after(model: IBQ, chunk: Batch, device: torch.device) -> Image.Image:
+    """Twelve held-out pictures over what comes back from their codes."""
+    x = render(Batch(chunk.rows, chunk.columns, chunk.head[40:52], chunk.things[40:52]), device)
+    y = ((model.decode(model.encode(x.float() / 127.5 - 1)) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    page = torch.cat([torch.cat(list(t), dim=2) for half in (slice(0, 6), slice(6, 12)) for t in (x[half], y[half])], 1)
+    return Image.fromarray(page.permute(1, 2, 0).cpu().numpy())
+
+
 def save(model: IBQ, codes: Codes, folder: Path) -> None:
     """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,10 +213,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -179,12 +234,10 @@ def main() -> None:
     (folder / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     model = IBQ(VisionConfig.read(folder)).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     codes = Codes(NETWORK["n_embed"], NETWORK["embed_dim"]).to(device)  # type: ignore[arg-type]
     rest = [p for n, p in model.named_parameters() if not n.startswith("quantize")]
-    optimizer = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda")
-    run = torch.compile(step) if args.compile else step
+    optimizer = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    layout = Layout(model, device)
     stream = batches(pools, args.batch, Random(args.seed), device)
 
     bar = tqdm(range(args.steps), mininterval=5.0)
@@ -196,9 +249,8 @@ def main() -> None:
         if progress >= 1:
             break
         x, target = next(stream)
-        if device.type == "cuda":
-            x = x.contiguous(memory_format=torch.channels_last)
-        warm = progress > 0.12
+        x = layout.settle(n, x)
+        warm = progress > 0.07
         if warm and kept is not None:
             codes.start(kept)
             quantise.fill_(1.0)
@@ -207,24 +259,28 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared, flat, chosen = run(model, codes, x, target, quantise)
+            loss, squared, flat, chosen = step(model, codes, x, target, quantise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(rest, 1.0)
         optimizer.step()
         if warm:
-            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.7)
-        elif progress > 0.10:
+            codes.learn(flat, chosen, decay=0.99, revive=n % 20 == 0 and progress < 0.7)
+        elif progress > 0.05:
             kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
             smooth = -10 * math.log10(squared.item() / 4 + 1e-9)
             bar.set_postfix(psnr=f"{smooth:.2f}")
             if n % 400 == 0:
-                print(f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}", flush=True)
+                print(
+                    f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}",
+                    flush=True,
+                )
 
     save(model, codes, folder)
     final = load_vision_tokenizer(folder, device=device)
     quality = {f"psnr_{c.rows}x{c.columns}": psnr(final, c, device) for c in held}
+    before_and_after(final, held[0], device).save(folder / "reconstructions.png")
     record = {
         "steps": n + 1,
         "seconds": round(time.time() - started, 1),

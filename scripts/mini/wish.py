@@ -101,17 +101,16 @@ def _between(a: Thing, b: Thing, c: Thing) -> bool:
     if abs(b.x - c.x) < abs(b.y - c.y):
         across, along = along, across
     low, high = min(across[0], across[2]), max(across[0], across[2])
-    return low + 12 <= across[1] <= high - 12 and min(along[0], along[2]) - 40 <= along[1] <= max(along[0], along[2]) + 40
+    return (
+        low + 12 <= across[1] <= high - 12 and min(along[0], along[2]) - 40 <= along[1] <= max(along[0], along[2]) + 40
+    )
 
 
 def in_region(thing: Thing, region: str, width: int, height: int, *, slack: float = 0.06) -> bool:
     """Whether the centre lies in that ninth of the picture, widened by `slack` of the picture's side."""
     column, row = REGIONS[region]
     x, y = thing.x / width, thing.y / height
-    return (
-        column / 3 - slack <= x <= (column + 1) / 3 + slack
-        and row / 3 - slack <= y <= (row + 1) / 3 + slack
-    )
+    return column / 3 - slack <= x <= (column + 1) / 3 + slack and row / 3 - slack <= y <= (row + 1) / 3 + slack
 
 
 def region_of(x: float, y: float, width: int, height: int) -> str:
@@ -128,9 +127,7 @@ def complaint(seen: Seen, wish: Wish, *, near: int = 12) -> str | None:
         return f"background is {seen.texture}, not {wish.texture}"
     if len(seen.things) != len(wish.wanted):
         return f"{len(seen.things)} things, not {len(wish.wanted)}"
-    options = [
-        [i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in wish.wanted
-    ]
+    options = [[i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in wish.wanted]
     for want, fitting in zip(wish.wanted, options, strict=True):
         if not fitting:
             return f"no {want}"
@@ -157,6 +154,4 @@ def _assign(seen: Seen, wish: Wish, options: list[list[int]], chosen: list[int])
             return [seen.things[chosen[n]] for n in numbers]
 
         return all(stands(r.name, pick(r.first), pick(r.second), pick(r.third)) for r in wish.relations)
-    return any(
-        _assign(seen, wish, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen
-    )
+    return any(_assign(seen, wish, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen)

@@ -18,7 +18,11 @@ NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "tree": (("tree", "trees"),),
     "fish": (("fish", "fish"),),
 }
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "big", "huge"),
+}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 RELATION_WORDS = {

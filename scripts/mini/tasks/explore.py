@@ -37,7 +37,11 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
     given = rng.random() < 0.67
     route = _route(rng, path)
     question = rng.choice(
-        (f"explore {land} with {seen}: {route}", f"walk through {land} of {seen}: {route}", f"{route} through {land} with {seen}")
+        (
+            f"explore {land} with {seen}: {route}",
+            f"walk through {land} of {seen}: {route}",
+            f"{route} through {land} with {seen}",
+        )
     )
     if given and rng.random() < 0.5:
         question = rng.choice((f"explore this world: {route}", route, f"from here, {route}"))
@@ -80,7 +84,13 @@ def _world(
 
 
 def _view(
-    rng: Random, things: list[Thing], place: tuple[int, int], half: tuple[int, int], rows: int, columns: int, ground: str
+    rng: Random,
+    things: list[Thing],
+    place: tuple[int, int],
+    half: tuple[int, int],
+    rows: int,
+    columns: int,
+    ground: str,
 ) -> Scene:
     x, y = place[0] * half[0], place[1] * half[1]
     moved = [t.at(t.x - x, t.y - y) for t in things]

@@ -35,7 +35,9 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     speaker = Speaker(rng)
     empty = Scene(rows, columns, ground, pattern, (), noise_seed(rng))
     told_size = [rng.random() < (0.8 if t.size != "medium" else 0.3) for t in things]
-    phrases = [speaker.a(t.shape, t.colour, t.size if told else None) for t, told in zip(things, told_size, strict=True)]
+    phrases = [
+        speaker.a(t.shape, t.colour, t.size if told else None) for t, told in zip(things, told_size, strict=True)
+    ]
     goal = f"{listing(phrases)} on {speaker.a_ground(ground, pattern)}"
 
     answer: list[Said | Scene] = []

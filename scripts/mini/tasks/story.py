@@ -68,7 +68,9 @@ def _question(rng: Random, speaker: Speaker, hero: Thing, places: list[Thing]) -
     """The question, and whether it names the places; where it does not, a plan comes first in the answer."""
     who = speaker.a(hero.shape, hero.colour, hero.size if hero.size == "small" or rng.random() < 0.3 else None)
     told = rng.random() < 0.75
-    opening = rng.choice(("tell a story about {}", "tell me a story about {}", "a story about {}", "write a story about {}"))
+    opening = rng.choice(
+        ("tell a story about {}", "tell me a story about {}", "a story about {}", "write a story about {}")
+    )
     text = opening.format(who)
     if told:
         goals = listing([speaker.a(p.shape, p.colour) for p in places])

@@ -68,7 +68,15 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12) -> Samp
 
 def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
     """Different groups differ in shape or colour, mostly in both."""
-    count = {"single": 1, "place": 1, "several": 1, "sided": 2, "beside": 2, "between": 3, "listed": rng.choice((2, 2, 3))}
+    count = {
+        "single": 1,
+        "place": 1,
+        "several": 1,
+        "sided": 2,
+        "beside": 2,
+        "between": 3,
+        "listed": rng.choice((2, 2, 3)),
+    }
     groups: list[Group] = []
     while len(groups) < count[kind]:
         number = 1
@@ -107,7 +115,13 @@ def _layout(
         moved = second.at(x, first.y + rng.choice((-8, 0, 0, 8)))
         spot = put(rng, second, [first], (*moved.box[:2], *moved.box[2:]))
         low, high = whole(width, height)[:2], whole(width, height)[2:]
-        if spot is None or spot.box[0] < low[0] or spot.box[1] < low[1] or spot.box[2] > high[0] or spot.box[3] > high[1]:
+        if (
+            spot is None
+            or spot.box[0] < low[0]
+            or spot.box[1] < low[1]
+            or spot.box[2] > high[0]
+            or spot.box[3] > high[1]
+        ):
             return None
         placed[1] = [spot]
         return placed if stands(BESIDE, placed[0], placed[1]) else None
@@ -144,7 +158,9 @@ def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[
     if room < 32:
         return None
     gaps = rng.choice([g for g in (16, 24, 32, 40) if 2 * g <= room])
-    line = rng.randint((max(t.side for t in things) // 2 + 11) // GRID, (depth - max(t.side for t in things) // 2 - 11) // GRID)
+    line = rng.randint(
+        (max(t.side for t in things) // 2 + 11) // GRID, (depth - max(t.side for t in things) // 2 - 11) // GRID
+    )
     position = 4 + rng.randint(0, (room - 2 * gaps) // GRID) * GRID
     placed = []
     for thing in things:

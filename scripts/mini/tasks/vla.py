@@ -20,7 +20,10 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     width, height = columns * 16, rows * 16
     count = rng.choice((2, 2, 3))
     chosen = things_apart(rng, count, ground, "black")
-    kinds = [Thing(t.shape, t.colour, size(rng) if i else rng.choice(("small", "medium")), 0, 0) for i, t in enumerate(chosen)]
+    kinds = [
+        Thing(t.shape, t.colour, size(rng) if i else rng.choice(("small", "medium")), 0, 0)
+        for i, t in enumerate(chosen)
+    ]
     others: list[Thing] = []
     for kind in kinds[1:]:
         spot = put(rng, kind, others, (8, TOP, width - 8, height - 8))

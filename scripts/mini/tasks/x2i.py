@@ -42,7 +42,11 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
     edit = MAKERS[operation](rng, speaker, before, told)
     if edit is None:
         return None
-    order = edit.order if rng.random() < 0.7 else rng.choice(("please {}", "can you {}?", "edit the picture: {}")).format(edit.order)
+    order = (
+        edit.order
+        if rng.random() < 0.7
+        else rng.choice(("please {}", "can you {}?", "edit the picture: {}")).format(edit.order)
+    )
     return _sample(rng, order, (before,), edit, operation)
 
 
@@ -61,7 +65,7 @@ def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -
     ground = colour(rng, *but_colours)
     step = 1 if rng.random() < FREE_SHARE else 8
     things = put_all(rng, things_apart(rng, count, ground, *but_colours), (), whole(columns * 16, rows * 16), step=step)
-    return things and Scene(rows, columns, ground, texture(rng), tuple(things), noise_seed(rng)) or None
+    return (things and Scene(rows, columns, ground, texture(rng), tuple(things), noise_seed(rng))) or None
 
 
 def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...]) -> str:
@@ -70,7 +74,9 @@ def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...])
     return speaker.the(thing.shape, None if lone and rng.random() < 0.3 else thing.colour)
 
 
-def _edit(rng: Random, order: str, before: Scene, things: list[Thing], changed: Wanted | None = None, **more: object) -> Edit:
+def _edit(
+    rng: Random, order: str, before: Scene, things: list[Thing], changed: Wanted | None = None, **more: object
+) -> Edit:
     """Every thing that was there before stays; `changed` describes the last of `things` where it is new."""
     after = replace(before, things=tuple(things), seed=noise_seed(rng))
     wanted = [kept(t) for t in (things[:-1] if changed else things)]
@@ -135,7 +141,7 @@ def _spot(
     if rng.random() < 0.45 or not others:
         region = rng.choice(tuple(REGIONS))
         placed = in_ninth(rng, thing, region, width, height, others)
-        return placed and (placed, speaker.place(region), replace(want, region=region), ()) or None
+        return (placed and (placed, speaker.place(region), replace(want, region=region), ())) or None
     anchor = rng.choice(others)
     relation = rng.choice((*SIDED, *SIDED, BESIDE))
     left, top, right, bottom = anchor.box
@@ -272,5 +278,3 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
     wish = Wish(tuple(wanted), tuple(relations), base.background, base.texture)
     sample = _sample(rng, order, (base,), Edit(order, after, wish), "take two" if two else "take")
     return replace(sample, references=references)
-
-

@@ -1,0 +1,56 @@
+"""Puts a trained vision tokenizer, language model and vocabulary together as the package's miniature."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from emu_cog.pipeline import Pipeline
+from emu_cog.tasks import DEFAULTS_FILE
+from emu_cog.tokenizer import RANKS_FILE, VISION_FILE
+from scripts.mini.pool import AREA
+
+LIMIT = 40 * 10**6
+"""Bytes the two folders may take together."""
+DEFAULTS = {"kind": "image", "image_area": AREA, "guidance_scale": 3.0}
+
+
+def copy(vision: Path, vocabulary: Path, language: Path, target: Path, guidance: dict[str, float] | None) -> int:
+    """Fill `target`/model and `target`/vision, load them once, and give their size in bytes."""
+    model_folder, vision_folder = target / "model", target / "vision"
+    for folder in (model_folder, vision_folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    for name in ("config.yaml", "model.ckpt"):
+        shutil.copy(vision / name, vision_folder / name)
+    for name in (RANKS_FILE, VISION_FILE):
+        shutil.copy(vocabulary / name, model_folder / name)
+    for path in (language / "config.json", language / "model.safetensors.index.json", *language.glob("*.safetensors")):
+        shutil.copy(path, model_folder / path.name)
+    defaults = DEFAULTS | ({"guidance_scale": guidance} if guidance else {})
+    (model_folder / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
+    for path in (*model_folder.iterdir(), *vision_folder.iterdir()):
+        path.chmod(0o644)
+    Pipeline.load(model_folder, vision_folder)
+    return sum(p.stat().st_size for p in (*model_folder.iterdir(), *vision_folder.iterdir()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vision", type=Path, required=True)
+    parser.add_argument("--vocabulary", type=Path, required=True)
+    parser.add_argument("--language", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "emu_cog" / "mini")
+    parser.add_argument("--guidance", type=json.loads, help='default guidance by task, as JSON: {"t2i": 3.0, ...}')
+    args = parser.parse_args()
+    size = copy(args.vision, args.vocabulary, args.language, args.out, args.guidance)
+    print(json.dumps({"bytes": size}))
+    if size > LIMIT:
+        raise SystemExit(f"the miniature takes {size} bytes, more than the {LIMIT} it may")
+
+
+if __name__ == "__main__":
+    main()

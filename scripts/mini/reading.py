@@ -1,0 +1,119 @@
+"""Reads what the model writes: things, places, moves and backgrounds in its sentences."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from scripts.mini.tasks.explore import MOVES
+from scripts.mini.wish import Relation, Wanted, Wish
+from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
+from scripts.mini.world import COLOURS
+
+_SHAPE = {form: shape for shape, nouns in NOUNS.items() for pair in nouns for form in pair}
+_COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
+_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
+_RELATION = {word: name for name, words in RELATION_WORDS.items() for word in words}
+_TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
+
+
+def _any(words: dict[str, str]) -> str:
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
+_THING = re.compile(
+    rf"\b(?:(?P<number>an?|the|one|two|three|four|[1-4]) )?(?:(?P<size>{_any(_SIZE)}) )?"
+    rf"(?:(?P<colour>{_any(_COLOUR)}) )?(?P<shape>{_any(_SHAPE)})\b"
+)
+_GROUND = re.compile(
+    rf"(?:(?P<t1>{_any(_TEXTURE)}) |plain )?(?P<colour>{_any(_COLOUR)}) (?:(?P<t2>{_any(_TEXTURE)}) )?background"
+)
+_SKY = re.compile(rf"(?:sky|everything around|land) is (?P<colour>{_any(_COLOUR)})")
+_PLACE = re.compile(
+    r"\b(?:in|at|on) the "
+    r"(top[ -]left|top[ -]right|bottom[ -]left|bottom[ -]right|top|bottom|left|right|cent(?:re|er)|middle)\b"
+)
+_SIDE = re.compile(rf"\b({_any(_RELATION)}) the (?:({_any(_COLOUR)}) )?({_any(_SHAPE)})\b")
+
+
+@dataclass(frozen=True)
+class Mention:
+    """`count` things of one description, `definite` with "the"."""
+
+    count: int
+    wanted: Wanted
+    definite: bool
+
+
+def mentions(text: str) -> list[Mention]:
+    """All things a text speaks of, in order."""
+    found = []
+    for match in _THING.finditer(text.lower()):
+        number = match["number"] or ""
+        count = int(number) if number.isdigit() else NUMBERS.index(number) if number in NUMBERS else 1
+        wanted = Wanted(_SHAPE[match["shape"]], _COLOUR.get(match["colour"] or ""), _SIZE.get(match["size"] or ""))
+        found.append(Mention(count, wanted, number == "the"))
+    return found
+
+
+def ground(text: str) -> tuple[str, str] | None:
+    """(colour, texture) of the background a text names."""
+    match = _GROUND.search(text.lower())
+    return (match and (_COLOUR[match["colour"]], _TEXTURE.get(match["t1"] or match["t2"] or "", "plain"))) or None
+
+
+def sky(text: str) -> str | None:
+    match = _SKY.search(text.lower())
+    return (match and _COLOUR[match["colour"]]) or None
+
+
+def place(text: str) -> str | None:
+    """The ninth of the picture a text names."""
+    match = _PLACE.search(text.lower())
+    if not match:
+        return None
+    name = match[1].replace("-", " ")
+    return "centre" if name in ("center", "middle") else name
+
+
+def move(text: str) -> str | None:
+    """The camera's direction in a text."""
+    match = re.search(rf"\b({'|'.join(MOVES)})\b", text.lower())
+    return (match and match[1]) or None
+
+
+def howto_wishes(texts: list[str]) -> list[Wish] | None:
+    """What the picture after each step must show, by the steps' own words; None where a step can't be read."""
+    wanted: list[Wanted] = []
+    under: tuple[str, str] | None = None
+    wishes = []
+    for text in texts:
+        under = ground(text) or under
+        told = [m for m in mentions(text) if not m.definite]
+        relations: tuple[Relation, ...] = ()
+        if told:
+            if len(told) != 1 or told[0].count != 1:
+                return None
+            region = None
+            side = _SIDE.search(text.lower())
+            if side:
+                anchors = [i for i, w in enumerate(wanted) if w.shape == _SHAPE[side[3]]]
+                if len(anchors) != 1:
+                    return None
+                relations = (Relation(_RELATION[side[1]], (len(wanted),), (anchors[0],)),)
+            else:
+                region = place(text)
+            wanted.append(replace(told[0].wanted, region=region))
+        elif not ground(text):
+            return None
+        wishes.append(Wish(tuple(wanted), relations, *(under or (None, None))))
+    return wishes
+
+
+def story_wish(text: str) -> Wish | None:
+    """The hero, the place and the sky of one scene, by its own words."""
+    told = mentions(text)
+    colour = sky(text)
+    if len(told) != 2 or colour is None:
+        return None
+    return Wish(tuple(m.wanted for m in told), background=colour)

@@ -1,0 +1,125 @@
+"""Examples to token sequences, in exactly the form inference uses: built by the package's own prompts and grammar.
+
+Pictures are not known to the process that writes the text; it leaves numbered blanks where their codes go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu_cog.geometry import reference_size
+from emu_cog.prompts import build
+from emu_cog.tasks import TABLE
+from emu_cog.tokenizer import Tokenizer
+from scripts.mini.pool import AREA, SQUARE
+from scripts.mini.render import Batch
+from scripts.mini.tasks import sample
+from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
+from scripts.mini.world import Scene
+
+SHARES = {"t2i": 34, "x2i": 30, "howto": 9, "story": 9, "explore": 9, "vla": 9}
+"""How often each task is drawn, of 100."""
+WITHOUT_TEXT = 0.12
+"""Share of samples that become the unconditional stream: no words, the pictures alone."""
+BLANK = 1 << 20
+"""Blank number i stands as the id `visual + BLANK + i` until its code is filled in."""
+
+Size = tuple[int, int]
+T2I_SIZES: tuple[Size, ...] = ((10, 13), (13, 10), (10, 14), (14, 10), (10, 16), (16, 10), (10, 18), (18, 10))
+X2I_SIZES: tuple[Size, ...] = ((10, 14), (14, 10), (11, 14), (14, 11), (10, 13), (13, 10), (10, 16), (16, 10))
+OTHER_SIZES: tuple[Size, ...] = ((10, 14), (14, 10))
+SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Sequences laid end to end. `ids` int32 with blanks, `learn` uint8 (1: a token to be learnt), `lengths`.
+
+    `scenes` lists the pictures by (drawn size, size in tokens after the resize of references): a batch and the
+    number of each picture's first blank.
+    """
+
+    ids: NDArray[np.int32]
+    learn: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    scenes: dict[tuple[Size, Size], tuple[Batch, NDArray[np.int64]]]
+    blanks: int
+
+
+@cache
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def chunk(job: tuple[int, int, Path]) -> Chunk:
+    """`job` is (seed, samples, folder of the tokenizer files)."""
+    seed, count, folder = job
+    rng, words = Random(seed), tokenizer(folder)
+    ids: list[int] = []
+    learn: list[int] = []
+    lengths: list[int] = []
+    pictures: dict[tuple[Size, Size], list[tuple[Scene, int]]] = {}
+    blanks = 0
+    for _ in range(count):
+        task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+        drawn = draw_size(rng, task)
+        made = sample(rng, task, *drawn)
+        final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
+        line, mask = sequence(made, words, final, blanks, with_text=rng.random() >= WITHOUT_TEXT)
+        for scene in (*made.references, *made.pictures):
+            pictures.setdefault((drawn, final), []).append((scene, blanks))
+            blanks += final[0] * final[1]
+        ids += line
+        learn += mask
+        lengths.append(len(line))
+    scenes = {
+        key: (Batch.of([scene for scene, _ in group]), np.array([first for _, first in group]))
+        for key, group in pictures.items()
+    }
+    return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
+
+
+def draw_size(rng: Random, task: str) -> Size:
+    """Mostly square, as the defaults are; else what the presets and the references' resize give."""
+    if rng.random() < SQUARE_SHARE.get(task, 0.9):
+        return SQUARE
+    return rng.choice({"t2i": T2I_SIZES, "x2i": X2I_SIZES}.get(task, OTHER_SIZES))
+
+
+def sequence(made: Sample, words: Tokenizer, size: Size, first: int, *, with_text: bool) -> tuple[list[int], list[int]]:
+    """(ids with blanks from number `first` on, what is to be learnt) of one sample in one of its two streams."""
+    rows, columns = size
+    count = len(made.references) + len(made.pictures)
+    grids = [
+        [[BLANK + first + (n * rows + r) * columns + c for c in range(columns)] for r in range(rows)]
+        for n in range(count)
+    ]
+    given, drawn = grids[: len(made.references)], iter(grids[len(made.references) :])
+    prompt = build(TABLE[made.task], made.question, given, words)
+    ids = words.ids
+    line = list(prompt.conditional if with_text else prompt.unconditional)
+    mask = [0] * len(line)
+    marks = {GLOBAL: (ids.bog, ids.eog), THOUGHT: (ids.boc, ids.eoc)}
+    for part in made.answer:
+        if isinstance(part, Said):
+            if not with_text:
+                continue
+            opening, closing = marks.get(part.kind, (None, None))
+            text = words.encode(part.text)
+            piece = text if opening is None or closing is None else [opening, *text, closing]
+            mask += [1] * len(piece)
+        else:
+            piece = ids.image_block(next(drawn))
+            # The unconditional stream is only ever asked for visual tokens.
+            mask += [1] * len(piece) if with_text else [int(i >= ids.visual) for i in piece]
+        line += piece
+    if with_text:
+        line.append(ids.eos)
+        mask.append(1)
+    return line, mask
