@@ -48,7 +48,7 @@ class Server:
             # Predictor and predict() are what this project's users asked for; Cog's advice to rename them is known.
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
-        environment.setdefault("RUST_LOG", "warn")
+        environment.setdefault("RUST_LOG", "error")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cog.server.http", "--host", HOST],
             cwd=ROOT,

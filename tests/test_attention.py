@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def kvcache_attention(
 
 
 @pytest.fixture
-def flash_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def flash_module(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A module `flash_attn` that holds the twin; gives the list of query shapes it was called with."""
     calls: list[tuple[int, ...]] = []
 
@@ -52,7 +52,7 @@ def flash_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ..
     module.__spec__ = types.SimpleNamespace(name="flash_attn")  # type: ignore[assignment]
     module.flash_attn_with_kvcache = recorded  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    yield calls
+    return calls
 
 
 REQUESTS = [
