@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,13 @@ def open_reference(path: Path, *, name: str) -> Image.Image:
             image = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
         raise InputError(f"{name}: the file is not a picture that can be read ({_WANTED})") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{name}: the picture is too large, at most {MAX_PIXELS:,} pixels are accepted") from None
+    except Image.DecompressionBombError as error:
+        # Pillow's own, far higher limit comes first: "Image size (2500000000 pixels) exceeds limit of ...".
+        found = re.search(r"\d+", str(error))
+        pixels = f"{int(found[0]):,}" if found else "too many"
+        raise InputError(
+            f"{name}: the picture has {pixels} pixels, at most {MAX_PIXELS:,} in all are accepted"
+        ) from None
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise whatever they stumble over in a damaged file

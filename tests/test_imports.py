@@ -13,12 +13,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "emu_cog"
 # Lowest first. A module may import only from rows above its own; modules of one row not from each other.
 LAYERS = [
     ["config", "tokens"],
-    ["geometry", "shards", "sampling"],
-    ["tasks", "tokenizer", "vision"],
-    ["prompts", "segments", "pictures", "lm", "tiny_vocabulary"],
-    ["image_loop", "jobs", "outputs", "tiny"],
-    ["engine", "folders"],
+    ["geometry", "shards", "sampling", "manifest", "remote", "memory", "upstream_clone"],
+    ["tasks", "tokenizer", "vision", "fetch"],
+    ["prompts", "segments", "pictures", "lm", "tiny_vocabulary", "layout", "progress"],
+    ["image_loop", "jobs", "outputs", "tiny", "loading", "local", "pget", "staging", "tarread"],
+    ["engine", "folders", "hub", "archive", "upstream_code"],
+    ["weights", "upstream"],
     ["pipeline"],
+    ["agreement_cases", "upstream_pipeline"],
+    ["agreement", "service"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
