@@ -18,19 +18,23 @@ OLDEST = (3, 11)
 
 
 def folder() -> Path:
-    """EMU_VENV, else `.venv` in the checkout."""
+    """EMU_VENV (a folder), else `.venv` in the checkout."""
     return Path(os.environ.get("EMU_VENV") or ROOT / ".venv").absolute()
 
 
 def ensure() -> None:
     """Go on in the environment; make it first where it is missing, half made or out of date.
 
-    The stamp is written last, so whatever was killed half-way is made good by the next start.
+    The stamp is written last, so whatever was killed half-way is made good by the next start. EMU_VENV=none: go on
+    in the Python that runs this, whatever it has.
     """
     if sys.version_info < OLDEST:
         sys.exit(
             f"Python {sys.version.split()[0]} is too old: run this with Python 3.11 or 3.12 (python3.12 {sys.argv[0]})"
         )
+    if os.environ.get("EMU_VENV") == "none":
+        _first_on_path(Path(sys.executable).parent)
+        return
     venv = folder()
     with _lock(venv):
         if _stamp(venv) != _wanted():
@@ -39,8 +43,12 @@ def ensure() -> None:
         python = venv / "bin" / "python"
         os.environ["VIRTUAL_ENV"] = str(venv)
         os.execv(python, [str(python), *sys.argv])
-    # The server starts its worker as plain `python`: ours must be the first on PATH.
-    os.environ["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    _first_on_path(venv / "bin")
+
+
+def _first_on_path(folder: Path) -> None:
+    """The server starts its worker as plain `python`: ours must be the first on PATH."""
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _wanted() -> str:
