@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import http.client
 import json
@@ -49,6 +50,8 @@ class Server:
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
         environment.setdefault("RUST_LOG", "error")
+        # Threads that spin while they wait slow a small model to a crawl on a machine that has other work.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cog.server.http", "--host", HOST],
             cwd=ROOT,
@@ -69,6 +72,7 @@ class Server:
         process = self._process
         if process is None or process.poll() is not None:
             return
+        self._settle()
         for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
             try:
                 os.killpg(process.pid, sign)
@@ -78,6 +82,13 @@ class Server:
                 continue
             except ProcessLookupError:
                 return
+
+    def _settle(self) -> None:
+        """Cog frees its slot a moment after the answer, and complains in the log when it is stopped before that."""
+        until = time.monotonic() + 1
+        with contextlib.suppress(OSError, ValueError):
+            while self.get("/health-check").get("status") == "BUSY" and time.monotonic() < until:
+                time.sleep(0.02)
 
     def _wait(self) -> None:
         """Until health is READY."""
