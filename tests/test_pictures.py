@@ -128,7 +128,7 @@ BAD = {
     "truncated jpeg": (_jpeg()[:1500], "damaged or cut off"),
     "truncated png": (_png_header(200, 200), "damaged or cut off"),
     "one pixel": (_png_header(1, 1), "1x1 pixels"),
-    "too large": (_png_header(50_000, 50_000), "too large|50000x50000"),
+    "too large": (_png_header(50_000, 50_000), "2,500,000,000 pixels"),
     "large": (_png_header(12_000, 10_000), "12000x10000"),
     "too thin": (_png_header(2_000, 90), "20 times"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "not a picture"),
