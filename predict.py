@@ -9,7 +9,7 @@ from typing import Optional
 import cog
 from cog import BasePredictor, Input, Path
 
-from emu_cog import Pipeline, Settings
+from emu_cog import Settings
 from emu_cog.service import Service
 
 TASK_TYPES = ["t2i", "x2i", "howto", "story", "explore", "vla"]
@@ -20,8 +20,8 @@ OUTPUT_FORMATS = ["png", "jpeg", "webp"]
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the model that EMU_CHECKPOINT names, and warm it up."""
-        self.service = Service(Pipeline.from_settings(Settings.from_env()))
+        """Load the model that EMU_CHECKPOINT names, by the code that EMU_BACKEND names, and warm it up."""
+        self.service = Service.from_settings(Settings.from_env())
         self.service.warm_up()
 
     @cog.streaming

@@ -30,11 +30,15 @@ from emu_cog.agreement_cases import (
     photo,
     run_native,
 )
+from emu_cog.agreement_defects import Known, provoke
 from emu_cog.config import Sampling, log
 from emu_cog.loading import EMU3_DEFAULTS
 from emu_cog.pipeline import Pipeline
 from emu_cog.tokens import TokenIds
 from emu_cog.upstream_code import config_defaults
+
+TOKENS = 300
+"""Ids compared in each case, forced ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +97,9 @@ def compare(
     reference: Callable[[], upstream.Upstream],
     *,
     dtype: torch.dtype,
-    tokens: int = 300,
+    tokens: int = TOKENS,
     cases: Sequence[Case] = CASES,
-) -> Iterator[Row]:
+) -> Iterator[Row | Known]:
     """The rows of the table, as they are known. The two callables load the one and the other side, in this order."""
     tolerance = TOLERANCES[dtype]
     loaded = pipeline()
@@ -111,6 +115,7 @@ def compare(
     for case, answer in native.answers.items():
         log.info("upstream: %s", case.name)
         yield from _compare_case(up, case, answer, tolerance)
+    yield from provoke(up, native)
 
 
 def _compare_defaults(clone: Path) -> Row:

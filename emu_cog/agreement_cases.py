@@ -13,8 +13,9 @@ from torch import Tensor
 
 from emu_cog import geometry, pictures, prompts, tasks
 from emu_cog.config import Sampling, log
-from emu_cog.jobs import Job, Rules, Tokens
+from emu_cog.jobs import Job, Opened, Rules, Tokens
 from emu_cog.pipeline import Pipeline
+from emu_cog.prompts import Codes
 from emu_cog.segments import ImageCodes, Reader
 from emu_cog.tokens import TokenIds
 
@@ -22,6 +23,8 @@ AREA = 160 * 160
 """Pixels of the references: small, so that the whole table takes minutes on the released model."""
 CODE_AREAS = (AREA, 96 * 96)
 GREEDY = Sampling(top_k=1)
+RESIZED = (3, 4)
+"""Rows and columns asked for beside two references, which upstream would discard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +34,31 @@ class Case:
     task: str
     references: int = 0
     size: tuple[int, int] | None = None
+    sharp: bool = False
+    """Sampled with SHARP instead of the task's defaults: a top-k of thousands cuts nothing in a small vocabulary."""
 
     @property
     def name(self) -> str:
         size = f"{self.size[0]}x{self.size[1]}" if self.size else "reference's size" if self.references else "own size"
-        return f"{self.task}, {self.references} reference(s), {size}"
+        return f"{self.task}, {self.references} reference(s), {size}{', sharp' if self.sharp else ''}"
 
 
+SHARP = (
+    Sampling(temperature=0.7, top_k=20, top_p=0.9),
+    Sampling(temperature=0.8, top_k=12, top_p=0.95),
+)
+"""Image and text sampling at which temperature, top-k and top-p all bite in a vocabulary of any size."""
 CASES = (
     Case(task="t2i", size=(10, 12)),
     Case(task="t2i", size=(7, 3)),
     Case(task="t2i"),
+    Case(task="t2i", size=(6, 6), sharp=True),
     *(Case(task="x2i", references=n) for n in (1, 2, 3)),
     Case(task="x2i", references=1, size=(6, 9)),
     Case(task="howto", size=(5, 6)),
     Case(task="story", size=(5, 6)),
     Case(task="story", references=1),
+    Case(task="story", sharp=True),
     Case(task="explore", references=2),
     Case(task="vla", references=1, size=(4, 7)),
 )
@@ -79,7 +91,8 @@ class Native:
 
     answers: dict[Case, Answer]
     codes: list[list[tuple[tuple[int, ...], ...]]]
-    ids: TokenIds
+    resized: tuple[int, int] | None
+    """Rows and columns of what was made where RESIZED was asked for."""
 
 
 def run_native(pipeline: Pipeline, cases: Sequence[Case], tokens: int) -> Native:
@@ -99,7 +112,17 @@ def run_native(pipeline: Pipeline, cases: Sequence[Case], tokens: int) -> Native
             if isinstance(segment, ImageCodes):
                 answer.pictures.append(np.asarray(pictures.decode(segment.codes, pipeline.vision)))
         answers[case] = answer
-    return Native(answers, codes, pipeline.tokenizer.ids)
+    return Native(answers, codes, _resized(pipeline, codes[0][:2]))
+
+
+def _resized(pipeline: Pipeline, codes: Sequence[Codes]) -> tuple[int, int] | None:
+    prompt = prompts.build(tasks.TABLE["x2i"], "-", codes, pipeline.tokenizer)
+    job = Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=0)
+    rules = Rules(guidance=3.0, image=GREEDY, text=GREEDY, size=RESIZED, max_new_tokens=1, single_image=True)
+    for event in pipeline.engine.generate([job], rules):
+        if isinstance(event, Opened):
+            return event.size
+    return None
 
 
 @torch.inference_mode()
@@ -113,9 +136,10 @@ def _last_logits(pipeline: Pipeline, stream: list[int]) -> Tensor:
 
 
 def case_settings(case: Case, *, greedy: bool) -> tuple[float, Sampling, Sampling]:
-    """Guidance, image and text sampling: the task's defaults, or top-k 1."""
-    plan = tasks.TABLE[case.task]
-    return (plan.guidance["image"], GREEDY, GREEDY) if greedy else (plan.guidance["image"], plan.image, plan.text)
+    """Guidance, image and text sampling: the task's defaults, SHARP, or top-k 1."""
+    task = tasks.TABLE[case.task]
+    image, text = (GREEDY, GREEDY) if greedy else SHARP if case.sharp else (task.image, task.text)
+    return task.guidance["image"], image, text
 
 
 def case_size(case: Case) -> tuple[int, int] | None:

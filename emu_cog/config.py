@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("emu_cog")
+
+
+def log_to_stderr() -> None:
+    """Let the log be seen: a server's logs are what its process writes to stderr. Calling it again adds nothing."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
 
 Task = Literal["t2i", "x2i", "howto", "story", "explore", "vla"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -60,6 +72,8 @@ VISION_REPO = HubRepo("BAAI/Emu3.5-VisionTokenizer", "91789bbaa3f49b4b8882fc823d
 CDN_TAR = "https://weights.replicate.delivery/default/BAAI/Emu3.5-Image/model.tar"
 UPSTREAM_URL = "https://github.com/baaivision/Emu3.5"
 UPSTREAM_COMMIT = "8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"
+LOCK_FILE = Path(__file__).resolve().parent.parent / "weights.lock"
+"""Commits, sizes and SHA-256 of the repositories above, as far as known."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +214,7 @@ class Settings:
     dtype: str | None = None
     weights_dir: Path = Path("checkpoints")
     weights_source: str | None = None
+    weights_lock: Path = LOCK_FILE
     backend: str = "native"
     upstream_url: str = UPSTREAM_URL
     device_map: str | None = None
@@ -222,6 +237,7 @@ class Settings:
             dtype=get("DTYPE"),
             weights_dir=Path(get("WEIGHTS_DIR") or "checkpoints"),
             weights_source=get("WEIGHTS_SOURCE"),
+            weights_lock=Path(get("WEIGHTS_LOCK") or LOCK_FILE),
             backend=get("BACKEND") or "native",
             upstream_url=get("UPSTREAM_URL") or UPSTREAM_URL,
             device_map=get("DEVICE_MAP"),

@@ -120,7 +120,8 @@ class _Run:
                     yield Tokens(i, (chosen[i],))
                     chunks[i] = (chosen[i],)
             if any(chunks):
-                self.hidden = self._feed(chunks, both=False)
+                # Upstream's processor shows the unconditional stream every EOI, also one that stands amid text.
+                self.hidden = self._feed(chunks, both=[chunk == (self.ids.eoi,) for chunk in chunks])
 
     def _make_images(self) -> Iterator[Event]:
         """Make one image for every lane in image mode; all of them step together."""
@@ -215,11 +216,15 @@ class _Run:
 
     # -- 4. steps led by the host ----------------------------------------------------------------------------
 
-    def _feed(self, chunks: Sequence[tuple[int, ...] | None], *, both: bool) -> Tensor:
+    def _feed(self, chunks: Sequence[tuple[int, ...] | None], *, both: bool | Sequence[bool]) -> Tensor:
         """Feed each lane its chunk (all of one length; None: the lane stays where it is), to both streams or to the
-        conditional one. Returns the conditional hidden states after the last token, (jobs, hidden)."""
+        conditional one. Returns the conditional hidden states after the last token, (jobs, hidden).
+
+        What is written beyond a row's length, for lanes or streams that sit this one out, is never read.
+        """
         length = next(len(chunk) for chunk in chunks if chunk)
-        stride = 1 if both else 2
+        both = [both] * len(chunks) if isinstance(both, bool) else both
+        stride = 1 if any(both) else 2
         lines = [list(chunk or (self.ids.pad,) * length) for chunk in chunks for _ in range(2 // stride)]
         starts = [n for lane in self.lanes for n in lane.lengths[: 2 // stride]]
         self._reserve(max(starts) + length)
@@ -230,8 +235,8 @@ class _Run:
             rows=slice(0, None, stride),
             filled=max(starts) + length,
         )
-        for lane, chunk in zip(self.lanes, chunks, strict=True):
-            for stream in range(2 // stride) if chunk else ():
+        for lane, chunk, pair in zip(self.lanes, chunks, both, strict=True):
+            for stream in range(1 + pair) if chunk else ():
                 lane.lengths[stream] += length
         self.stats.steps += 1
         return hidden[:: 2 // stride, -1]

@@ -15,7 +15,6 @@ from typing import Any
 from emu_cog.config import CheckpointError, log
 
 MANIFEST_FILE = "weights.manifest.json"
-LOCK_FILE = Path(__file__).resolve().parent.parent / "weights.lock"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _BLOCK = 4 << 20
 _HASH_THREADS = 8
@@ -120,7 +119,7 @@ def feed(path: Path, *digests: Any, progress: Callable[[int], None] = lambda _: 
     return size
 
 
-def read_lock(path: Path = LOCK_FILE) -> dict[str, Pin]:
+def read_lock(path: Path) -> dict[str, Pin]:
     """Repository name to Pin. No file means no pins; a file that can't be understood is a CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
@@ -141,7 +140,7 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, Pin]:
         ) from None
 
 
-def write_lock(pins: Mapping[str, Pin], path: Path = LOCK_FILE) -> None:
+def write_lock(pins: Mapping[str, Pin], path: Path) -> None:
     repositories = {}
     for name, pin in sorted(pins.items()):
         files = {file: asdict(entry) for file, entry in sorted(pin.files.items())}

@@ -13,7 +13,6 @@ import torch
 from emu_cog import geometry, pictures, prompts, tasks
 from emu_cog.config import CheckpointError, InputError, Request, Settings, log
 from emu_cog.engine import Engine
-from emu_cog.folders import locate
 from emu_cog.image_loop import Trace
 from emu_cog.jobs import Ended, Job, Opened, Rules, Stats, Tokens
 from emu_cog.lm import LanguageModel
@@ -24,6 +23,7 @@ from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.tokens import TokenIds, block_length
 from emu_cog.vision import IBQ, load_vision_tokenizer
+from emu_cog.weights import resolve
 
 Event = Text | Picture | Finished
 
@@ -89,6 +89,7 @@ class Pipeline:
         max_context: int | None = None,
         max_outputs: int = 1,
         revision: str | None = None,
+        kind: str = "image",
     ) -> Pipeline:
         """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format.
 
@@ -100,9 +101,9 @@ class Pipeline:
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
         target = choose_device(device)
         weights_dtype = choose_dtype(dtype, target)
-        tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder)
+        tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
         picture = tasks.plan(Request(prompt="-"), defaults)
-        area, spread = picture.image_area, device_map == "auto"
+        area, spread = picture.image_area, choose_spread(device_map)
         budget = plan_memory(folder, vision_folder, device=target, dtype=weights_dtype, spread=spread, area=area)
         typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
         budget.check(max_context or typical, max_outputs)
@@ -119,17 +120,18 @@ class Pipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
-        """Load what the environment names: a folder with its vision tokenizer, or the miniature ("mini")."""
-        folders = locate(settings)
+        """Load the checkpoint that the environment names, brought here first where it is missing."""
+        found = resolve(settings)
         return cls.load(
-            folders.model,
-            folders.vision_tokenizer,
+            found.model,
+            found.vision_tokenizer,
             device=settings.device,
             dtype=settings.dtype,
             device_map=settings.device_map,
             max_context=settings.max_context,
             max_outputs=settings.max_outputs,
-            revision=folders.revision,
+            revision=found.revision,
+            kind=found.guidance,
         )
 
     def warm_up(self) -> None:
@@ -292,6 +294,13 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"EMU_DEVICE={name!r} but PyTorch sees no CUDA device here: set EMU_DEVICE=cpu")
     return device
+
+
+def choose_spread(device_map: str | None) -> bool:
+    """Whether the layers are spread over all GPUs. InputError for any name but "auto"."""
+    if device_map not in (None, "auto"):
+        raise InputError(f"EMU_DEVICE_MAP={device_map!r} is not known, accepted is auto, or leave it empty")
+    return device_map == "auto"
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

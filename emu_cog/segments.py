@@ -99,10 +99,11 @@ def parse_image(inner: Sequence[int], tokenizer: Tokenizer) -> tuple[tuple[int, 
     split = list(inner).index(ids.img)
     size, body = tokenizer.decode(list(inner[:split])), inner[split + 1 :]
     rows, columns = (int(n) for n in size.split("*"))
+    if len(body) != rows * (columns + 1) - 1:
+        raise ValueError(f"an image block declared as {size} has {len(body)} tokens after its size")
     lines = [tuple(body[r * (columns + 1) : r * (columns + 1) + columns]) for r in range(rows)]
     ends = [body[r * (columns + 1) + columns] for r in range(rows - 1)]
     codes = tuple(tuple(token - ids.visual for token in line) for line in lines)
-    whole = len(body) == rows * (columns + 1) - 1 and all(end == ids.eol for end in ends)
-    if not whole or any(not 0 <= code < ids.visual_count for line in codes for code in line):
+    if any(end != ids.eol for end in ends) or any(not 0 <= code < ids.visual_count for line in codes for code in line):
         raise ValueError(f"an image block declared as {size} is not {rows} rows of {columns} visual tokens")
     return codes

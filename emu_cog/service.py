@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from emu_cog.config import InputError, Request, log
+from emu_cog.backends import Backend, load
+from emu_cog.config import InputError, Request, Settings, log, log_to_stderr
 from emu_cog.outputs import Writer
 from emu_cog.pictures import open_reference
-from emu_cog.pipeline import Pipeline, Progress
+from emu_cog.pipeline import Progress
 from emu_cog.tasks import TABLE
 
 KEEP_SECONDS = 3600
@@ -24,12 +23,18 @@ KEEP_SECONDS = 3600
 
 
 class Service:
-    """Holds a pipeline and serves predictions one after another."""
+    """Holds a loaded backend and serves predictions one after another."""
 
-    def __init__(self, pipeline: Pipeline, *, root: Path | None = None) -> None:
-        _log_to_stderr()
+    def __init__(self, pipeline: Backend, *, root: Path | None = None) -> None:
+        log_to_stderr()
         self.pipeline = pipeline
         self._root = root or Path(tempfile.gettempdir()) / "emu-cog-outputs"
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Service:
+        """Load what the environment names, by the backend it names; the log is seen from the first line on."""
+        log_to_stderr()
+        return cls(load(settings))
 
     def warm_up(self) -> None:
         self.pipeline.warm_up()
@@ -105,16 +110,6 @@ def _sweep(root: Path) -> None:
                 shutil.rmtree(folder)
         except OSError as error:
             log.warning("%s can't be removed: %s", folder, error)
-
-
-def _log_to_stderr() -> None:
-    """The server's logs are what the process writes to stderr; one handler, also after a second setup."""
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
 
 
 class _Bar:

@@ -108,22 +108,22 @@ class ModelDefaults:
     guidance_scale: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> ModelDefaults:
-        """Read `folder/defaults.json`; without the file the image model's defaults hold.
+    def read(cls, folder: Path, *, kind: str = "image") -> ModelDefaults:
+        """Read `folder/defaults.json`; where it does not say, the defaults of `kind` hold, "image" or "base".
 
         Keys, all optional: `kind` ("image" or "base"); `image_area` and `guidance_scale`, each one number for
         all tasks or a map from task to number. CheckpointError names a key that is wrong.
         """
         path = folder / DEFAULTS_FILE
         if not path.exists():
-            return cls()
+            return cls(kind=kind)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
         if not isinstance(data, dict) or set(data) - set(cls.__dataclass_fields__):
             raise CheckpointError(f"{path} must be a map with the keys {', '.join(cls.__dataclass_fields__)}")
-        kind = data.get("kind", "image")
+        kind = data.get("kind", kind)
         if kind not in ("image", "base"):
             raise CheckpointError(f"{path}: kind is {kind!r}, accepted are image and base")
         areas, scales = (_per_task(data.get(key, {}), f"{path}: {key}") for key in ("image_area", "guidance_scale"))

@@ -18,12 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from emu_cog import geometry, tasks, upstream
 from emu_cog.config import UPSTREAM_COMMIT, InputError, Request, Settings, log
-from emu_cog.folders import locate
 from emu_cog.outputs import Finished, Picture
-from emu_cog.pipeline import Event, Progress, RunStats, choose_device, choose_dtype
+from emu_cog.pipeline import Event, Progress, RunStats, choose_device, choose_dtype, choose_spread
 from emu_cog.segments import Kind, Text, parse_image
 from emu_cog.tokens import TokenIds, block_length
 from emu_cog.upstream_clone import ensure_clone
+from emu_cog.weights import resolve
 
 _KINDS: dict[str, Kind] = {"text": "text", "global_cot": "global_reasoning", "image_cot": "image_reasoning"}
 _INSTEAD = "EMU_BACKEND=native can"
@@ -49,6 +49,7 @@ class UpstreamPipeline:
         device_map: str | None = None,
         max_context: int | None = None,
         revision: str | None = None,
+        kind: str = "image",
     ) -> UpstreamPipeline:
         """Load two folders in Emu3.5's format with the code in `clone`. Defaults are those of `Pipeline.load`.
 
@@ -61,12 +62,12 @@ class UpstreamPipeline:
             Path(vision_tokenizer),
             device=target,
             dtype=choose_dtype(dtype, target),
-            device_map=device_map,
+            device_map="auto" if choose_spread(device_map) else None,
         )
         context = int(reference.model.config.max_position_embeddings)
         return cls(
             reference,
-            tasks.ModelDefaults.read(folder),
+            tasks.ModelDefaults.read(folder, kind=kind),
             context=min(context, max_context or context),
             revision=f"{revision or folder.name}, upstream {UPSTREAM_COMMIT[:7]}",
         )
@@ -74,17 +75,18 @@ class UpstreamPipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> UpstreamPipeline:
         """Clone upstream's code if need be, then load what the environment names."""
-        clone = ensure_clone(settings.weights_dir, url=settings.upstream_url)
-        folders = locate(settings)
+        clone = ensure_clone(settings.weights_dir.expanduser().absolute(), url=settings.upstream_url)
+        found = resolve(settings)
         return cls.load(
-            folders.model,
-            folders.vision_tokenizer,
+            found.model,
+            found.vision_tokenizer,
             clone=clone,
             device=settings.device,
             dtype=settings.dtype,
             device_map=settings.device_map,
             max_context=settings.max_context,
-            revision=folders.revision,
+            revision=found.revision,
+            kind=found.guidance,
         )
 
     def warm_up(self) -> None:

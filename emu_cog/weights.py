@@ -20,14 +20,17 @@ from emu_cog.fetch import DiskFullError
 from emu_cog.hub import Hub
 from emu_cog.layout import PARTS, Part
 from emu_cog.local import Found
-from emu_cog.manifest import COMMIT, LOCK_FILE, Pin, read_lock, read_manifest
+from emu_cog.manifest import COMMIT, Pin, read_lock, read_manifest
 from emu_cog.remote import Patience
 from emu_cog.staging import STAGING_FOLDER, Staging, sweep
+from emu_cog.tiny import make_tiny
 
 Kind = Literal["image", "base", "mini", "folder"]
 SOURCES = ("local", "cdn", "hub")
 """What EMU_WEIGHTS_SOURCE accepts, in the order they are tried. What is complete on the disk is always used."""
 _LOCK = ".weights.lock"
+MINIATURE = Path(__file__).parent / "mini"
+_RANDOM = "mini-random"
 _TELL_WAITING = 30.0
 _VISION_NAMES = ("Emu3.5-VisionTokenizer", "vision_tokenizer", "vision")
 
@@ -41,28 +44,31 @@ class Checkpoint:
     revision: str
     kind: Kind
 
+    @property
+    def guidance(self) -> str:
+        """Whose defaults hold where the checkpoint itself does not say: the "image" or the "base" model's."""
+        return "base" if self.kind == "base" else "image"
+
 
 def resolve(
     settings: Settings,
     *,
     on_progress: Callable[[int, int], None] | None = None,
     patience: Patience | None = None,
-    lock_file: Path = LOCK_FILE,
 ) -> Checkpoint:
     """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; brought here when missing.
 
     `on_progress` is called with (bytes done, bytes in all or 0) while weights arrive. Raises InputError for settings
     that can't be meant, DiskFullError when there is no room, CheckpointError with each source's reason otherwise.
     """
-    if settings.weights_source not in (None, *SOURCES):
-        raise InputError(
-            f"EMU_WEIGHTS_SOURCE={settings.weights_source!r} is not known, accepted are {', '.join(SOURCES)}"
-        )
+    _check_source(settings)
     vision = _named_folder("EMU_VISION_TOKENIZER", settings.vision_tokenizer) if settings.vision_tokenizer else None
+    store = Store(
+        settings, patience=patience or Patience(), pins=read_lock(settings.weights_lock), on_progress=on_progress
+    )
     if settings.checkpoint == "mini":
-        model, mini_vision = mini_folders()
-        return Checkpoint(model, vision or mini_vision, "mini", "mini")
-    store = Store(settings, patience=patience or Patience(), pins=read_lock(lock_file), on_progress=on_progress)
+        model, mini_vision, revision = store.miniature()
+        return Checkpoint(model, vision or mini_vision, revision, "mini")
     if settings.checkpoint in ("image", "base"):
         found = store.resolve([PARTS[settings.checkpoint], *([] if vision else [PARTS["vision"]])])
         model_found = found[settings.checkpoint]
@@ -74,18 +80,18 @@ def resolve(
     return Checkpoint(model, vision, manifest.revision if manifest else "local", _kind(model))
 
 
-def mini_folders() -> tuple[Path, Path]:
-    """Model and vision tokenizer of the miniature in this repository."""
-    raise CheckpointError("there is no miniature in this repository: set EMU_CHECKPOINT to image, base or a folder")
+def _check_source(settings: Settings) -> None:
+    if settings.weights_source not in (None, *SOURCES):
+        raise InputError(
+            f"EMU_WEIGHTS_SOURCE={settings.weights_source!r} is not known, accepted are {', '.join(SOURCES)}"
+        )
 
 
 def _named_folder(variable: str, value: str) -> Path:
     path = Path(value).expanduser()
     if not path.is_dir():
         names = "" if variable == "EMU_VISION_TOKENIZER" else "mini, image, base or "
-        raise CheckpointError(
-            f"{variable}={value} is no folder (from {Path.cwd()}); accepted are {names}a folder's path"
-        )
+        raise InputError(f"{variable}={value} is no folder (from {Path.cwd()}); accepted are {names}a folder's path")
     return path
 
 
@@ -116,6 +122,25 @@ class Store:
     @property
     def hub(self) -> Hub:
         return Hub(self.settings.environ, self.patience)
+
+    def miniature(self) -> tuple[Path, Path, str]:
+        """Model, vision tokenizer and revision of the trained miniature, which comes with the package.
+
+        Without one, of a tiny checkpoint of random weights, made on first use in the weights folder.
+        """
+        if (MINIATURE / "model").is_dir():
+            return MINIATURE / "model", MINIATURE / "vision", "mini"
+        folder = self.root / _RANDOM
+        if not folder.is_dir():
+            with self._alone():
+                if not folder.is_dir():  # another process may have made it in the meantime
+                    log.info("no miniature comes with this package: making a tiny checkpoint of random weights")
+                    staging = self.root / STAGING_FOLDER / _RANDOM
+                    make_tiny(staging)
+                    staging.rename(folder)
+                    sweep(self.root)
+        log.info("%s holds random weights: what it draws is noise", folder)
+        return folder / "model", folder / "vision", "mini (random)"
 
     def pin(self, part: Part) -> Pin:
         return self.pins.get(part.repo.name, Pin())

@@ -22,6 +22,14 @@ FAVOURS = {
     "silent": tiny.SILENT,
     "storyteller": tiny.STORYTELLER,
     "wild": {},
+    # Writes an end of image where there is none, and then asks for one.
+    "stray": {
+        "any": {"special": -40.0},
+        "bss": {"words/0": 80.0},
+        "words/0": {"eoi": 80.0},
+        "eoi": {"words/1": 80.0},
+        "words/1": {"boi": 80.0},
+    },
 }
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give

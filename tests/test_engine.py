@@ -69,6 +69,7 @@ CASES = {
         "storyteller",
         Request(prompt="a fox", task="howto", images=(photo(4),), image_area=2304, seed=5, max_new_tokens=150),
     ),
+    "an EOI amid text": ("stray", Request(prompt="a fox", task="story", size=(3, 4), seed=1, max_new_tokens=40)),
     "vla": ("storyteller", Request(prompt="a fox", task="vla", size=(3, 4), seed=15, max_new_tokens=150)),
 }
 

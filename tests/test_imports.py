@@ -17,10 +17,11 @@ LAYERS = [
     ["tasks", "tokenizer", "vision", "fetch"],
     ["prompts", "segments", "pictures", "lm", "tiny_vocabulary", "layout", "progress"],
     ["image_loop", "jobs", "outputs", "tiny", "loading", "local", "pget", "staging", "tarread"],
-    ["engine", "folders", "hub", "archive", "upstream_code"],
+    ["engine", "hub", "archive", "upstream_code"],
     ["weights", "upstream"],
     ["pipeline"],
-    ["agreement_cases", "upstream_pipeline"],
+    ["agreement_cases", "pins", "upstream_pipeline"],
+    ["agreement_defects", "backends"],
     ["agreement", "service"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -14,7 +14,6 @@ from weights_kit import (
     HALF,
     HASTY,
     IMAGE,
-    NO_LOCK,
     TAR,
     VISION,
     assert_complete,
@@ -130,7 +129,7 @@ class TestRefusedArchives:
     def test_hub_is_used_instead(self, hub: HubServer, tmp_path: Path, ranges: bool) -> None:
         hub.ranges = ranges
         hub.files[TAR] = tar_of(extra=[member("x", tarfile.SYMTYPE, "/etc")])
-        assert_complete(resolve(settings(hub, tmp_path / "w"), patience=HASTY, lock_file=NO_LOCK))
+        assert_complete(resolve(settings(hub, tmp_path / "w"), patience=HASTY))
 
     @pytest.mark.parametrize("ranges", [True, False])
     @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 from hub_server import HubServer
 from weights_kit import (
     HASTY,
-    NO_LOCK,
     TAR,
     WAYS,
     assert_complete,
@@ -99,7 +98,7 @@ class TestFullDisk:
 
     def test_other_sources_are_not_tried(self, hub: HubServer, small_disk: Path) -> None:
         with pytest.raises(DiskFullError):
-            resolve(settings(hub, small_disk / "w"), patience=HASTY, lock_file=NO_LOCK)
+            resolve(settings(hub, small_disk / "w"), patience=HASTY)
         assert not hub.asked("/api/")
 
     def test_limit_on_the_size_of_files(self, hub: HubServer, tmp_path: Path, way: str) -> None:

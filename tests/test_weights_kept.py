@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:
-    return resolve(chosen, patience=HASTY, lock_file=lock)
+    return resolve(replace(chosen, weights_lock=lock), patience=HASTY)
 
 
 class TestBranch:

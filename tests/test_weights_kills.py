@@ -19,7 +19,6 @@ from weights_kit import (
     HASTY,
     HEADERS,
     IMAGE,
-    NO_LOCK,
     TAR,
     VISION,
     assert_complete,
@@ -70,7 +69,7 @@ def hub() -> Iterator[HubServer]:
 
 
 def resolved(chosen: Settings) -> Checkpoint:
-    return resolve(chosen, patience=HASTY, lock_file=NO_LOCK)
+    return resolve(chosen, patience=HASTY)
 
 
 def kill_when(hub: HubServer, child: subprocess.Popen[str], sent: int, *, delay: float = 0.0) -> None:

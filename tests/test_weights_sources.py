@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:
-    return resolve(chosen, patience=HASTY, lock_file=lock)
+    return resolve(replace(chosen, weights_lock=lock), patience=HASTY)
 
 
 def test_hub_brings_both_folders_and_only_what_is_needed(
@@ -163,9 +164,9 @@ def test_forced_local_asks_nobody(hub: HubServer, tmp_path: Path) -> None:
 def test_unknown_source_and_checkpoint_are_refused(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"EMU_WEIGHTS_SOURCE='ftp' .* local, cdn, hub"):
         resolved(settings(hub, tmp_path / "w", source="ftp"))
-    with pytest.raises(CheckpointError, match=r"EMU_CHECKPOINT=imgae is no folder .* mini, image, base"):
+    with pytest.raises(InputError, match=r"EMU_CHECKPOINT=imgae is no folder .* mini, image, base"):
         resolved(settings(hub, tmp_path / "w", checkpoint="imgae"))
-    with pytest.raises(CheckpointError, match="EMU_VISION_TOKENIZER=/none is no folder"):
+    with pytest.raises(InputError, match="EMU_VISION_TOKENIZER=/none is no folder"):
         resolved(settings(hub, tmp_path / "w", vision_tokenizer="/none"))
     assert not hub.seen
 
@@ -256,7 +257,7 @@ def test_progress_is_told_and_ends_at_the_total(hub: HubServer, tmp_path: Path) 
     hub.rate = 1_000_000
     told: list[tuple[int, int]] = []
     chosen = settings(hub, tmp_path / "w", source="hub")
-    resolve(chosen, patience=HASTY, lock_file=NO_LOCK, on_progress=lambda done, total: told.append((done, total)))
+    resolve(chosen, patience=HASTY, on_progress=lambda done, total: told.append((done, total)))
     vision = sum(len(c) for c in wanted(VISION).values())
     assert told[-1] == (vision, vision)
     assert any(0 < done < total for done, total in told)

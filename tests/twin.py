@@ -103,11 +103,14 @@ def judge(
 
 
 def _blocks(said: list[int], ids: TokenIds) -> list[int]:
-    """All that lies between a BOI and its EOI, both included, and an image still open."""
+    """All that lies between a BOI and its EOI, both included, an image still open, and every EOI amid text.
+
+    The last is upstream's: its processor feeds each EOI to the unconditional stream, whatever came before.
+    """
     kept, inside = [], False
     for token in said:
         inside = inside or token == ids.boi
-        if inside:
+        if inside or token == ids.eoi:
             kept.append(token)
         inside = inside and token != ids.eoi
     return kept

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from hub_server import Fault, HubServer
@@ -84,7 +85,9 @@ def settings(hub: HubServer, weights: Path, *, source: str | None = None, **fiel
         "EMU_WEIGHTS_CDN_URL": hub.url + TAR,
         **{key: value for key, value in fields.items() if key.isupper()},
     }
-    given = {"checkpoint": "image"} | {key: value for key, value in fields.items() if not key.isupper()}
+    given = {"checkpoint": "image", "weights_lock": NO_LOCK} | {
+        key: value for key, value in fields.items() if not key.isupper()
+    }
     return Settings(weights_dir=weights, weights_source=source, environ=environ, **given)  # type: ignore[arg-type]
 
 
@@ -105,9 +108,10 @@ from emu_cog.remote import Patience
 from emu_cog.weights import resolve
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 order = json.loads(sys.argv[2])
-order["settings"]["weights_dir"] = Path(order["settings"]["weights_dir"])
+for name in ("weights_dir", "weights_lock"):
+    order["settings"][name] = Path(order["settings"][name])
 try:
-    found = resolve(Settings(**order["settings"]), patience=Patience(**order["patience"]), lock_file=Path("/none"))
+    found = resolve(Settings(**order["settings"]), patience=Patience(**order["patience"]))
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print(json.dumps([str(found.model), str(found.vision_tokenizer), found.revision]))
@@ -117,7 +121,12 @@ print(json.dumps([str(found.model), str(found.vision_tokenizer), found.revision]
 def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = None) -> subprocess.Popen[str]:
     """Another process that resolves `chosen`: prints the result as JSON, or ends with the error on stderr."""
     order: Mapping[str, object] = {
-        "settings": {**vars(chosen), "weights_dir": str(chosen.weights_dir), "environ": dict(chosen.environ)},
+        "settings": {
+            **vars(chosen),
+            "weights_dir": str(chosen.weights_dir),
+            "weights_lock": str(chosen.weights_lock),
+            "environ": dict(chosen.environ),
+        },
         "patience": vars(patience),
     }
     return subprocess.Popen(
@@ -143,7 +152,7 @@ def total() -> int:
 def bring(hub: HubServer, weights: Path, way: str, patience: Patience = HASTY, lock: Path = NO_LOCK) -> Checkpoint:
     """Resolve the image checkpoint from the hub, or from the CDN's tar."""
     source = "hub" if way == "hub" else "cdn"
-    return resolve(settings(hub, weights, source=source), patience=patience, lock_file=lock)
+    return resolve(replace(settings(hub, weights, source=source), weights_lock=lock), patience=patience)
 
 
 def put(folder: Path, files: Mapping[str, bytes]) -> None:
