@@ -23,7 +23,7 @@ from emu_cog.local import Found
 from emu_cog.manifest import COMMIT, Pin, read_lock, read_manifest
 from emu_cog.remote import Patience
 from emu_cog.staging import STAGING_FOLDER, Staging, sweep
-from emu_cog.tiny import make_tiny
+from emu_cog.tiny import make_tiny, small_defaults
 
 Kind = Literal["image", "base", "mini", "folder"]
 SOURCES = ("local", "cdn", "hub")
@@ -136,7 +136,7 @@ class Store:
                 if not folder.is_dir():  # another process may have made it in the meantime
                     log.info("no miniature comes with this package: making a tiny checkpoint of random weights")
                     staging = self.root / STAGING_FOLDER / _RANDOM
-                    make_tiny(staging)
+                    make_tiny(staging, defaults=small_defaults())
                     staging.rename(folder)
                     sweep(self.root)
         log.info("%s holds random weights: what it draws is noise", folder)
