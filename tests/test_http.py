@@ -58,6 +58,11 @@ def idle(server: Server, seconds: float = 8) -> None:
 
 
 def post(server: Server, inputs: Inputs) -> tuple[int, dict[str, Any]]:
+    idle(server)
+    return at_once(server, inputs)
+
+
+def at_once(server: Server, inputs: Inputs) -> tuple[int, dict[str, Any]]:
     return server._request("POST", "/predictions", {"input": inputs})
 
 
@@ -296,7 +301,7 @@ def test_cancel_while_running_and_no_second_one_meanwhile(server: Server) -> Non
     identifier, cancelled_at, result = uuid.uuid4().hex, 0.0, {}
     for name, data in server.stream({"prompt": "x", "seed": 1, **BIG}, identifier=identifier):
         if name == "log" and "row/s" in data["data"] and not cancelled_at:
-            assert post(server, {"prompt": "another"})[0] == 409
+            assert at_once(server, {"prompt": "another"})[0] == 409
             cancelled_at = time.monotonic()
             server.cancel(identifier)
         elif name == "completed":
