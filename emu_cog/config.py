@@ -220,6 +220,8 @@ class Settings:
     device_map: str | None = None
     max_context: int | None = None
     max_outputs: int = 1
+    quantize: str | None = None
+    compile: bool = True
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -243,5 +245,7 @@ class Settings:
             device_map=get("DEVICE_MAP"),
             max_context=_whole(env, "EMU_MAX_CONTEXT"),
             max_outputs=_whole(env, "EMU_MAX_OUTPUTS") or 1,
+            quantize=get("QUANTIZE"),
+            compile=get("COMPILE") != "0",
             environ=env,
         )

@@ -21,10 +21,11 @@ from emu_cog.config import Sampling
 from emu_cog.image_loop import Trace
 from emu_cog.jobs import Ended, Event, Job, Opened, Reason, Rules, Stats, Tokens
 from emu_cog.lm import LanguageModel, SlotCache
+from emu_cog.prefill import prefill
 from emu_cog.sampling import Uniforms, draw, probabilities
+from emu_cog.steps import Steps
 from emu_cog.tokens import block_length
 
-PREFILL_CHUNK = 1024
 CACHE_STEP = 256
 """The cache grows in steps of this many tokens where its size was not known ahead."""
 
@@ -44,8 +45,8 @@ class Lane:
 class Engine:
     """Generates for a list of jobs in one batch. Not re-entrant: one `generate` at a time."""
 
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm, self.ids = lm, lm.ids
+    def __init__(self, lm: LanguageModel, steps: Steps | None = None) -> None:
+        self.lm, self.ids, self.steps = lm, lm.ids, steps
         self.stats = Stats()
         self._cache: SlotCache | None = None
 
@@ -76,20 +77,23 @@ class _Run:
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], rules: Rules, trace: Trace | None) -> None:
         self.lm, self.ids = engine.lm, engine.lm.ids
-        self.jobs, self.rules, self.trace = jobs, rules, trace
+        self.jobs, self.rules, self.trace, self.steps = jobs, rules, trace, engine.steps
         self.stats = Stats()
         self.lanes = [
             Lane(Uniforms(job.seed), [len(job.conditional), len(job.unconditional)], rules.size) for job in jobs
         ]
         longest = max(max(lane.lengths) for lane in self.lanes)
-        room = self._block(rules.size) + CACHE_STEP
-        self.cache = engine.cache(rows=2 * len(jobs), capacity=_round_up(longest + room))
+        capacity = longest + self._block(rules.size) + CACHE_STEP
+        if self.steps:
+            # A recording holds the cache's address: make room for the longest answer at once.
+            capacity = max(capacity, rules.longest(longest, self.lm.context))
+        self.cache = engine.cache(rows=2 * len(jobs), capacity=_round_up(capacity))
 
     # -- 1. the order of things ------------------------------------------------------------------------------
 
     def events(self) -> Iterator[Event]:
         started = time.perf_counter()
-        self.hidden = self._prefill()
+        self.hidden = prefill(self.lm, self.cache, self.jobs)
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)
         self.stats.prefill_seconds = time.perf_counter() - started
@@ -176,45 +180,7 @@ class _Run:
         """Tokens of an image block of `size`; of the smallest the model can choose where it is not known yet."""
         return block_length(*(size or (10, 10)))
 
-    # -- 3. prefill ------------------------------------------------------------------------------------------
-
-    def _prefill(self) -> Tensor:
-        """Fill every lane's rows; equal prompts are computed once and copied. Returns (jobs, hidden)."""
-        done: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        hidden: list[Tensor] = []
-        for i, job in enumerate(self.jobs):
-            key = (job.conditional, job.unconditional)
-            if key in done:
-                source = done[key]
-                for row, length in enumerate(self.lanes[i].lengths):
-                    self.cache.copy_row(2 * source + row, 2 * i + row, length)
-                hidden.append(hidden[source])
-            else:
-                done[key] = i
-                hidden.append(self._prefill_pair(i, job))
-        return torch.stack(hidden)
-
-    def _prefill_pair(self, i: int, job: Job) -> Tensor:
-        """Both prompts of job `i` in one pass a chunk, the shorter padded at its end. Returns (hidden,).
-
-        The padding's keys lie beyond the row's length, where nothing reads before real tokens overwrite them.
-        """
-        streams = (job.conditional, job.unconditional)
-        last = torch.empty(0)
-        for begin in range(0, max(map(len, streams)), PREFILL_CHUNK):
-            end = min(begin + PREFILL_CHUNK, max(map(len, streams)))
-            both = all(len(stream) > begin for stream in streams)
-            used = streams if both else streams[: 1 if len(streams[0]) > begin else 2]
-            rows = slice(2 * i, 2 * i + len(used))
-            padded = [[*stream[begin:end], *[self.ids.pad] * (end - max(begin, len(stream)))] for stream in used]
-            tokens = torch.tensor([row[: end - begin] for row in padded], device=self.lm.device)
-            start = torch.full((len(used),), begin, device=self.lm.device)
-            hidden = self.lm.forward(tokens, start, self.cache, rows=rows, filled=end)
-            if begin < len(streams[0]) <= end:
-                last = hidden[0, len(streams[0]) - 1 - begin]
-        return last
-
-    # -- 4. steps led by the host ----------------------------------------------------------------------------
+    # -- 3. steps led by the host ----------------------------------------------------------------------------
 
     def _feed(self, chunks: Sequence[tuple[int, ...] | None], *, both: bool | Sequence[bool]) -> Tensor:
         """Feed each lane its chunk (all of one length; None: the lane stays where it is), to both streams or to the
@@ -224,6 +190,8 @@ class _Run:
         """
         length = next(len(chunk) for chunk in chunks if chunk)
         both = [both] * len(chunks) if isinstance(both, bool) else both
+        if self.steps and length == 1:
+            return self._feed_one([chunk[0] if chunk else None for chunk in chunks], both=both)
         stride = 1 if any(both) else 2
         lines = [list(chunk or (self.ids.pad,) * length) for chunk in chunks for _ in range(2 // stride)]
         starts = [n for lane in self.lanes for n in lane.lengths[: 2 // stride]]
@@ -240,6 +208,20 @@ class _Run:
                 lane.lengths[stream] += length
         self.stats.steps += 1
         return hidden[:: 2 // stride, -1]
+
+    def _feed_one(self, tokens: Sequence[int | None], *, both: Sequence[bool]) -> Tensor:
+        """`_feed` for one token a lane, by a recorded step: it feeds all rows, and those that sit this one out are
+        written beyond their length, where nothing reads before real tokens overwrite them."""
+        assert self.steps
+        starts = [n for lane in self.lanes for n in lane.lengths]
+        self._reserve(max(starts) + 1)
+        fed = [self.ids.pad if token is None else token for token in tokens for _ in range(2)]
+        hidden = self.steps.text(self.cache, fed, starts)
+        for lane, token, pair in zip(self.lanes, tokens, both, strict=True):
+            for stream in range(2 if pair else 1) if token is not None else ():
+                lane.lengths[stream] += 1
+        self.stats.steps += 1
+        return hidden[::2]
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:
@@ -260,7 +242,7 @@ class _Run:
         lane.sampled += sampled
         self.stats.sampled += sampled
 
-    # -- 5. images -------------------------------------------------------------------------------------------
+    # -- 4. images -------------------------------------------------------------------------------------------
 
     def _write_headers(self) -> Iterator[Event]:
         """BOI, the size's digits and IMG. IMG is left for the first step of `_write_codes` to feed."""
@@ -328,6 +310,7 @@ class _Run:
             guidance=self.rules.guidance,
             sampling=self.rules.image,
             trace=self.trace,
+            steps=self.steps,
         )
         for row in made:
             for i, ids in enumerate(row):

@@ -15,6 +15,7 @@ from torch import Tensor
 from emu_cog.config import Sampling
 from emu_cog.lm import LanguageModel, SlotCache
 from emu_cog.sampling import Uniforms, draw, guide, probabilities
+from emu_cog.steps import Steps
 from emu_cog.tokens import TokenIds
 
 Grid = tuple[int, int] | None
@@ -43,6 +44,10 @@ class Schedule:
     def row(self) -> int:
         """Steps between two looks of the host: a row of the widest image with its EOL."""
         return max(grid[1] + 1 for grid in self.grids if grid)
+
+    def ends_row(self, step: int) -> bool:
+        """Whether the host looks in after `step`."""
+        return (step + 1) % self.row == 0 or step + 1 == self.steps
 
 
 def schedule(grids: Sequence[Grid], uniforms: Sequence[tuple[Uniforms, int]], ids: TokenIds) -> Schedule:
@@ -75,12 +80,29 @@ def run(
     guidance: float,
     sampling: Sampling,
     trace: Trace | None = None,
+    steps: Steps | None = None,
 ) -> Iterator[list[tuple[int, ...]]]:
     """Make the images of `plan`; each yield is one row: the new ids of every lane, in order.
 
     `lengths` are the tokens in each cache row (conditional and unconditional in turn), the header up to IMG fed
-    and IMG itself not. EOI is chosen but not fed.
+    and IMG itself not. EOI is chosen but not fed. With `steps` they are the recorded ones; a trace sees every
+    distribution, which a recording does not keep, and goes through the modules.
     """
+    if steps and not trace:
+        state, play = steps.image(
+            cache,
+            forced=plan.forced,
+            uniform=plan.uniform,
+            advance=plan.advance,
+            lengths=lengths,
+            guidance=guidance,
+            sampling=sampling,
+        )
+        for t in range(plan.steps):
+            play()
+            if plan.ends_row(t):
+                yield _told(plan, state.out, t // plan.row * plan.row, t + 1)
+        return
     device = lm.device
     sampled = (plan.forced < 0).any(dim=1).tolist()
     forced, uniform, advance = (x.to(device) for x in (plan.forced, plan.uniform, plan.advance))
@@ -99,7 +121,7 @@ def run(
                 trace("visual", probs)
             out[t] = torch.where(forced[t] < 0, lm.ids.visual + draw(probs, uniform[t]), forced[t])
         token = out[t].repeat_interleave(2)[:, None]
-        if (t + 1) % plan.row == 0 or t + 1 == plan.steps:
+        if plan.ends_row(t):
             yield _told(plan, out, t // plan.row * plan.row, t + 1)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from emu_cog.config import Sampling
+from emu_cog.tokens import block_length
 
 Reason = Literal["image", "eos", "limit", "context"]
 
@@ -33,6 +34,10 @@ class Rules:
     size: tuple[int, int] | None
     max_new_tokens: int | None
     single_image: bool
+
+    def longest(self, prompt: int, context: int) -> int:
+        """Tokens that a stream of a `prompt` of so many may come to, text and images together, at most `context`."""
+        return min(prompt + (self.max_new_tokens or context) + block_length(*(self.size or (99, 99))), context)
 
 
 @dataclass(frozen=True)

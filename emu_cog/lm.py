@@ -34,6 +34,8 @@ class SlotCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.rows, self.capacity = rows, capacity
+        self.version = object()
+        """Another object whenever the buffers are: recorded steps hold their addresses."""
 
     @staticmethod
     def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
@@ -47,7 +49,7 @@ class SlotCache:
                 new = old.new_zeros((old.shape[0], capacity, *old.shape[2:]))
                 new[:, : self.capacity] = old
                 buffers[i] = new
-        self.capacity = capacity
+        self.capacity, self.version = capacity, object()
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` tokens of row `source`: a shared prefill."""

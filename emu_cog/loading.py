@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from emu_cog.config import CheckpointError, InputError, log
 from emu_cog.lm import LanguageModel, SlotCache, choose_attention
 from emu_cog.memory import WORKSPACE, Budget, available_bytes
+from emu_cog.quantize import QuantizedLinear, quantizable, replace_linears
 from emu_cog.shards import READERS, TensorHeader, read_headers, read_tensors
 from emu_cog.tokens import TokenIds
 from emu_cog.vision import IBQ, VisionConfig, check_state
@@ -62,13 +63,20 @@ def read_config(folder: Path) -> Qwen3Config:
 
 
 def load_language_model(
-    folder: Path, ids: TokenIds, *, device: torch.device, dtype: torch.dtype, device_map: str | None = None
+    folder: Path,
+    ids: TokenIds,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load an Emu3.5 folder as it stands: config.json and model.safetensors, or its shards with their index.
 
     Names and shapes are compared with the config from the files' headers before any weight is read; then the
     shards are read in parallel, each tensor once and straight to its device. With `device_map` "auto" accelerate
-    spreads the layers over all GPUs. CheckpointError names what is wrong.
+    spreads the layers over all GPUs. With `quantize` ("fp8", "int8") every layer's weight is turned to 8 bits as soon
+    as it is read, so that the whole in `dtype` never lies in memory. CheckpointError names what is wrong.
     """
     config = read_config(folder)
     config._attn_implementation = choose_attention(device, dtype)
@@ -79,6 +87,8 @@ def load_language_model(
         expected.pop("lm_head.weight", None)
     headers = read_headers(folder)
     check_state(expected, headers, where=str(folder))
+    if quantize:
+        replace_linears(model, quantize)
     places = _spread(model, dtype) if device_map == "auto" else {"": device}
     _read_weights(model, headers, list(expected), places, dtype)
     model.tie_weights()
@@ -89,7 +99,14 @@ def load_language_model(
 
 
 def plan_memory(
-    folder: Path, vision_folder: Path, *, device: torch.device, dtype: torch.dtype, spread: bool, area: int
+    folder: Path,
+    vision_folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spread: bool,
+    area: int,
+    quantize: str | None = None,
 ) -> Budget:
     """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
     config, vision = read_config(folder), VisionConfig.read(vision_folder)
@@ -100,11 +117,26 @@ def plan_memory(
     return Budget(
         device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",
         available=available_bytes(device, all_devices=spread),
-        weights=sum(math.prod(header.shape) for header in read_headers(folder).values()) * dtype.itemsize,
+        weights=_weight_bytes(config, read_headers(folder), dtype, quantize),
         vision=vision_bytes,
         workspace=workspace + (WORKSPACE if device.type == "cuda" else 0),
         per_token=2 * SlotCache.bytes_per_token(config, dtype),
     )
+
+
+def _weight_bytes(
+    config: Qwen3Config, headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None
+) -> float:
+    """Bytes of the weights on the device; of 8-bit ones with their scales."""
+    small: set[str] = set()
+    if quantize:
+        with init_empty_weights():
+            small = {f"{name}.weight" for name, _ in quantizable(Qwen3ForCausalLM(config))}
+    total = 0
+    for name, header in headers.items():
+        count = math.prod(header.shape)
+        total += count + 4 * header.shape[0] if name in small else count * dtype.itemsize
+    return float(total)
 
 
 Places = Mapping[str, torch.device]
@@ -136,7 +168,11 @@ def _read_weights(
         (file, device), wanted = job
         for name, tensor in read_tensors(file, wanted, device=device, dtype=dtype):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+            module = model.get_submodule(owner)
+            if isinstance(module, QuantizedLinear):
+                module.fill(tensor)
+            else:
+                setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
     with (
         ThreadPoolExecutor(max_workers=READERS) as pool,

@@ -19,7 +19,9 @@ from emu_cog.lm import LanguageModel
 from emu_cog.loading import load_language_model, plan_memory
 from emu_cog.memory import Budget
 from emu_cog.outputs import Finished, Picture
+from emu_cog.quantize import check_format
 from emu_cog.segments import ImageCodes, Reader, Text
+from emu_cog.steps import Steps, build
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.tokens import TokenIds, block_length
 from emu_cog.vision import IBQ, load_vision_tokenizer
@@ -71,10 +73,12 @@ class Pipeline:
         *,
         budget: Budget,
         revision: str,
+        steps: Steps | None = None,
+        max_outputs: int = 1,
     ) -> None:
         self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
         self.budget, self.revision = budget, revision
-        self.engine = Engine(lm)
+        self.engine, self.max_outputs = Engine(lm, steps), max_outputs
         self.stats: RunStats | None = None
 
     @classmethod
@@ -88,6 +92,8 @@ class Pipeline:
         device_map: str | None = None,
         max_context: int | None = None,
         max_outputs: int = 1,
+        quantize: str | None = None,
+        compile: bool = True,
         revision: str | None = None,
         kind: str = "image",
     ) -> Pipeline:
@@ -95,19 +101,30 @@ class Pipeline:
 
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
         always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
-        `max_outputs` outputs; that is reckoned before anything is loaded. Raises CheckpointError naming the
-        file, key or shape that is wrong, InputError with the numbers where memory is short.
+        `max_outputs` outputs; that is reckoned before anything is loaded. `quantize` ("fp8", "int8") takes the
+        layers' weights to 8 bits; `compile` False keeps decoding on transformers' modules. Raises CheckpointError
+        naming the file, key or shape that is wrong, InputError with the numbers where memory is short.
         """
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
         target = choose_device(device)
         weights_dtype = choose_dtype(dtype, target)
+        check_format(quantize, target)
         tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
         picture = tasks.plan(Request(prompt="-"), defaults)
-        area, spread = picture.image_area, choose_spread(device_map)
-        budget = plan_memory(folder, vision_folder, device=target, dtype=weights_dtype, spread=spread, area=area)
+        budget = plan_memory(
+            folder,
+            vision_folder,
+            device=target,
+            dtype=weights_dtype,
+            spread=choose_spread(device_map),
+            area=picture.image_area,
+            quantize=quantize,
+        )
         typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
         budget.check(max_context or typical, max_outputs)
-        lm = load_language_model(folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map)
+        lm = load_language_model(
+            folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
+        )
         lm.context = min(lm.context, budget.tokens(), max_context or lm.context)
         log.info("a sequence may hold %d tokens, prompt and pictures together", lm.context)
         vision = load_vision_tokenizer(vision_folder, device=target)
@@ -116,7 +133,16 @@ class Pipeline:
                 f"{vision_folder} has {vision.config.n_embed} codes but {folder} names "
                 f"{tokenizer.ids.visual_count} visual tokens: they don't belong together"
             )
-        return cls(lm, vision, tokenizer, defaults, budget=budget, revision=revision or folder.name)
+        return cls(
+            lm,
+            vision,
+            tokenizer,
+            defaults,
+            budget=budget,
+            revision=revision or folder.name,
+            steps=build(lm, compile=compile),
+            max_outputs=max_outputs,
+        )
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
@@ -130,6 +156,8 @@ class Pipeline:
             device_map=settings.device_map,
             max_context=settings.max_context,
             max_outputs=settings.max_outputs,
+            quantize=settings.quantize,
+            compile=settings.compile,
             revision=found.revision,
             kind=found.guidance,
         )
@@ -219,8 +247,7 @@ class Pipeline:
         self, jobs: Sequence[Job], rules: Rules, trace: Trace | None, cost: Stats
     ) -> Iterator[Tokens | Opened | Ended]:
         """The engine's events for all `jobs`, in as many batches as the caches need memory for; adds up `cost`."""
-        prompt, text = max(len(job.conditional) for job in jobs), rules.max_new_tokens or self.lm.context
-        tokens = min(prompt + text + block_length(*(rules.size or (99, 99))), self.lm.context)
+        tokens = rules.longest(max(len(job.conditional) for job in jobs), self.lm.context)
         side_by_side = max(self.budget.outputs(tokens), 1)
         if side_by_side < len(jobs):
             log.info("memory holds %d output(s) side by side: the %d are made in turn", side_by_side, len(jobs))

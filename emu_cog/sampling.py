@@ -13,7 +13,7 @@ from torch import Tensor
 from emu_cog.config import Sampling
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance `u + s(c - u)` on (N, V) logits.
 
     Upstream guides log-softmaxes; that shifts each row by a constant, which no later step can see.
@@ -27,6 +27,18 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
         return scores
     threshold = scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def keep_k(scores: Tensor, k: Tensor) -> Tensor:
+    """`keep_top_k` for a k that lies on the device, (1,) of 1..V: a sort instead of a partial one."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
+
+
+def keep_k(scores: Tensor, k: Tensor) -> Tensor:
+    """`keep_top_k` for a k that lies on the device, (1,) of 1..V: a sort instead of a partial one."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:

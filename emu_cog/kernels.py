@@ -1,0 +1,329 @@
+"""The decode step's kernels, in Triton: at most 16 rows through weights that are read once, at the memory's pace.
+
+Only CUDA imports this file (decode_ops.py chooses); under TRITON_INTERPRET=1 the kernels also run on a CPU, which the
+tests use. Every kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel is
+set up while the one before it still runs, and waits there before it touches anything that one wrote. What does not
+depend on it, the weights, may be fetched into the L2 cache before the wait.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _prefetch(pointers):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _widen(w, like):
+    """8-bit weights to the activations' type; the scale follows after the sum."""
+    if w.dtype == tl.int8:
+        return w.to(tl.float32).to(like.dtype)
+    return w.to(like.dtype)
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
+    scale_ptr,  # (N,) fp32, one a row of the weight; read only where QUANT
+    out_ptr,  # (M, N) in x's type; for parts (splits, M, N) fp32
+    M,
+    N,
+    K,
+    chunk,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    QUANT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x @ w.T through the tensor cores, weights as their left operand. Program (i, s): block i of the outputs, and
+    of the sum over K the part s, `chunk` long."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, K)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    live = n < N
+    w_at = w_ptr + n[:, None] * K + k[None, :]
+    x_at = x_ptr + m[None, :] * K + k[:, None]
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            line = tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
+            _prefetch(w_ptr + n[:, None] * K + begin + line[None, :])
+            if SWIGLU:
+                _prefetch(w_ptr + N * K + n[:, None] * K + begin + line[None, :])
+        gdc_wait()
+    acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    acc_up = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(w_at + at, eviction_policy="evict_first")
+            x = tl.load(x_at + at, mask=m[None, :] < M, other=0.0)
+        else:
+            inside = at + k < end
+            w = tl.load(w_at + at, mask=live[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_at + at, mask=(m[None, :] < M) & inside[:, None], other=0.0)
+        acc = tl.dot(_widen(w, x), x, acc, input_precision="ieee")
+        if SWIGLU:
+            if EVEN:
+                up = tl.load(w_at + N * K + at, eviction_policy="evict_first")
+            else:
+                up = tl.load(w_at + N * K + at, mask=live[:, None] & inside[None, :], other=0.0)
+            acc_up = tl.dot(_widen(up, x), x, acc_up, input_precision="ieee")
+    if QUANT:
+        acc *= tl.load(scale_ptr + n, mask=live, other=0.0)[:, None]
+    if SWIGLU:
+        if QUANT:
+            acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None]
+        acc = _swiglu(acc, acc_up, x_ptr.dtype.element_ty)
+    out_at = out_ptr + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & live[:, None])
+
+
+@triton.jit
+def _swiglu(gate, up, kind: tl.constexpr):
+    """silu(gate) * up, rounded where separate layers would round."""
+    gate = gate.to(kind).to(tl.float32)
+    act = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
+    return act * up.to(kind).to(tl.float32)
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    M: tl.constexpr,
+    N,
+    K,
+    chunk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    QUANT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The same for M = 2 rows through ordinary fp32 arithmetic: nothing is staged in shared memory.
+    N must be a multiple of BLOCK_N, `chunk` of BLOCK_K and K of `chunk`."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * chunk
+    k = tl.arange(0, BLOCK_K)
+    w_at = w_ptr + n[:, None] * K + k[None, :]
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            line = tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
+            _prefetch(w_ptr + n[:, None] * K + begin + line[None, :])
+            if SWIGLU:
+                _prefetch(w_ptr + N * K + n[:, None] * K + begin + line[None, :])
+        gdc_wait()
+    a0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    a1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    u0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    u1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for at in tl.range(begin, begin + chunk, BLOCK_K, num_stages=STAGES):
+        w = tl.load(w_at + at, eviction_policy="evict_first").to(tl.float32)
+        x0 = tl.load(x_ptr + at + k).to(tl.float32)[None, :]
+        x1 = tl.load(x_ptr + K + at + k).to(tl.float32)[None, :]
+        a0 += w * x0
+        a1 += w * x1
+        if SWIGLU:
+            up = tl.load(w_at + N * K + at, eviction_policy="evict_first").to(tl.float32)
+            u0 += up * x0
+            u1 += up * x1
+    y0, y1 = tl.sum(a0, axis=1), tl.sum(a1, axis=1)
+    if QUANT:
+        scale = tl.load(scale_ptr + n)
+        y0, y1 = y0 * scale, y1 * scale
+    if SWIGLU:
+        z0, z1 = tl.sum(u0, axis=1), tl.sum(u1, axis=1)
+        if QUANT:
+            scale = tl.load(scale_ptr + N + n)
+            z0, z1 = z0 * scale, z1 * scale
+        y0 = _swiglu(y0, z0, x_ptr.dtype.element_ty)
+        y1 = _swiglu(y1, z1, x_ptr.dtype.element_ty)
+    out_at = out_ptr + tl.program_id(1) * M * N + n
+    tl.store(out_at, y0.to(out_ptr.dtype.element_ty))
+    tl.store(out_at + N, y1.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def add_norm_kernel(
+    parts_ptr,  # (splits, M, H) fp32
+    residual_ptr,  # (M, H), read and written
+    weight_ptr,  # (H,)
+    out_ptr,  # (M, H)
+    H,
+    eps,
+    splits,
+    M,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sum the parts, add them to the residual stream, and give its RMSNorm. One program a row."""
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    live = i < H
+    kind = residual_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + i, mask=live, other=0.0).to(tl.float32)
+    _begin(PDL)
+    x = tl.load(residual_ptr + row * H + i, mask=live, other=0.0).to(tl.float32)
+    if splits > 0:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for s in range(splits):
+            total += tl.load(parts_ptr + (s * M + row) * H + i, mask=live, other=0.0)
+        x = (x + total.to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
+    y = (x * scale).to(kind).to(tl.float32) * weight
+    tl.store(out_ptr + row * H + i, y.to(kind), mask=live)
+
+
+@triton.jit
+def rope_store_kernel(
+    parts_ptr,  # (splits, M, (heads + 2 kv) * D) fp32: queries, keys, values
+    q_weight_ptr,
+    k_weight_ptr,  # (D,)
+    cos_ptr,
+    sin_ptr,  # (context, D), the halves equal
+    position_ptr,  # (M,) int64
+    q_ptr,  # (M, heads, D)
+    k_ptr,
+    v_ptr,  # (rows, capacity, kv, D)
+    row_stride,
+    eps,
+    splits,
+    M,
+    HEADS: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Norm and rotate queries and keys, write keys and values into the cache. Program (row, head)."""
+    _begin(PDL)
+    row, head = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    i = tl.arange(0, HALF)
+    kind = q_ptr.dtype.element_ty
+    low = tl.zeros((HALF,), tl.float32)
+    high = tl.zeros((HALF,), tl.float32)
+    for s in range(splits):
+        at = parts_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
+        low += tl.load(at)
+        high += tl.load(at + HALF)
+    position = tl.load(position_ptr + row)
+    if head >= HEADS + KV:
+        cell = v_ptr + row.to(tl.int64) * row_stride + (position * KV + head - HEADS - KV) * D + i
+        tl.store(cell, low.to(kind))
+        tl.store(cell + HALF, high.to(kind))
+    else:
+        low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
+        scale = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
+        if head < HEADS:
+            w_low, w_high = tl.load(q_weight_ptr + i), tl.load(q_weight_ptr + HALF + i)
+        else:
+            w_low, w_high = tl.load(k_weight_ptr + i), tl.load(k_weight_ptr + HALF + i)
+        low = ((low * scale).to(kind).to(tl.float32) * w_low.to(tl.float32)).to(kind).to(tl.float32)
+        high = ((high * scale).to(kind).to(tl.float32) * w_high.to(tl.float32)).to(kind).to(tl.float32)
+        cos = tl.load(cos_ptr + position * D + i).to(tl.float32)
+        sin = tl.load(sin_ptr + position * D + i).to(tl.float32)
+        turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
+        if head < HEADS:
+            cell = q_ptr + (row * HEADS + head) * D + i
+        else:
+            cell = k_ptr + row.to(tl.int64) * row_stride + (position * KV + head - HEADS) * D + i
+        tl.store(cell, turned_low.to(kind))
+        tl.store(cell + HALF, turned_high.to(kind))
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,  # (M, KV * GROUP, D)
+    k_ptr,
+    v_ptr,  # (rows, capacity, KV, D)
+    position_ptr,  # (M,) int64: the last key that counts
+    acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32
+    log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a part with no keys
+    row_stride,
+    scale,  # 1 / sqrt(D) * log2(e)
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attention of one token a row over a part of its keys, the GROUP heads that share keys together.
+    Program (row, kv head, part): the row's keys are cut into SPLITS equal parts, whatever their number."""
+    _begin(PDL)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = (tl.load(position_ptr + row) + 1).to(tl.int32)
+    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = split * part
+    end = tl.minimum(begin + part, length)
+    g, d, t = tl.arange(0, PADDED), tl.arange(0, D), tl.arange(0, BLOCK)
+    heads = (row * KV + head) * GROUP + g
+    q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=g[:, None] < GROUP, other=0.0)
+    base = row.to(tl.int64) * row_stride + head * D
+    top = tl.full((PADDED,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED,), tl.float32)
+    acc = tl.zeros((PADDED, D), tl.float32)
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        cells = base + (at + t)[:, None] * (KV * D) + d[None, :]
+        inside = at + t < end
+        k = tl.load(k_ptr + cells, mask=inside[:, None], other=0.0)
+        v = tl.load(v_ptr + cells, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        top = new_top
+    cell = heads * SPLITS + split
+    live = g < GROUP
+    some = begin < end
+    total = tl.where(some, total, 1.0)
+    tl.store(log_ptr + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=live)
+    tl.store(acc_ptr + cell[:, None] * D + d[None, :], acc / total[:, None], mask=live[:, None])
+
+
+@triton.jit
+def combine_kernel(
+    acc_ptr, log_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
+):
+    """The parts' weighted mean: (M * heads, SPLITS, D) to (M * heads, D). One program a head."""
+    _begin(PDL)
+    head = tl.program_id(0)
+    s, d = tl.arange(0, PADDED), tl.arange(0, D)
+    logs = tl.load(log_ptr + head * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    weight = tl.exp2(logs - tl.max(logs, axis=0))
+    acc = tl.load(acc_ptr + (head * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
+    out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty))

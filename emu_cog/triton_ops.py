@@ -1,0 +1,187 @@
+"""The decode step's operations in Triton: `decode_ops.Ops` for CUDA, or for Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emu_cog import draw_kernels, kernels
+from emu_cog.config import Sampling
+from emu_cog.decode_ops import ImageState, Layer, Shape, TorchOps, Weight
+from emu_cog.tuning import Plan, Tiles, shape
+
+
+class TritonOps:
+    """The fast set: CUDA (or Triton's interpreter). One object serves one M."""
+
+    BLOCK = 2048
+    """Scores a program of the draw handles."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._scratch: dict[str, Tensor] = {}
+        self.launch: dict[str, Any] = {"PDL": plan.pdl} | ({"launch_pdl": True} if plan.pdl else {})
+
+    # -- products ---------------------------------------------------------------------------------------------
+
+    def product(self, x: Tensor, w: Weight, tiles: Tiles, *, swiglu: bool = False, out: torch.dtype) -> Tensor:
+        """The linear kernels' launch: (splits, M, N)."""
+        m, k = x.shape
+        n = w.data.shape[0] // (2 if swiglu else 1)
+        chunk = _up(_up(k, tiles.splits), tiles.block_k) * tiles.block_k
+        splits = _up(k, chunk)
+        parts = torch.empty((splits, m, n), dtype=out, device=x.device)
+        scale = w.data if w.scale is None else w.scale
+        even = n % tiles.block_n == 0 and k % chunk == 0
+        grid = (_up(n, tiles.block_n), splits)
+        common: dict[str, Any] = {
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            "STAGES": tiles.stages,
+            "SWIGLU": swiglu,
+            "QUANT": w.scale is not None,
+            "PREFETCH": tiles.prefetch,
+            "num_warps": tiles.warps,
+            **self.launch,
+        }
+        if tiles.gemv and even and m == 2:
+            kernels.gemv_kernel[grid](x, w.data, scale, parts, 2, n, k, chunk, **common)
+        else:
+            kernels.linear_kernel[grid](x, w.data, scale, parts, m, n, k, chunk, ROWS=16, EVEN=even, **common)
+        return parts
+
+    def linear(self, x: Tensor, w: Weight) -> Tensor:
+        return self.product(x, w, self.plan.tiles[shape(w)], out=torch.float32)
+
+    def swiglu(self, x: Tensor, w: Weight) -> Tensor:
+        return self.product(x, w, self.plan.tiles[shape(w)], swiglu=True, out=x.dtype)[0]
+
+    def logits(self, x: Tensor, head: Tensor) -> Tensor:
+        return self.linear(x, Weight(head))[0]
+
+    # -- the rest of a layer ----------------------------------------------------------------------------------
+
+    def add_norm(self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        m, h = residual.shape
+        out = torch.empty_like(residual)
+        source, splits = (residual, 0) if parts is None else (parts, len(parts))
+        block = _power(h)
+        warps = max(1, min(16, block // 256))
+        kernels.add_norm_kernel[(m,)](
+            source, residual, weight, out, h, eps, splits, m, BLOCK=block, num_warps=warps, **self.launch
+        )
+        return out
+
+    def rope_store(
+        self, parts: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        splits, m, _ = parts.shape
+        q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=parts.device)
+        kernels.rope_store_kernel[(m, shape.heads + 2 * shape.kv_heads)](
+            parts,
+            layer.q_norm,
+            layer.k_norm,
+            rope[0],
+            rope[1],
+            position,
+            q,
+            keys,
+            values,
+            keys.stride(0),
+            shape.eps,
+            splits,
+            m,
+            HEADS=shape.heads,
+            KV=shape.kv_heads,
+            D=shape.head_dim,
+            num_warps=1,
+            **self.launch,
+        )
+        return q
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        m, heads, dim = q.shape
+        kv, splits = keys.shape[2], self.plan.key_splits
+        acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
+        logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
+        out = torch.empty((m, heads * dim), dtype=q.dtype, device=q.device)
+        kernels.attend_kernel[(m, kv, splits)](
+            q,
+            keys,
+            values,
+            position,
+            acc,
+            logs,
+            keys.stride(0),
+            dim**-0.5 * math.log2(math.e),
+            KV=kv,
+            GROUP=heads // kv,
+            PADDED=max(16, _power(heads // kv)),
+            D=dim,
+            BLOCK=self.plan.key_block,
+            SPLITS=splits,
+            STAGES=3,
+            num_warps=4,
+            **self.launch,
+        )
+        kernels.combine_kernel[(m * heads,)](
+            acc, logs, out, D=dim, SPLITS=splits, PADDED=_power(splits), num_warps=1, **self.launch
+        )
+        return out
+
+    # -- the draw ---------------------------------------------------------------------------------------------
+
+    def choose(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
+        if sampling.top_p < 1.0:
+            TorchOps(0).choose(logits, state, visual, sampling)
+            return
+        lanes, vocabulary = len(logits) // 2, logits.shape[1]
+        blocks = _up(vocabulary, self.BLOCK)
+        s = self._scratch = self._scratch or _draw_scratch(lanes, blocks, logits.device)
+        grid, some = (lanes, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
+        counts, top, k = s["counts"], s["top"], state.top_k
+        draw_kernels.guide_kernel[grid](logits, state.knobs, state.scores, counts, top, vocabulary, **some)
+        for digit in (1, 2, 3):
+            draw_kernels.count_kernel[grid](state.scores, counts, k, vocabulary, PASS=digit, **some)
+        draw_kernels.mass_kernel[grid](state.scores, counts, top, k, s["threshold"], s["mass"], vocabulary, **some)
+        draw_kernels.choose_kernel[(lanes,)](
+            state.scores,
+            counts,
+            top,
+            s["threshold"],
+            s["mass"],
+            state.uniform,
+            state.forced,
+            state.advance,
+            state.step,
+            state.token,
+            state.position,
+            state.out,
+            visual,
+            vocabulary,
+            blocks,
+            BLOCKS=_power(blocks),
+            **some,
+        )
+
+
+def _draw_scratch(lanes: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
+    """What the draw's kernels hand to each other; `counts` and `top` are left as they are here by the last of them."""
+    return {
+        "counts": torch.zeros((lanes, 4, 256), dtype=torch.int32, device=device),
+        "top": torch.full((lanes,), -(2**31), dtype=torch.int32, device=device),
+        "threshold": torch.zeros((lanes,), dtype=torch.int32, device=device),
+        "mass": torch.zeros((lanes, blocks), dtype=torch.float64, device=device),
+    }
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
