@@ -35,12 +35,6 @@ def keep_k(scores: Tensor, k: Tensor) -> Tensor:
     return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
 
 
-def keep_k(scores: Tensor, k: Tensor) -> Tensor:
-    """`keep_top_k` for a k that lies on the device, (1,) of 1..V: a sort instead of a partial one."""
-    ordered = scores.sort(dim=-1, descending=True).values
-    return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
-
-
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
     """-inf outside each row's nucleus: the likeliest tokens up to and with the one that takes the sum over p."""
     if p >= 1.0:

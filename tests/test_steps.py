@@ -1,0 +1,221 @@
+"""Recorded steps: the same steps in plain torch against the modules, and on a GPU the recordings themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from emu_cog import tiny
+from emu_cog.config import Request, Sampling
+from emu_cog.decode import forward, merge
+from emu_cog.decode_ops import TorchOps
+from emu_cog.engine import Engine
+from emu_cog.jobs import Job
+from emu_cog.lm import LanguageModel, choose_attention
+from emu_cog.pipeline import Pipeline
+from emu_cog.quantize import FORMATS, quantize
+from emu_cog.steps import Steps, build, why_eager
+from tests.test_engine import answers, job_and_rules
+
+Checkpoints = Callable[[str], tiny.TinyFolders]
+
+
+class Ids:
+    visual, vocab_size = 100, 200
+
+
+def small_model(dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> LanguageModel:
+    """Three layers, six query heads over two kv heads; norms that differ from one."""
+    config = Qwen3Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "emu_sdpa"
+    choose_attention(torch.device("cpu"), dtype)
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        weight.data = 1 + 0.3 * torch.randn_like(weight) if "norm" in name else 3 * weight.data
+    return LanguageModel(model.to(device, dtype), Ids)  # type: ignore[arg-type]
+
+
+def copies(lm: LanguageModel, rows: int, capacity: int, count: int) -> list:
+    """`count` equal caches full of noise."""
+    made = [lm.new_cache(rows=rows, capacity=capacity) for _ in range(count)]
+    for buffers in zip(*[(*cache.keys, *cache.values) for cache in made], strict=True):
+        buffers[0].normal_()
+        for other in buffers[1:]:
+            other.copy_(buffers[0])
+    return made
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_the_modules_own_bit_by_bit(dtype: torch.dtype) -> None:
+    lm = small_model(dtype)
+    plain, ours = copies(lm, 4, 64, 2)
+    tokens, positions = torch.tensor([3, 150, 7, 199]), torch.tensor([5, 40, 63, 0])
+    expected = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=64)[:, 0]
+    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
+    got = forward(TorchOps(64), weights, tokens, positions, ours.keys, ours.values)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(plain.keys + plain.values, ours.keys + ours.values, strict=True))
+
+
+@torch.inference_mode()
+def test_merged_weights_are_the_modules_own_memory() -> None:
+    lm = small_model(torch.float32)
+    before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
+    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
+    for name, weight in lm.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    attention, mlp, layer = lm.model.model.layers[1].self_attn, lm.model.model.layers[1].mlp, weights.layers[1]
+    for whole, parts in (
+        (layer.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
+    ):
+        assert {p.weight.untyped_storage().data_ptr() for p in parts} == {whole.data.untyped_storage().data_ptr()}
+        assert sum(p.weight.shape[0] for p in parts) == whole.data.shape[0]
+    linear = sum(w.numel() for name, w in before.items() if "proj" in name)
+    assert weights.bytes_read == 4 * (linear + 100 * 64)
+
+
+CASES = {
+    "one": ("picture", 1, Request(prompt="a red boat", seed=2, size=(3, 4), guidance_scale=5.0, image_top_k=9)),
+    "four": ("picture", 4, Request(prompt="a boat", seed=3, size=(4, 3), image_temperature=0.7)),
+    "top-p": ("picture", 2, Request(prompt="boat", seed=3, size=(3, 3), image_top_p=0.6, image_top_k=20)),
+    "the model's sizes": ("picture", 3, Request(prompt="boat", seed=0, aspect_ratio="model", image_top_k=20)),
+    "story": ("storyteller", 2, Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)),
+}
+
+
+def run_both(pipeline: Pipeline, steps: Steps, count: int, request: Request) -> tuple[dict, dict]:
+    job, rules = job_and_rules(pipeline, request)
+    jobs = [Job(conditional=job.conditional, unconditional=job.unconditional, seed=job.seed + i) for i in range(count)]
+    slow = answers(list(Engine(pipeline.lm).generate(jobs, rules)))
+    fast = answers(list(Engine(pipeline.lm, steps).generate(jobs, rules)))
+    return slow, fast
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
+    model, count, request = CASES[name]
+    folders = make_checkpoint(model)
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    slow, fast = run_both(pipeline, Steps(pipeline.lm, twin=True), count, request)
+    assert fast == slow
+    assert len(slow) == count
+
+
+def test_the_device_is_asked_once_a_row(make_checkpoint: Checkpoints) -> None:
+    """Inside an image no tensor is read by the host but the rows' ids: counted at the dispatcher."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                Reads.count += 1
+            return func(*args, **(kwargs or {}))
+
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    steps = Steps(pipeline.lm, twin=True)
+    forced = torch.full((12, 2), -1)
+    state, play = steps.image(
+        pipeline.lm.new_cache(rows=4, capacity=32),
+        forced=forced,
+        uniform=torch.rand(12, 2, dtype=torch.float64),
+        advance=torch.ones(12, 4, dtype=torch.long),
+        lengths=[3, 2, 5, 2],
+        guidance=3.0,
+        sampling=Sampling(top_k=9),
+    )
+    with torch.inference_mode(), Reads():
+        for _ in range(12):
+            play()
+        assert Reads.count == 0
+        assert state.step.tolist() == [12, 12]
+    assert state.position.tolist() == [15, 14, 17, 14]
+    assert (state.out[:12] >= pipeline.lm.ids.visual).all()
+
+
+def test_why_not_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    lm = small_model(torch.float32)
+    assert why_eager(lm, compile=False) == "EMU_COMPILE=0"
+    assert why_eager(lm, compile=True) == "the device is cpu"
+    with caplog.at_level("INFO", logger="emu_cog"):
+        assert build(lm, compile=False) is None
+    assert "step by step: EMU_COMPILE=0" in caplog.text
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_steps_are_the_quantized_modules(name: str) -> None:
+    lm = small_model(torch.float32)
+    quantize(lm.model, name)
+    plain, ours = copies(lm, 2, 16, 2)
+    tokens, positions = torch.tensor([3, 150]), torch.tensor([5, 9])
+    expected = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=16)[:, 0]
+    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
+    again = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=16)[:, 0]
+    got = forward(TorchOps(16), weights, tokens, positions, ours.keys, ours.values)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again, expected)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_recordings_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
+    model, count, request = CASES[name]
+    folders = make_checkpoint(model)
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32")
+    assert pipeline.engine.steps
+    slow, fast = run_both(pipeline, pipeline.engine.steps, count, request)
+    assert fast == slow
+
+
+@pytest.mark.gpu
+def test_a_second_request_plays_the_same_recording_without_waiting(make_checkpoint: Checkpoints) -> None:
+    folders = make_checkpoint("picture")
+    lm = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32").lm
+    steps, cache = Steps(lm), lm.new_cache(rows=2, capacity=64)
+    plays = []
+    with torch.inference_mode():
+        for guidance, top_k, length in ((3.0, 9, 5), (1.0, 0, 7)):
+            _, play = steps.image(
+                cache,
+                forced=torch.full((12, 1), -1),
+                uniform=torch.rand(12, 1, dtype=torch.float64),
+                advance=torch.ones(12, 2, dtype=torch.long),
+                lengths=[length, 2],
+                guidance=guidance,
+                sampling=Sampling(top_k=top_k, temperature=0.9),
+            )
+            plays.append(play)
+            with no_waiting():
+                for _ in range(12):
+                    play()
+    assert plays[0] == plays[1]
