@@ -106,14 +106,15 @@ def forward(
     ops: Ops, w: DecodeWeights, token: Tensor, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
     """Feed (M,) tokens at (M,) positions of the cache's rows; the final hidden states (M, hidden)."""
-    residual = F.embedding(token, w.embed)
-    eps = w.shape.eps
-    x = ops.add_norm(None, residual, w.layers[0].input_norm, eps)
-    next_norms = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
-    for layer, next_norm, k, v in zip(w.layers, next_norms, keys, values, strict=True):
+    residual, eps = F.embedding(token, w.embed), w.shape.eps
+    x = ops.add_norm(None, residual, w.layers[0].input_norm, eps, w.layers[0].qkv)
+    after = [(layer.input_norm, layer.qkv) for layer in w.layers[1:]] + [(w.norm, None)]
+    for layer, (norm, next_weight), k, v in zip(w.layers, after, keys, values, strict=True):
         q = ops.rope_store(ops.linear(x, layer.qkv), layer, w.shape, w.rope, position, k, v)
-        x = ops.add_norm(ops.linear(ops.attend(q, k, v, position), layer.o), residual, layer.post_norm, eps)
-        x = ops.add_norm(ops.linear(ops.swiglu(x, layer.gate_up), layer.down), residual, next_norm, eps)
+        x = ops.attend(q, k, v, position, layer.o)
+        x = ops.add_norm(ops.linear(x, layer.o), residual, layer.post_norm, eps, layer.gate_up)
+        x = ops.swiglu(x, layer.gate_up)
+        x = ops.add_norm(ops.linear(x, layer.down), residual, norm, eps, next_weight)
     return x
 
 

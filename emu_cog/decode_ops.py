@@ -101,21 +101,23 @@ class Ops(Protocol):
         """(M, K) times (N, K) transposed: parts (splits, M, N)."""
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        """silu(x @ gate.T) * (x @ up.T): (M, N) of a (2N, K) weight."""
+        """silu(x @ gate.T) * (x @ up.T): (M, N) of a (2N, K) weight, as the next product reads it."""
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         """(M, K) to (M, V) fp32."""
 
-    def add_norm(self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add the parts to `residual` (M, H) in place; give back its RMSNorm."""
+    def add_norm(
+        self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+    ) -> Tensor:
+        """Add the parts to `residual` (M, H) in place; give back its RMSNorm, as the weight `into` reads it."""
 
     def rope_store(
         self, parts: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Norm and rotate queries and keys, put keys and values at `position`; gives the queries (M, heads, D)."""
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """Attention over each row's keys 0..position: (M, heads * D)."""
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
+        """Attention over each row's keys 0..position: (M, heads * D), as the weight `into` reads it."""
 
     def choose(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
         """Choose every lane's next token from (2 lanes, V) logits and move the state one step on.
@@ -140,7 +142,9 @@ class TorchOps:
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         return F.linear(x, head).float()
 
-    def add_norm(self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_norm(
+        self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+    ) -> Tensor:
         if parts is not None:
             residual += parts.sum(0).to(residual.dtype)
         return _norm(residual, weight, eps)
@@ -156,7 +160,7 @@ class TorchOps:
         values[row, position] = v
         return _rotate(_norm(q, layer.q_norm, shape.eps), cos, sin)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
         m, _, dim = q.shape
         mask = torch.arange(self.filled, device=q.device) <= position[:, None]
         keys, values = (x[:, : self.filled].transpose(1, 2) for x in (keys, values))

@@ -1,9 +1,8 @@
 """The decode step's kernels, in Triton: at most 16 rows through weights that are read once, at the memory's pace.
 
-Only CUDA imports this file (decode_ops.py chooses); under TRITON_INTERPRET=1 the kernels also run on a CPU, which the
-tests use. Every kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel is
-set up while the one before it still runs, and waits there before it touches anything that one wrote. What does not
-depend on it, the weights, may be fetched into the L2 cache before the wait.
+Only steps.py's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
+kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel is set up while the
+one before it still runs, and waits there before it touches anything that one wrote.
 """
 
 from __future__ import annotations
@@ -20,26 +19,20 @@ def _begin(PDL: tl.constexpr):
         gdc_wait()
 
 
-@triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+INPUT_SCALE = tl.constexpr(16.0)
+"""What the inputs of 8-bit products are divided by, so that fp16 holds them; taken back after the sum."""
 
 
 @triton.jit
-def _widen(w, like):
-    """8-bit weights to the activations' type; the scale follows after the sum."""
-    if w.dtype == tl.int8:
-        return w.to(tl.float32).to(like.dtype)
-    return w.to(like.dtype)
+def _spread(x):
+    """fp32 to what an 8-bit product reads: in fp16's range."""
+    return tl.minimum(tl.maximum(x / INPUT_SCALE, -65504.0), 65504.0)
 
 
 @triton.jit
 def linear_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
-    scale_ptr,  # (N,) fp32, one a row of the weight; read only where QUANT
     out_ptr,  # (M, N) in x's type; for parts (splits, M, N) fp32
     M,
     N,
@@ -50,9 +43,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     SWIGLU: tl.constexpr,
-    QUANT: tl.constexpr,
     EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x @ w.T through the tensor cores, weights as their left operand. Program (i, s): block i of the outputs, and
@@ -65,14 +56,7 @@ def linear_kernel(
     live = n < N
     w_at = w_ptr + n[:, None] * K + k[None, :]
     x_at = x_ptr + m[None, :] * K + k[:, None]
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
-            _prefetch(w_ptr + n[:, None] * K + begin + line[None, :])
-            if SWIGLU:
-                _prefetch(w_ptr + N * K + n[:, None] * K + begin + line[None, :])
-        gdc_wait()
+    _begin(PDL)
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
@@ -83,18 +67,14 @@ def linear_kernel(
             inside = at + k < end
             w = tl.load(w_at + at, mask=live[:, None] & inside[None, :], other=0.0)
             x = tl.load(x_at + at, mask=(m[None, :] < M) & inside[:, None], other=0.0)
-        acc = tl.dot(_widen(w, x), x, acc, input_precision="ieee")
+        acc = tl.dot(w, x, acc, input_precision="ieee")
         if SWIGLU:
             if EVEN:
                 up = tl.load(w_at + N * K + at, eviction_policy="evict_first")
             else:
                 up = tl.load(w_at + N * K + at, mask=live[:, None] & inside[None, :], other=0.0)
-            acc_up = tl.dot(_widen(up, x), x, acc_up, input_precision="ieee")
-    if QUANT:
-        acc *= tl.load(scale_ptr + n, mask=live, other=0.0)[:, None]
+            acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
     if SWIGLU:
-        if QUANT:
-            acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None]
         acc = _swiglu(acc, acc_up, x_ptr.dtype.element_ty)
     out_at = out_ptr + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & live[:, None])
@@ -109,78 +89,17 @@ def _swiglu(gate, up, kind: tl.constexpr):
 
 
 @triton.jit
-def gemv_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    out_ptr,
-    M: tl.constexpr,
-    N,
-    K,
-    chunk,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    QUANT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The same for M = 2 rows through ordinary fp32 arithmetic: nothing is staged in shared memory.
-    N must be a multiple of BLOCK_N, `chunk` of BLOCK_K and K of `chunk`."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.program_id(1) * chunk
-    k = tl.arange(0, BLOCK_K)
-    w_at = w_ptr + n[:, None] * K + k[None, :]
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
-            _prefetch(w_ptr + n[:, None] * K + begin + line[None, :])
-            if SWIGLU:
-                _prefetch(w_ptr + N * K + n[:, None] * K + begin + line[None, :])
-        gdc_wait()
-    a0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    a1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    u0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    u1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for at in tl.range(begin, begin + chunk, BLOCK_K, num_stages=STAGES):
-        w = tl.load(w_at + at, eviction_policy="evict_first").to(tl.float32)
-        x0 = tl.load(x_ptr + at + k).to(tl.float32)[None, :]
-        x1 = tl.load(x_ptr + K + at + k).to(tl.float32)[None, :]
-        a0 += w * x0
-        a1 += w * x1
-        if SWIGLU:
-            up = tl.load(w_at + N * K + at, eviction_policy="evict_first").to(tl.float32)
-            u0 += up * x0
-            u1 += up * x1
-    y0, y1 = tl.sum(a0, axis=1), tl.sum(a1, axis=1)
-    if QUANT:
-        scale = tl.load(scale_ptr + n)
-        y0, y1 = y0 * scale, y1 * scale
-    if SWIGLU:
-        z0, z1 = tl.sum(u0, axis=1), tl.sum(u1, axis=1)
-        if QUANT:
-            scale = tl.load(scale_ptr + N + n)
-            z0, z1 = z0 * scale, z1 * scale
-        y0 = _swiglu(y0, z0, x_ptr.dtype.element_ty)
-        y1 = _swiglu(y1, z1, x_ptr.dtype.element_ty)
-    out_at = out_ptr + tl.program_id(1) * M * N + n
-    tl.store(out_at, y0.to(out_ptr.dtype.element_ty))
-    tl.store(out_at + N, y1.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
 def add_norm_kernel(
     parts_ptr,  # (splits, M, H) fp32
     residual_ptr,  # (M, H), read and written
     weight_ptr,  # (H,)
-    out_ptr,  # (M, H)
+    out_ptr,  # (M, H); with SPREAD as an 8-bit product reads it
     H,
     eps,
     splits,
     M,
     BLOCK: tl.constexpr,
+    SPREAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sum the parts, add them to the residual stream, and give its RMSNorm. One program a row."""
@@ -198,8 +117,11 @@ def add_norm_kernel(
         x = (x + total.to(kind).to(tl.float32)).to(kind).to(tl.float32)
         tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
-    y = (x * scale).to(kind).to(tl.float32) * weight
-    tl.store(out_ptr + row * H + i, y.to(kind), mask=live)
+    y = ((x * scale).to(kind).to(tl.float32) * weight).to(kind)
+    if SPREAD:
+        i = (i % 4) * (H // 4) + i // 4
+        y = _spread(y.to(tl.float32))
+    tl.store(out_ptr + row * H + i, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -316,14 +238,28 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(
-    acc_ptr, log_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
+    acc_ptr,
+    log_ptr,
+    out_ptr,  # (M, HEADS * D); with SPREAD as an 8-bit product reads it
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    SPREAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The parts' weighted mean: (M * heads, SPLITS, D) to (M * heads, D). One program a head."""
+    """The parts' weighted mean: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND. Program (row, head)."""
     _begin(PDL)
-    head = tl.program_id(0)
+    row, head = tl.program_id(0), tl.program_id(1)
+    cell = row * HEADS + head
     s, d = tl.arange(0, PADDED), tl.arange(0, D)
-    logs = tl.load(log_ptr + head * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
     weight = tl.exp2(logs - tl.max(logs, axis=0))
-    acc = tl.load(acc_ptr + (head * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
-    out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty))
+    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
+    out = (tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(KIND)
+    at = head * D + d
+    if SPREAD:
+        at = (at % 4) * (HEADS * D // 4) + at // 4
+        out = _spread(out.to(tl.float32))
+    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))

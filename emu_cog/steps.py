@@ -178,5 +178,5 @@ class Steps:
             from emu_cog.triton_ops import TritonOps
             from emu_cog.tuning import choose_plan
 
-            self._ops[rows] = TritonOps(choose_plan(self.weights, rows, self.lm.device))
+            self._ops[rows] = TritonOps(choose_plan(self.weights, rows, self.lm.device), self.lm.dtype)
         return self._ops[rows]

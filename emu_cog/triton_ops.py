@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from emu_cog import draw_kernels, kernels
+from emu_cog import draw_kernels, kernels, kernels8
 from emu_cog.config import Sampling
 from emu_cog.decode_ops import ImageState, Layer, Shape, TorchOps, Weight
 from emu_cog.tuning import Plan, Tiles, shape
+
+KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class TritonOps:
@@ -20,58 +23,74 @@ class TritonOps:
     BLOCK = 2048
     """Scores a program of the draw handles."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
+        self.plan, self.kind = plan, KINDS[dtype]
         self._scratch: dict[str, Tensor] = {}
         self.launch: dict[str, Any] = {"PDL": plan.pdl} | ({"launch_pdl": True} if plan.pdl else {})
 
     # -- products ---------------------------------------------------------------------------------------------
 
-    def product(self, x: Tensor, w: Weight, tiles: Tiles, *, swiglu: bool = False, out: torch.dtype) -> Tensor:
-        """The linear kernels' launch: (splits, M, N)."""
-        m, k = x.shape
-        n = w.data.shape[0] // (2 if swiglu else 1)
+    def product(self, x: Tensor, w: Weight, tiles: Tiles, *, swiglu: bool = False) -> Tensor:
+        """The linear kernels' launch: parts (splits, M, N), with `swiglu` (1, M, N) ready for the next product."""
+        m, small = len(x), w.scale is not None
+        # An 8-bit weight is counted in words of four along K.
+        data = w.data.view(torch.int32) if small else w.data
+        n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
         chunk = _up(_up(k, tiles.splits), tiles.block_k) * tiles.block_k
         splits = _up(k, chunk)
-        parts = torch.empty((splits, m, n), dtype=out, device=x.device)
-        scale = w.data if w.scale is None else w.scale
-        even = n % tiles.block_n == 0 and k % chunk == 0
+        parts = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
         grid = (_up(n, tiles.block_n), splits)
         common: dict[str, Any] = {
+            "ROWS": 16,
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,
             "STAGES": tiles.stages,
             "SWIGLU": swiglu,
-            "QUANT": w.scale is not None,
-            "PREFETCH": tiles.prefetch,
+            "EVEN": n % tiles.block_n == 0 and k % chunk == 0 and chunk % tiles.block_k == 0,
             "num_warps": tiles.warps,
             **self.launch,
         }
-        if tiles.gemv and even and m == 2:
-            kernels.gemv_kernel[grid](x, w.data, scale, parts, 2, n, k, chunk, **common)
+        if small:
+            fp8 = w.data.dtype == torch.float8_e4m3fn
+            kernels8.linear8_kernel[grid](
+                x, data, w.scale, parts, m, n, k, chunk, FP8=fp8, KIND=self.kind, ASM=x.is_cuda, **common
+            )
         else:
-            kernels.linear_kernel[grid](x, w.data, scale, parts, m, n, k, chunk, ROWS=16, EVEN=even, **common)
+            kernels.linear_kernel[grid](x, data, parts, m, n, k, chunk, **common)
         return parts
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.plan.tiles[shape(w)], out=torch.float32)
+        return self.product(x, w, self.plan.tiles[shape(w)])
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.plan.tiles[shape(w)], swiglu=True, out=x.dtype)[0]
+        return self.product(x, w, self.plan.tiles[shape(w)], swiglu=True)[0]
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         return self.linear(x, Weight(head))[0]
 
     # -- the rest of a layer ----------------------------------------------------------------------------------
 
-    def add_norm(self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_norm(
+        self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+    ) -> Tensor:
         m, h = residual.shape
-        out = torch.empty_like(residual)
+        out = self._input(residual, into)
         source, splits = (residual, 0) if parts is None else (parts, len(parts))
         block = _power(h)
         warps = max(1, min(16, block // 256))
         kernels.add_norm_kernel[(m,)](
-            source, residual, weight, out, h, eps, splits, m, BLOCK=block, num_warps=warps, **self.launch
+            source,
+            residual,
+            weight,
+            out,
+            h,
+            eps,
+            splits,
+            m,
+            BLOCK=block,
+            SPREAD=_is_small(into),
+            num_warps=warps,
+            **self.launch,
         )
         return out
 
@@ -102,12 +121,12 @@ class TritonOps:
         )
         return q
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
         m, heads, dim = q.shape
         kv, splits = keys.shape[2], self.plan.key_splits
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
-        out = torch.empty((m, heads * dim), dtype=q.dtype, device=q.device)
+        out = self._input(q.view(m, heads * dim), into)
         kernels.attend_kernel[(m, kv, splits)](
             q,
             keys,
@@ -127,10 +146,24 @@ class TritonOps:
             num_warps=4,
             **self.launch,
         )
-        kernels.combine_kernel[(m * heads,)](
-            acc, logs, out, D=dim, SPLITS=splits, PADDED=_power(splits), num_warps=1, **self.launch
+        kernels.combine_kernel[(m, heads)](
+            acc,
+            logs,
+            out,
+            HEADS=heads,
+            D=dim,
+            SPLITS=splits,
+            PADDED=_power(splits),
+            KIND=self.kind,
+            SPREAD=_is_small(into),
+            num_warps=1,
+            **self.launch,
         )
         return out
+
+    def _input(self, like: Tensor, into: Weight | None) -> Tensor:
+        """Room for what the weight `into` reads: fp16 for an 8-bit one (kernels8.py tells why)."""
+        return torch.empty_like(like, dtype=torch.float16 if _is_small(into) else like.dtype)
 
     # -- the draw ---------------------------------------------------------------------------------------------
 
@@ -176,6 +209,10 @@ def _draw_scratch(lanes: int, blocks: int, device: torch.device) -> dict[str, Te
         "threshold": torch.zeros((lanes,), dtype=torch.int32, device=device),
         "mass": torch.zeros((lanes, blocks), dtype=torch.float64, device=device),
     }
+
+
+def _is_small(weight: Weight | None) -> bool:
+    return weight is not None and weight.scale is not None
 
 
 def _up(a: int, b: int) -> int:

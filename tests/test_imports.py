@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "emu_cog"
 LAYERS = [
     ["config", "tokens"],
     ["geometry", "shards", "sampling", "manifest", "remote", "memory", "upstream_clone", "quantize", "kernels"],
-    ["tasks", "tokenizer", "vision", "fetch", "decode_ops", "draw_kernels", "jobs"],
+    ["tasks", "tokenizer", "vision", "fetch", "decode_ops", "draw_kernels", "kernels8", "jobs"],
     ["prompts", "segments", "pictures", "lm", "tiny_vocabulary", "layout", "progress", "decode"],
     ["tuning", "prefill", "outputs", "tiny", "loading", "local", "pget", "staging", "tarread"],
     ["triton_ops"],
