@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from emu_cog.kernels import INPUT_SCALE, _spread, _swiglu
+from emu_cog.kernels import INPUT_SCALE, _begin, _spread, _swiglu
 
 
 @triton.jit
@@ -98,9 +97,7 @@ def linear8_kernel(
     live = n < N
     w_at = w_ptr + n[:, None] * W + j[None, :]
     x_at = x_ptr + m[None, :] * (4 * W) + j[:, None]
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(PDL)
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):

@@ -23,8 +23,6 @@ from emu_cog.lm import LanguageModel, SlotCache
 
 MAX_STEPS = 99 * 100
 """Steps of the largest image: 99 rows of 99 codes, each with its EOL."""
-MAX_ROWS = 16
-"""Rows the kernels take: one tile of the tensor cores."""
 
 
 def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
