@@ -204,6 +204,14 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     return int(value)
 
 
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    """On unless the variable is 0."""
+    value = env.get(name, "1")
+    if value not in ("0", "1"):
+        raise InputError(f"{name}={value!r} must be 0 or 1")
+    return value == "1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the environment chooses. Each field is EMU_<FIELD>; see the README's table."""
@@ -246,6 +254,6 @@ class Settings:
             max_context=_whole(env, "EMU_MAX_CONTEXT"),
             max_outputs=_whole(env, "EMU_MAX_OUTPUTS") or 1,
             quantize=get("QUANTIZE"),
-            compile=get("COMPILE") != "0",
+            compile=_switch(env, "EMU_COMPILE"),
             environ=env,
         )

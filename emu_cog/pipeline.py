@@ -163,10 +163,22 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as the next: one small picture on a GPU, nothing on a CPU."""
-        if self.lm.device.type == "cuda":
-            for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0)):
+        """Make the first request as fast as the next: small pictures on a GPU, nothing on a CPU.
+
+        One output, and as many as EMU_MAX_OUTPUTS promises room for. Other numbers are recorded with their first
+        request, in a second or two: kernels that differ are few by then.
+        """
+        if self.lm.device.type != "cuda":
+            return
+        typical = tasks.plan(Request(prompt="-"), self.defaults)
+        rules = _rules(typical)
+        for outputs in sorted({self.max_outputs, 1}, reverse=True):
+            started = time.perf_counter()
+            # The cache that a usual picture will ask for: recorded steps hold its address.
+            self.engine.cache(rows=2 * outputs, capacity=rules.longest(PROMPT_TOKENS, self.lm.context))
+            for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0, num_outputs=outputs)):
                 pass
+            log.info("warmed up %d output(s) in %.1f s", outputs, time.perf_counter() - started)
 
     def stream(
         self,
@@ -191,14 +203,7 @@ class Pipeline:
             Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
             for i in range(request.num_outputs)
         ]
-        rules = Rules(
-            guidance=plan.guidance,
-            image=plan.image,
-            text=plan.text,
-            size=plan.size,
-            max_new_tokens=plan.max_new_tokens,
-            single_image=not plan.task.interleaved,
-        )
+        rules = _rules(plan)
 
         # 3. ids to texts and pictures
         readers = [Reader(self.tokenizer, output=i) for i in range(len(jobs))]
@@ -281,6 +286,17 @@ class Pipeline:
             "image_top_p": plan.image.top_p,
             "model": self.revision,
         }
+
+
+def _rules(plan: tasks.Plan) -> Rules:
+    return Rules(
+        guidance=plan.guidance,
+        image=plan.image,
+        text=plan.text,
+        size=plan.size,
+        max_new_tokens=plan.max_new_tokens,
+        single_image=not plan.task.interleaved,
+    )
 
 
 class _ProgressTeller:

@@ -43,7 +43,7 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for at in range(0, weight.shape[0], rows):
         part = weight[at : at + rows].float()
         step = part.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny * largest) / largest
-        part /= step[:, None]
+        part = part / step[:, None]  # not in place: an fp32 weight is its own fp32 form
         data[at : at + rows] = part.round_().to(kind) if kind == torch.int8 else part.clamp_(-largest, largest).to(kind)
         scale[at : at + rows] = step
     return data, scale

@@ -21,6 +21,8 @@ from emu_cog.decode import forward, image_step, merge
 from emu_cog.decode_ops import ImageState, Ops, TorchOps
 from emu_cog.lm import LanguageModel, SlotCache
 
+ROOM = 512
+"""Positions beyond the context that a step may write to, though nothing reads them."""
 MAX_STEPS = 99 * 100
 """Steps of the largest image: 99 rows of 99 codes, each with its EOL."""
 
@@ -61,7 +63,8 @@ class Steps:
     def __init__(self, lm: LanguageModel, *, twin: bool = False) -> None:
         self.lm, self.twin = lm, twin
         ids = lm.ids
-        self.weights = merge(lm.model, visual=ids.visual, vocabulary=ids.vocab_size, context=lm.context)
+        # Caches are rounded up beyond the context, and rows that have ended are fed at their end: angles for those too.
+        self.weights = merge(lm.model, visual=ids.visual, vocabulary=ids.vocab_size, context=lm.context + ROOM)
         self.recorded_seconds = 0.0
         self._plays: dict[object, Callable[[], None]] = {}
         self._version: object = None
