@@ -20,7 +20,7 @@ LAYERS = [
     ["triton_ops"],
     ["steps"],
     ["image_loop", "hub", "archive", "upstream_code"],
-    ["engine"],
+    ["engine", "quality"],
     ["weights", "upstream"],
     ["pipeline"],
     ["agreement_cases", "pins", "upstream_pipeline"],

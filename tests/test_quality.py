@@ -1,0 +1,68 @@
+"""The yardstick for speed's price: equal ways agree wholly, different ones are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from emu_cog import tiny
+from emu_cog.config import Request, Sampling
+from emu_cog.jobs import Job
+from emu_cog.pipeline import Pipeline
+from emu_cog.quality import FLOOR, by_modules, by_steps, compare
+from emu_cog.quantize import FORMATS
+from emu_cog.steps import Steps
+from tests.test_engine import job_and_rules
+
+Checkpoints = Callable[[str], tiny.TinyFolders]
+GRIDS = [[[1, 2, 3, 4], [9, 8, 7, 6], [0, 63, 5, 5]], [[60, 2, 31, 4], [1, 1, 1, 1], [0, 3, 50, 5]]]
+
+
+def two_jobs(pipeline: Pipeline) -> list[Job]:
+    made = [job_and_rules(pipeline, Request(prompt=prompt, size=(3, 4)))[0] for prompt in ("a boat", "the long way")]
+    return [Job(conditional=job.conditional, unconditional=job.unconditional, seed=0) for job in made]
+
+
+def test_batched_steps_agree_with_lone_passes(make_checkpoint: Checkpoints) -> None:
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    jobs, lm = two_jobs(pipeline), pipeline.lm
+    told = list(by_steps(Steps(lm, twin=True), jobs, GRIDS, guidance=3.0))
+    for i, job in enumerate(jobs):
+        alone = list(by_modules(lm, job, GRIDS[i], guidance=3.0))
+        for ours, theirs in zip(told, alone, strict=True):
+            torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=1e-4)
+        agreement = compare(alone, (row[i] for row in told), Sampling(top_k=9))
+        assert (agreement.steps, agreement.top1) == (12, 1.0)
+        assert 0 <= agreement.kl_max < 1e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_8_bit_weights_are_near_and_not_equal(name: str, make_checkpoint: Checkpoints) -> None:
+    """On random weights, the hardest case: nothing in them is redundant."""
+    folders = make_checkpoint("picture")
+    plain = Pipeline.load(folders.model, folders.vision, device="cpu")
+    small = Pipeline.load(folders.model, folders.vision, device="cpu", quantize=name)
+    job = two_jobs(plain)[0]
+    agreement = compare(
+        by_modules(plain.lm, job, GRIDS[0], guidance=1.0), by_modules(small.lm, job, GRIDS[0], guidance=1.0), Sampling()
+    )
+    assert 0 < agreement.kl_mean < 0.05
+    other = compare(
+        by_modules(plain.lm, job, GRIDS[0], guidance=1.0),
+        by_modules(plain.lm, two_jobs(plain)[1], GRIDS[1], guidance=1.0),
+        Sampling(),
+    )
+    assert other.kl_mean > 4 * agreement.kl_mean
+
+
+def test_the_figures_are_what_they_say() -> None:
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
+    agreement = compare([p.log()], [q.log()], Sampling())
+    assert agreement.top1 == 0.5
+    assert agreement.kl_max == pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+    assert agreement.kl_mean == pytest.approx(agreement.kl_max / 2)
+    cut = compare([p.log()], [q.log()], Sampling(top_k=1))
+    assert cut.kl_max == pytest.approx(-torch.log(torch.tensor(FLOOR)).item(), rel=1e-4)
