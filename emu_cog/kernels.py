@@ -141,6 +141,8 @@ def rope_store_kernel(
     k_ptr,
     v_ptr,  # (rows, capacity, kv, D)
     row_stride,
+    token_stride,
+    head_stride,
     eps,
     splits,
     M,
@@ -163,7 +165,7 @@ def rope_store_kernel(
         high += tl.load(at + HALF)
     position = tl.load(position_ptr + row)
     if head >= HEADS + KV:
-        cell = v_ptr + row.to(tl.int64) * row_stride + (position * KV + head - HEADS - KV) * D + i
+        cell = v_ptr + row.to(tl.int64) * row_stride + position * token_stride + (head - HEADS - KV) * head_stride + i
         tl.store(cell, low.to(kind))
         tl.store(cell + HALF, high.to(kind))
     else:
@@ -181,7 +183,7 @@ def rope_store_kernel(
         if head < HEADS:
             cell = q_ptr + (row * HEADS + head) * D + i
         else:
-            cell = k_ptr + row.to(tl.int64) * row_stride + (position * KV + head - HEADS) * D + i
+            cell = k_ptr + row.to(tl.int64) * row_stride + position * token_stride + (head - HEADS) * head_stride + i
         tl.store(cell, turned_low.to(kind))
         tl.store(cell + HALF, turned_high.to(kind))
 
@@ -195,6 +197,8 @@ def attend_kernel(
     acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32
     log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a part with no keys
     row_stride,
+    token_stride,
+    head_stride,
     scale,  # 1 / sqrt(D) * log2(e)
     KV: tl.constexpr,
     GROUP: tl.constexpr,
@@ -216,12 +220,12 @@ def attend_kernel(
     g, d, t = tl.arange(0, PADDED), tl.arange(0, D), tl.arange(0, BLOCK)
     heads = (row * KV + head) * GROUP + g
     q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=g[:, None] < GROUP, other=0.0)
-    base = row.to(tl.int64) * row_stride + head * D
+    base = row.to(tl.int64) * row_stride + head * head_stride
     top = tl.full((PADDED,), float("-inf"), tl.float32)
     total = tl.zeros((PADDED,), tl.float32)
     acc = tl.zeros((PADDED, D), tl.float32)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        cells = base + (at + t)[:, None] * (KV * D) + d[None, :]
+        cells = base + (at + t)[:, None] * token_stride + d[None, :]
         inside = at + t < end
         k = tl.load(k_ptr + cells, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + cells, mask=inside[:, None], other=0.0)

@@ -23,16 +23,17 @@ from emu_cog.tokens import TokenIds
 class SlotCache:
     """Keys and values of `rows` sequences, `capacity` tokens each, allocated once.
 
-    Two tensors a layer of shape (rows, capacity, kv_heads, head_dim), the layout that flash-attn's kv-cache
-    kernel reads. What is valid is told by the caller's lengths; the rest is garbage and never attended to.
+    Two tensors a layer of shape (rows, capacity, kv_heads, head_dim), the shape that flash-attn's kv-cache kernel
+    reads; in memory a head's tokens lie one after another, so that reading one head is one long stream. What is
+    valid is told by the caller's lengths; the rest is garbage and never attended to.
     """
 
     def __init__(
         self, config: Qwen3Config, *, rows: int, capacity: int, dtype: torch.dtype, devices: list[torch.device]
     ) -> None:
-        shape = (rows, capacity, int(config.num_key_value_heads or 0), config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        shape = (rows, int(config.num_key_value_heads or 0), capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for device in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for device in devices]
         self.rows, self.capacity = rows, capacity
         self.version = object()
         """Another object whenever the buffers are: recorded steps hold their addresses."""
@@ -46,7 +47,7 @@ class SlotCache:
         """Room for `capacity` tokens a row, what is there kept."""
         for buffers in (self.keys, self.values):
             for i, old in enumerate(buffers):
-                new = old.new_zeros((old.shape[0], capacity, *old.shape[2:]))
+                new = old.new_zeros((old.shape[0], old.shape[2], capacity, old.shape[3])).transpose(1, 2)
                 new[:, : self.capacity] = old
                 buffers[i] = new
         self.capacity, self.version = capacity, object()

@@ -164,7 +164,7 @@ class Steps:
         built = time.perf_counter()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         torch.cuda.synchronize(device)
         done = time.perf_counter()
