@@ -176,7 +176,8 @@ class Pipeline:
             started = time.perf_counter()
             # The cache that a usual picture will ask for: recorded steps hold its address.
             self.engine.cache(rows=2 * outputs, capacity=rules.longest(PROMPT_TOKENS, self.lm.context))
-            for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0, num_outputs=outputs)):
+            small = Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4, num_outputs=outputs)
+            for _ in self.stream(small):
                 pass
             log.info("warmed up %d output(s) in %.1f s", outputs, time.perf_counter() - started)
 

@@ -2,8 +2,9 @@
 
 Activations, norms, embeddings and the head keep the model's dtype: the head decides between 131072 codes, and its
 visual half is 2% of what a step reads. The scale is taken out of the sum and applied after it, so that a product is
-exact in the stored weights. No library is asked: the layout has to be what the step's own kernels read, the
-arithmetic is a maximum and a division a row, and no one release of torchao serves torch 2.8 to 2.13.
+exact in the stored weights. This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a
+release of it serves two or three releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's
+own kernels read the bare tensors.
 """
 
 from __future__ import annotations

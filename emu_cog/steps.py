@@ -66,7 +66,7 @@ class Steps:
         # Caches are rounded up beyond the context, and rows that have ended are fed at their end: angles for those too.
         self.weights = merge(lm.model, visual=ids.visual, vocabulary=ids.vocab_size, context=lm.context + ROOM)
         self.recorded_seconds = 0.0
-        self._plays: dict[object, Callable[[], None]] = {}
+        self._plays: dict[str, Callable[[], None]] = {}  # over the cache of `_version`
         self._version: object = None
         self._ops: dict[int, Ops] = {}
         self._images: dict[int, ImageState] = {}
@@ -101,7 +101,8 @@ class Steps:
         def step() -> None:
             image_step(self._operations(2 * lanes, cache), self.weights, state, cache.keys, cache.values, static)
 
-        play = self._recorded(cache, ("image", lanes, static), step, state.position)
+        what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p:g}"
+        play = self._recorded(cache, what, step, state.position)
         count, size = len(forced), self.lm.ids.visual_count
         state.forced[:count].copy_(forced)
         state.uniform[:count].copy_(uniform)
@@ -128,7 +129,7 @@ class Steps:
             operations = self._operations(rows, cache)
             hidden.copy_(forward(operations, self.weights, token, position, cache.keys, cache.values))
 
-        play = self._recorded(cache, ("text", rows), step, position)
+        play = self._recorded(cache, "text", step, position)
         token.copy_(torch.tensor(tokens))
         position.copy_(torch.tensor(starts))
         play()
@@ -136,23 +137,21 @@ class Steps:
 
     # -- 3. recording ----------------------------------------------------------------------------------------
 
-    def _recorded(
-        self, cache: SlotCache, key: object, step: Callable[[], None], position: Tensor
-    ) -> Callable[[], None]:
+    def _recorded(self, cache: SlotCache, what: str, step: Callable[[], None], position: Tensor) -> Callable[[], None]:
         """The function that plays `step` over `cache`: a graph's replay, or in the twin `step` itself."""
         if self.twin:
             return step
         if cache.version is not self._version:
             self._plays.clear()  # those recordings write to a cache that is gone
             self._version = cache.version
-        if key not in self._plays:
+        if what not in self._plays:
             # Recording needs one ordinary run before it (kernels are built then). It writes to the last cell of each
             # row, which no row has reached yet and which is written again before anything reads it.
             position.fill_(cache.capacity - 1)
-            self._plays[key] = self._record(key, step)
-        return self._plays[key]
+            self._plays[what] = self._record(f"the {what} step of {cache.rows} rows", step)
+        return self._plays[what]
 
-    def _record(self, key: object, step: Callable[[], None]) -> Callable[[], None]:
+    def _record(self, what: str, step: Callable[[], None]) -> Callable[[], None]:
         started = time.perf_counter()
         device = self.lm.device
         side = torch.cuda.Stream(device)
@@ -169,7 +168,7 @@ class Steps:
         torch.cuda.synchronize(device)
         done = time.perf_counter()
         self.recorded_seconds += done - started
-        log.info("recorded %s: kernels %.1f s, graph %.1f s", key, built - started, done - built)
+        log.info("recorded %s: kernels %.1f s, graph %.1f s", what, built - started, done - built)
         return graph.replay
 
     def _operations(self, rows: int, cache: SlotCache) -> Ops:
