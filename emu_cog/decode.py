@@ -28,6 +28,7 @@ class DecodeWeights:
     layers: tuple[Layer, ...]
     norm: Tensor
     visual_head: Tensor
+    text_head: Tensor
     visual: int
     rope: Tensor
     shape: Shape
@@ -71,6 +72,7 @@ def merge(model: Qwen3ForCausalLM, *, visual: int, vocabulary: int, context: int
         layers=tuple(layers),
         norm=inner.norm.weight,
         visual_head=model.lm_head.weight[visual:vocabulary],
+        text_head=model.lm_head.weight[:visual],
         visual=visual,
         rope=rope.contiguous(),
         shape=Shape(

@@ -190,8 +190,11 @@ class _Run:
         """
         length = next(len(chunk) for chunk in chunks if chunk)
         both = [both] * len(chunks) if isinstance(both, bool) else both
-        if self.steps and length == 1:
-            return self._feed_one([chunk[0] if chunk else None for chunk in chunks], both=both)
+        if self.steps:
+            # One by one: the modules' products would depend on how many lanes there are, if ever so little.
+            for place in range(length):
+                hidden = self._feed_one(self.steps, [chunk[place] if chunk else None for chunk in chunks], both)
+            return hidden
         stride = 1 if any(both) else 2
         lines = [list(chunk or (self.ids.pad,) * length) for chunk in chunks for _ in range(2 // stride)]
         starts = [n for lane in self.lanes for n in lane.lengths[: 2 // stride]]
@@ -209,14 +212,13 @@ class _Run:
         self.stats.steps += 1
         return hidden[:: 2 // stride, -1]
 
-    def _feed_one(self, tokens: Sequence[int | None], *, both: Sequence[bool]) -> Tensor:
+    def _feed_one(self, steps: Steps, tokens: Sequence[int | None], both: Sequence[bool]) -> Tensor:
         """`_feed` for one token a lane, by a recorded step: it feeds all rows, and those that sit this one out are
         written beyond their length, where nothing reads before real tokens overwrite them."""
-        assert self.steps
         starts = [n for lane in self.lanes for n in lane.lengths]
         self._reserve(max(starts) + 1)
         fed = [self.ids.pad if token is None else token for token in tokens for _ in range(2)]
-        hidden = self.steps.text(self.cache, fed, starts)
+        hidden = steps.text(self.cache, fed, starts)
         for lane, token, pair in zip(self.lanes, tokens, both, strict=True):
             for stream in range(2 if pair else 1) if token is not None else ():
                 lane.lengths[stream] += 1
@@ -228,7 +230,10 @@ class _Run:
             self.cache.grow(_round_up(tokens))
 
     def _sample_text(self) -> list[int]:
-        return self._sample("text", self.lm.text_logits(self.hidden), self.rules.text)
+        return self._sample("text", self._text_logits(self.hidden), self.rules.text)
+
+    def _text_logits(self, hidden: Tensor) -> Tensor:
+        return (self.steps or self.lm).text_logits(hidden)
 
     def _sample(self, kind: str, logits: Tensor, sampling: Sampling) -> list[int]:
         """One draw a lane from (jobs, V) logits, read by the host. Lanes that sit this one out give a number too."""
@@ -279,7 +284,7 @@ class _Run:
         fed: list[tuple[int, ...]] = [(self.ids.boi,)] * len(self.lanes)
         for place in range(4):
             hidden = self._feed([f if on else None for f, on in zip(fed, choosing, strict=True)], both=True)
-            logits = self.lm.text_logits(hidden)[:, list(self.ids.digits)]
+            logits = self._text_logits(hidden)[:, list(self.ids.digits)]
             if place % 2 == 0:
                 logits[:, 0] = -torch.inf  # no leading zero
             chosen = self._sample("digit", logits, self.rules.image)

@@ -68,7 +68,7 @@ class Steps:
         self.recorded_seconds = 0.0
         self._plays: dict[str, Callable[[], None]] = {}  # over the cache of `_version`
         self._version: object = None
-        self._ops: dict[int, Ops] = {}
+        self._ops: Ops | None = None
         self._images: dict[int, ImageState] = {}
         self._texts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._pool: Any = None
@@ -99,7 +99,7 @@ class Steps:
         static = replace(sampling, temperature=1.0) if sampling.top_p < 1.0 else Sampling()
 
         def step() -> None:
-            image_step(self._operations(2 * lanes, cache), self.weights, state, cache.keys, cache.values, static)
+            image_step(self._operations(cache), self.weights, state, cache.keys, cache.values, static)
 
         what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p:g}"
         play = self._recorded(cache, what, step, state.position)
@@ -126,7 +126,7 @@ class Steps:
         token, position, hidden = self._texts[rows]
 
         def step() -> None:
-            operations = self._operations(rows, cache)
+            operations = self._operations(cache)
             hidden.copy_(forward(operations, self.weights, token, position, cache.keys, cache.values))
 
         play = self._recorded(cache, "text", step, position)
@@ -134,6 +134,10 @@ class Steps:
         position.copy_(torch.tensor(starts))
         play()
         return hidden.clone()
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """`LanguageModel.text_logits`, each row by itself: no row depends on how many there are."""
+        return self._operations().logits(hidden, self.weights.text_head)
 
     # -- 3. recording ----------------------------------------------------------------------------------------
 
@@ -171,12 +175,13 @@ class Steps:
         log.info("recorded %s: kernels %.1f s, graph %.1f s", what, built - started, done - built)
         return graph.replay
 
-    def _operations(self, rows: int, cache: SlotCache) -> Ops:
+    def _operations(self, cache: SlotCache | None = None) -> Ops:
         if self.twin:
-            return TorchOps(cache.capacity)
-        if rows not in self._ops:
+            return TorchOps(cache.capacity if cache else 0)
+        if self._ops is None:
             from emu_cog.triton_ops import TritonOps
-            from emu_cog.tuning import choose_plan
 
-            self._ops[rows] = TritonOps(choose_plan(self.weights, rows, self.lm.device), self.lm.dtype)
-        return self._ops[rows]
+            started = time.perf_counter()
+            self._ops, told = TritonOps.tuned(self.weights, self.lm.device)
+            log.info("products timed in %.1f s: %s", time.perf_counter() - started, "; ".join(told))
+        return self._ops

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from emu_cog import draw_kernels, kernels, kernels8
 from emu_cog.config import Sampling
+from emu_cog.decode import DecodeWeights
 from emu_cog.decode_ops import ImageState, Layer, Shape, TorchOps, Weight
-from emu_cog.tuning import Plan, Tiles, shape
+from emu_cog.tuning import Plan, Tiles, by_the_clock, choose_plan, shape
 
 KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class TritonOps:
-    """The fast set: CUDA (or Triton's interpreter). One object serves one M."""
+    """The fast set: CUDA (or Triton's interpreter). Works on one stream at a time."""
 
     BLOCK = 2048
     """Scores a program of the draw handles."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         self.plan, self.kind = plan, KINDS[dtype]
-        self._scratch: dict[str, Tensor] = {}
+        self._scratch: dict[int, dict[str, Tensor]] = {}
         self.launch: dict[str, Any] = {"PDL": plan.pdl} | ({"launch_pdl": True} if plan.pdl else {})
+
+    @classmethod
+    def tuned(cls, w: DecodeWeights, device: torch.device) -> tuple[TritonOps, list[str]]:
+        """With the plan that is fastest on `device` over the model's own weights; and what was found."""
+        ops = cls(choose_plan(w, device), w.embed.dtype)
+
+        def seconds(weights: Sequence[Weight], tiles: Tiles, swiglu: bool) -> float | None:
+            x = torch.randn((2, weights[0].data.shape[1]), device=device)
+            x = x.to(torch.float16 if _is_small(weights[0]) else w.embed.dtype)
+            try:
+                return _replay_seconds(lambda: [ops.product(x, weight, tiles, swiglu=swiglu) for weight in weights])
+            except OutOfResources:
+                return None
+
+        ops.plan, told = by_the_clock(ops.plan, w, seconds)
+        return ops, told
 
     # -- products ---------------------------------------------------------------------------------------------
 
@@ -173,7 +192,9 @@ class TritonOps:
             return
         lanes, vocabulary = len(logits) // 2, logits.shape[1]
         blocks = _up(vocabulary, self.BLOCK)
-        s = self._scratch = self._scratch or _draw_scratch(lanes, blocks, logits.device)
+        if lanes not in self._scratch:
+            self._scratch[lanes] = _draw_scratch(lanes, blocks, logits.device)
+        s = self._scratch[lanes]
         grid, some = (lanes, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
         counts, top, k = s["counts"], s["top"], state.top_k
         draw_kernels.guide_kernel[grid](logits, state.knobs, state.scores, counts, top, vocabulary, **some)
@@ -209,6 +230,28 @@ def _draw_scratch(lanes: int, blocks: int, device: torch.device) -> dict[str, Te
         "threshold": torch.zeros((lanes,), dtype=torch.int32, device=device),
         "mass": torch.zeros((lanes, blocks), dtype=torch.float64, device=device),
     }
+
+
+def _replay_seconds(work: Callable[[], object]) -> float:
+    """Seconds of GPU time that `work` takes, the better of two replays of its graph: launching costs nothing then."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    graph.replay()
+    best = float("inf")
+    for _ in range(2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1000)
+    return best
 
 
 def _is_small(weight: Weight | None) -> bool:

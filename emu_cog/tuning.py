@@ -1,9 +1,14 @@
-"""How the kernels cut their work: chosen once for a number of rows, from measurements."""
+"""How the kernels cut their work: a first choice from the shapes, then the fastest by the clock on this device.
+
+Whatever is tried, every sum is taken in the same order: `splits` and `block_k` follow from the shape alone and no
+choice depends on the number of rows. So a picture is the same bit by bit on every start of one device, alone or in a
+batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,19 +34,19 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All choices for one number of rows. `tiles` by the weight's shape (N, K)."""
+    """All choices. `tiles` by the weight's shape (N, K); `pdl` is early launching (kernels.py tells)."""
 
     tiles: Mapping[tuple[int, int], Tiles]
-    key_splits: int
+    key_splits: int = 8
     key_block: int = 64
     pdl: bool = False
 
 
-def choose_plan(w: DecodeWeights, rows: int, device: torch.device) -> Plan:
-    """The plan for `rows` rows on `device`.
+def choose_plan(w: DecodeWeights, device: torch.device) -> Plan:
+    """The first choice for `device`.
 
     Measured on an H100 over the released model's shapes and 2 to 16 rows, 26 ways of cutting each: tiles of 64
-    outputs by 128 inputs were within 2% of the best everywhere.
+    outputs by 128 inputs were within 2% of the best everywhere, and so were eight parts of each row's keys.
     """
     layer, shared, hopper = w.layers[0], DEFAULT_SHARED, False
     if device.type == "cuda":
@@ -49,16 +54,36 @@ def choose_plan(w: DecodeWeights, rows: int, device: torch.device) -> Plan:
         shared, hopper = getattr(properties, "shared_memory_per_block_optin", shared), properties.major >= 9
     tiles = {shape(weight): _tiles(weight, shared) for weight in (layer.qkv, layer.o, layer.down)}
     tiles[shape(layer.gate_up)] = _tiles(layer.gate_up, shared, swiglu=True)
-    tiles[shape(Weight(w.visual_head))] = _tiles(Weight(w.visual_head), shared, whole=True)
-    # A program a (row, kv head, part): about one for each multiprocessor, more where that leaves long parts.
-    parts = max(4, min(8, 128 // (rows * w.shape.kv_heads)))
-    # Early launches gained 1% at 2 rows and lost 0.5% at 16.
-    return Plan(
-        tiles=tiles,
-        key_splits=1 << (parts.bit_length() - 1),
-        key_block=64 if w.embed.dtype.itemsize == 2 else 32,
-        pdl=hopper and rows <= 8,
-    )
+    for head in (Weight(w.visual_head), Weight(w.text_head)):
+        tiles[shape(head)] = _tiles(head, shared, whole=True)
+    return Plan(tiles=tiles, key_block=64 if w.embed.dtype.itemsize == 2 else 32, pdl=hopper)
+
+
+def by_the_clock(
+    plan: Plan, w: DecodeWeights, seconds: Callable[[Sequence[Weight], Tiles, bool], float | None]
+) -> tuple[Plan, list[str]]:
+    """`plan` with the fastest of `alternatives` for each kind of weight, and what was found, to be told.
+
+    `seconds(weights, tiles, swiglu)` times the products of some weights of one shape; None where the device can't.
+    """
+    kinds = {name: [getattr(layer, name) for layer in w.layers] for name in ("qkv", "o", "gate_up", "down")}
+    tiles, told = dict(plan.tiles), []
+    for name, weights in (kinds | {"head": [Weight(w.visual_head)]}).items():
+        first = plan.tiles[shape(weights[0])]
+        timed = {choice: seconds(weights, choice, name == "gate_up") for choice in alternatives(first)}
+        found = {choice: time for choice, time in timed.items() if time is not None}
+        best = min(found, key=lambda choice: found[choice])
+        tiles[shape(weights[0])] = best
+        pace = sum(weight.data.nbytes for weight in weights) / found[best] / 1e12
+        told.append(f"{name} {best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
+    return replace(plan, tiles=tiles), told
+
+
+def alternatives(first: Tiles) -> list[Tiles]:
+    """`first` and other ways that sum in the same order."""
+    shapes = [(64, 3, 4), (64, 4, 4), (64, 6, 4), (32, 6, 4), (128, 3, 8), (128, 4, 8)]
+    others = [replace(first, block_n=n, stages=stages, warps=warps) for n, stages, warps in shapes]
+    return [first, *(choice for choice in others if choice != first)]
 
 
 def shape(weight: Weight) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def fast_ops(weights: DecodeWeights, dtype: torch.dtype):
     from emu_cog.triton_ops import TritonOps
     from emu_cog.tuning import choose_plan
 
-    return TritonOps(choose_plan(weights, 4, torch.device(DEVICE)), dtype)
+    return TritonOps(choose_plan(weights, torch.device(DEVICE)), dtype)
 
 
 def merged(lm: LanguageModel) -> DecodeWeights:
