@@ -214,7 +214,8 @@ def _switch(env: Mapping[str, str], name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the environment chooses. Each field is EMU_<FIELD>; see the README's table."""
+    """What the environment chooses. Each field is EMU_<FIELD>, but `upstream_commit`, which the environment can't
+    change; see the README's table."""
 
     checkpoint: str = "mini"
     vision_tokenizer: str | None = None
@@ -225,6 +226,7 @@ class Settings:
     weights_lock: Path = LOCK_FILE
     backend: str = "native"
     upstream_url: str = UPSTREAM_URL
+    upstream_commit: str = UPSTREAM_COMMIT
     device_map: str | None = None
     max_context: int | None = None
     max_outputs: int = 1

@@ -175,8 +175,12 @@ class LanguageModel:
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) to (N, visual) fp32 logits over all that is not a visual token."""
-        return F.linear(hidden, self._text_head).float()
+        return self._logits(hidden, self._text_head)
 
     def visual_logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) to (N, visual_count) fp32 logits over the visual tokens; entry i is code i."""
-        return F.linear(hidden, self._visual_head).float()
+        return self._logits(hidden, self._visual_head)
+
+    def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """On the model's first device; the moves do nothing unless the layers are spread over several."""
+        return F.linear(hidden.to(head.device), head).float().to(self.device)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.config import CheckpointError, InputError, log
 from emu_cog.lm import LanguageModel, SlotCache, choose_attention
-from emu_cog.memory import WORKSPACE, Budget, available_bytes
+from emu_cog.memory import GIB, WORKSPACE, Budget, available_bytes
 from emu_cog.quantize import QuantizedLinear, quantizable, replace_linears
 from emu_cog.shards import READERS, TensorHeader, read_headers, read_tensors
 from emu_cog.tokens import TokenIds
@@ -89,7 +90,7 @@ def load_language_model(
     check_state(expected, headers, where=str(folder))
     if quantize:
         replace_linears(model, quantize)
-    places = _spread(model, dtype) if device_map == "auto" else {"": device}
+    places = _places(model, dtype, device) if device_map == "auto" else {"": device}
     _read_weights(model, headers, list(expected), places, dtype)
     model.tie_weights()
     model.model.rotary_emb.to(device)
@@ -143,17 +144,32 @@ Places = Mapping[str, torch.device]
 """Module name to device; "" stands for the whole model."""
 
 
-def _spread(model: Qwen3ForCausalLM, dtype: torch.dtype) -> Places:
-    """accelerate's even split of the layers over the GPUs; a layer stays whole."""
-    places = infer_auto_device_map(model, no_split_module_classes=["Qwen3DecoderLayer"], dtype=dtype)
-    elsewhere = {str(place) for place in places.values() if not isinstance(place, int)}
-    if elsewhere and torch.cuda.is_available():
+def _places(model: Qwen3ForCausalLM, dtype: torch.dtype, device: torch.device) -> Places:
+    """Where each module goes with EMU_DEVICE_MAP=auto: over all GPUs, or onto the one device that is no GPU."""
+    if device.type != "cuda":
+        return {"": device}
+    free = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+    places = spread(model, dtype, free)
+    log.info("the layers lie on GPU %s", ", ".join(map(str, sorted(set(places.values())))))
+    return {name: torch.device("cuda", place) for name, place in places.items()}
+
+
+def spread(model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int]) -> dict[str, int]:
+    """Module name to GPU, by accelerate: even, so that the caches are too; a layer stays whole.
+
+    `free` are the bytes free on each GPU. InputError with the numbers where they are too few.
+    """
+    whole: dict[str, Any] = {"no_split_module_classes": ["Qwen3DecoderLayer"], "dtype": dtype}
+    balanced = get_balanced_memory(model, max_memory=dict(free), **whole)
+    places = infer_auto_device_map(model, max_memory=balanced, **whole)
+    if any(not isinstance(place, int) for place in places.values()):
+        needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         raise InputError(
-            f"EMU_DEVICE_MAP=auto: the model does not fit {torch.cuda.device_count()} GPU(s), part of it would go to "
-            f"{', '.join(sorted(elsewhere))}, which takes minutes a token: use more or larger GPUs, or 8-bit weights"
+            f"EMU_DEVICE_MAP=auto: the model's {needed / GIB:.2f} GiB of weights do not fit {len(free)} GPU(s) with "
+            f"{', '.join(f'{size / GIB:.2f}' for size in free.values())} GiB free, and parts in main memory would take "
+            "minutes a token: use more or larger GPUs, or 8-bit weights (EMU_QUANTIZE)"
         )
-    log.info("the layers lie on %s", ", ".join(sorted({str(place) for place in places.values()})))
-    return {name: torch.device(place) for name, place in places.items()}
+    return places
 
 
 def _read_weights(

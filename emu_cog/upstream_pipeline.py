@@ -75,7 +75,9 @@ class UpstreamPipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> UpstreamPipeline:
         """Clone upstream's code if need be, then load what the environment names."""
-        clone = ensure_clone(settings.weights_dir.expanduser().absolute(), url=settings.upstream_url)
+        clone = ensure_clone(
+            settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
+        )
         found = resolve(settings)
         return cls.load(
             found.model,

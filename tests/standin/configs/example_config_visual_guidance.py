@@ -1,0 +1,14 @@
+"""Never run as a whole: it would replace `print`."""
+
+import builtins
+
+builtins.print = None
+raise SystemExit("a config file was run")
+
+
+def build_unc_and_template(task, with_image):
+    image = "<|IMAGE|>" if with_image else ""
+    unconditional = f"<|extra_203|>You are a helpful assistant. USER: {image} ASSISTANT: <|extra_100|>"
+    start = f"<|extra_203|>You are a helpful assistant for {task} task."
+    start += " Please generate a response with interleaved text and images. USER: "
+    return unconditional, start + "{question}" + image + " ASSISTANT: <|extra_100|>"

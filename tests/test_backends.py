@@ -1,0 +1,229 @@
+"""EMU_BACKEND and EMU_CHECKPOINT on the real path: from the environment to pictures."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from weights_kit import BASE, IMAGE, VISION, assert_whole, fill, settings
+from weights_kit import parts as contents
+
+from emu_cog import weights
+from emu_cog.backends import load
+from emu_cog.config import CheckpointError, InputError, Request, Settings
+from emu_cog.outputs import Finished, Picture
+from emu_cog.pipeline import Event, Pipeline, Progress
+from emu_cog.segments import Text
+from emu_cog.tiny import STORYTELLER, TALKER, TinyFolders, make_tiny, small_defaults
+from emu_cog.upstream_pipeline import UpstreamPipeline
+from tests.conftest import photo
+from tests.upstream_kit import make_repository
+
+BOAT = Request(prompt="a red boat", size=(3, 4), seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="emu_cog")
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def pictures(events: list[Event]) -> list[Picture]:
+    return [event for event in events if isinstance(event, Picture)]
+
+
+class TestCheckpoint:
+    def test_image_is_brought_and_loaded(self, hub: HubServer, tmp_path: Path) -> None:
+        commits = fill(hub)
+        pipeline = load(replace(settings(hub, tmp_path / "w", source="hub"), device="cpu"))
+        assert isinstance(pipeline, Pipeline)
+        assert_whole(tmp_path / "w" / "Emu3.5-Image", IMAGE)
+        assert_whole(tmp_path / "w" / "Emu3.5-VisionTokenizer", VISION)
+        picture = pictures(list(pipeline.stream(BOAT)))[0]
+        assert picture.image.size == (64, 48)
+        assert picture.settings["model"] == commits[IMAGE]
+        assert picture.settings["guidance_scale"] == 5.0
+
+    def test_base_has_the_base_models_guidance(self, hub: HubServer, tmp_path: Path) -> None:
+        fill(hub)
+        pipeline = load(replace(settings(hub, tmp_path / "w", source="hub", checkpoint="base"), device="cpu"))
+        assert_whole(tmp_path / "w" / "Emu3.5-Base", BASE)
+        assert pictures(list(pipeline.stream(BOAT)))[0].settings["guidance_scale"] == 2.0
+
+    def test_mini_is_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = make_tiny(tmp_path / "mini", seed=4)
+        monkeypatch.setattr(weights, "MINIATURE", tmp_path / "mini")
+        found = weights.resolve(Settings(weights_dir=tmp_path / "w"))
+        assert (found.model, found.vision_tokenizer) == (made.model, made.vision)
+        assert (found.revision, found.kind) == ("mini", "mini")
+        assert not (tmp_path / "w").exists()
+
+    def test_without_one_a_random_one_is_made_once_and_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(weights, "MINIATURE", tmp_path / "none")
+        chosen = Settings(weights_dir=tmp_path / "w", device="cpu")
+        left_by_a_kill = tmp_path / "w" / ".staging" / "mini-random" / "model"
+        left_by_a_kill.mkdir(parents=True)
+        (left_by_a_kill / "config.json").write_text("{")
+        pipeline = load(chosen)
+        assert "making a tiny checkpoint of random weights" in caplog.text
+        assert "what it draws is noise" in caplog.text
+        assert pictures(list(pipeline.stream(BOAT)))[0].settings["model"] == "mini (random)"
+        assert sorted(p.name for p in (tmp_path / "w").iterdir() if p.suffix != ".lock") == ["mini-random"]
+        caplog.clear()
+        load(chosen)
+        assert "making" not in caplog.text
+
+    def test_a_vision_tokenizer_of_ones_own(self, tmp_path: Path) -> None:
+        a, b = make_tiny(tmp_path / "a"), make_tiny(tmp_path / "b")
+        chosen = Settings(checkpoint=str(a.model), vision_tokenizer=str(b.vision), weights_dir=tmp_path / "w")
+        assert weights.resolve(chosen).vision_tokenizer == b.vision
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"backend": "vllm"}, "EMU_BACKEND='vllm' is not known, accepted are native, upstream"),
+        ({"device_map": "balanced"}, "EMU_DEVICE_MAP='balanced' is not known, accepted is auto"),
+        ({"checkpoint": "/nowhere"}, "EMU_CHECKPOINT=/nowhere is no folder.*mini, image, base"),
+        ({"weights_source": "ftp"}, "EMU_WEIGHTS_SOURCE='ftp' is not known, accepted are local, cdn, hub"),
+    ],
+)
+def test_settings_that_are_not_known_are_told_with_those_that_are(
+    tmp_path: Path, changes: dict[str, str], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        load(replace(Settings(weights_dir=tmp_path, device="cpu"), **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_repository(tmp_path_factory.mktemp("upstream") / "repository")
+
+
+@pytest.fixture(scope="module")
+def teller(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
+    folder = tmp_path_factory.mktemp("teller")
+    return make_tiny(folder, seed=7, favour=STORYTELLER, defaults=small_defaults(64 * 64))
+
+
+def upstream_settings(folders: TinyFolders, repository: tuple[str, str], place: Path) -> Settings:
+    url, commit = repository
+    return Settings(
+        checkpoint=str(folders.model),
+        vision_tokenizer=str(folders.vision),
+        weights_dir=place,
+        backend="upstream",
+        upstream_url=url,
+        upstream_commit=commit,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    teller: TinyFolders, repository: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> UpstreamPipeline:
+    path = list(sys.path)
+    loaded = load(upstream_settings(teller, repository, tmp_path_factory.mktemp("weights")))
+    assert isinstance(loaded, UpstreamPipeline)
+    assert sys.path == path
+    assert not [name for name in sys.modules if name == "src" or name.startswith("src.")]
+    return loaded
+
+
+class TestUpstream:
+    """The upstream backend over a repository that stands in for upstream's."""
+
+    def test_one_picture_with_progress_and_stats(self, pipeline: UpstreamPipeline) -> None:
+        told: list[Progress] = []
+        request = Request(prompt="a fox", size=(3, 4), seed=5)
+        events = list(pipeline.stream(request, on_progress=told.append))
+        picture = pictures(events)[0]
+        assert picture.image.size == (64, 48)
+        assert str(picture.settings["model"]).endswith("upstream 8fcf1da")
+        assert (len(picture.codes), len(picture.codes[0])) == (3, 4)
+        assert [p.row for p in told] == [0, 1, 2, 3]
+        assert isinstance(events[-1], Finished)
+        assert pipeline.stats is not None
+        assert (pipeline.stats.seed, pipeline.stats.pictures, pipeline.stats.size) == (5, 1, (64, 48))
+        assert pipeline.stats.tokens >= 12
+
+    def test_a_seed_is_a_picture(self, pipeline: UpstreamPipeline) -> None:
+        codes = [pictures(list(pipeline.stream(replace(BOAT, seed=seed))))[0].codes for seed in (1, 1, 2)]
+        assert codes[0] == codes[1] != codes[2]
+
+    def test_a_story_comes_in_reading_order(self, pipeline: UpstreamPipeline) -> None:
+        events = list(pipeline.stream(Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)))
+        kinds = [event.kind if isinstance(event, Text) else type(event).__name__ for event in events]
+        assert kinds[0] == "global_reasoning"
+        assert kinds.index("image_reasoning") < kinds.index("Picture")
+        assert kinds[-1] == "Finished"
+
+    def test_at_top_k_1_it_says_what_native_says(self, pipeline: UpstreamPipeline, teller: TinyFolders) -> None:
+        native = Pipeline.load(teller.model, teller.vision, device="cpu")
+        for request in (
+            Request(prompt="a fox", size=(3, 4), image_top_k=1, text_top_k=1),
+            Request(prompt="a fox", task="x2i", images=(photo(1),), image_top_k=1, text_top_k=1),
+        ):
+            ours, theirs = (pictures(list(p.stream(request)))[0] for p in (native, pipeline))
+            assert ours.codes == theirs.codes
+
+    @pytest.mark.parametrize(
+        ("request_", "says"),
+        [
+            (Request(prompt="a", num_outputs=2), "num_outputs=2: upstream's code makes one"),
+            (Request(prompt="a <|image end|>"), r"<\|image end\|> in it, .*=native can take it as text"),
+            (Request(prompt="a <|IMAGE|>"), "IMAGE"),
+            (Request(prompt="a", task="x2i", images=(photo(1),), aspect_ratio="model"), "set aspect_ratio to auto"),
+            (
+                Request(prompt="a", task="x2i", images=(photo(1), photo(2)), aspect_ratio="9:16"),
+                "always makes the last one's size",
+            ),
+        ],
+    )
+    def test_what_upstream_cant_do_is_refused(self, pipeline: UpstreamPipeline, request_: Request, says: str) -> None:
+        with pytest.raises(InputError, match=says) as refused:
+            next(pipeline.stream(request_))
+        assert "EMU_BACKEND=native can" in str(refused.value)
+
+    def test_no_picture_is_an_error_not_silence(self, repository: tuple[str, str], tmp_path: Path) -> None:
+        talker = make_tiny(tmp_path / "talker", favour=TALKER, defaults=small_defaults(64 * 64), context=700)
+        pipeline = load(upstream_settings(talker, repository, tmp_path / "w"))
+        with pytest.raises(RuntimeError, match="without a whole picture"):
+            list(pipeline.stream(Request(prompt="a", size=(2, 2), max_new_tokens=5)))
+
+    def test_a_mirror_without_the_pinned_commit_is_refused(
+        self, teller: TinyFolders, repository: tuple[str, str], tmp_path: Path
+    ) -> None:
+        chosen = Settings.from_env(
+            {
+                "EMU_BACKEND": "upstream",
+                "EMU_UPSTREAM_URL": repository[0],
+                "EMU_CHECKPOINT": str(teller.model),
+                "EMU_WEIGHTS_DIR": str(tmp_path / "w"),
+            }
+        )
+        with pytest.raises(CheckpointError, match="8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"):
+            load(chosen)
+
+    def test_native_needs_no_clone(self, teller: TinyFolders, tmp_path: Path) -> None:
+        chosen = upstream_settings(teller, ("file:///nowhere", "0" * 40), tmp_path / "w")
+        load(replace(chosen, backend="native"))
+        assert not (tmp_path / "w").exists()
+
+
+def test_the_kits_checkpoint_has_no_defaults_of_its_own() -> None:
+    """Else the test of the base model's guidance could not fail."""
+    assert "defaults.json" not in contents()[BASE]

@@ -1,0 +1,89 @@
+"""EMU_DEVICE_MAP=auto: where layers go, told without GPUs by naming their free memory; and what loading costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import Qwen3ForCausalLM
+from weights_kit import ROOT
+
+from emu_cog.config import InputError, Request
+from emu_cog.loading import read_config, spread
+from emu_cog.pipeline import Pipeline
+from emu_cog.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen3ForCausalLM:
+    folders = make_tiny(tmp_path_factory.mktemp("spread"), layers=8, hidden=128, intermediate=512)
+    with init_empty_weights(include_buffers=False):
+        return Qwen3ForCausalLM(read_config(folders.model))
+
+
+def size(model: Qwen3ForCausalLM) -> int:
+    return sum(p.numel() for p in model.parameters()) * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_layers_are_spread_evenly_and_stay_whole(model: Qwen3ForCausalLM, gpus: int) -> None:
+    places = spread(model, torch.bfloat16, {i: size(model) for i in range(gpus)})
+    layers = [places[f"model.layers.{i}"] for i in range(8)]
+    assert layers == sorted(layers)
+    assert max(Counter(layers).values()) <= -(-8 // gpus) + 1
+    assert set(layers) == set(range(gpus))
+    assert places["model.embed_tokens"] == 0
+    assert not [name for name in places if re.match(r"model\.layers\.\d+\.", name)]
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(model: Qwen3ForCausalLM) -> None:
+    says = r"weights do not fit 2 GPU\(s\) with 0\.00, 0\.00 GiB free.*minutes a token.*EMU_QUANTIZE"
+    with pytest.raises(InputError, match=says):
+        spread(model, torch.bfloat16, dict.fromkeys(range(2), size(model) // 4))
+
+
+def test_without_gpus_it_changes_nothing(tmp_path: Path) -> None:
+    folders = make_tiny(tmp_path)
+    request = Request(prompt="boat", size=(2, 3), seed=1)
+    codes = []
+    for device_map in (None, "auto"):
+        pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", device_map=device_map)
+        codes.append([event.codes for event in pipeline.stream(request) if hasattr(event, "codes")])
+    assert codes[0] == codes[1] != [[]]
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from emu_cog.loading import load_language_model
+from emu_cog.tokenizer import Tokenizer
+torch.set_num_threads(1)
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder = Path(sys.argv[2])
+ids = Tokenizer.load(folder).ids
+before = peak()
+lm = load_language_model(folder, ids, device=torch.device("cpu"), dtype=torch.float32)
+held = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+print((peak() - before) / held)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
+    """What loading adds to the process's peak, as a share of the weights: 1 for one copy, 2 for two."""
+    folders = make_tiny(tmp_path, hidden=1024, intermediate=4096, heads=16, kv_heads=8, head_dim=64, shards=3)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(ROOT), str(folders.model)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 1.5
