@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from emu_cog import draw_kernels, kernels, kernels8
 from emu_cog.config import Sampling
@@ -41,7 +41,7 @@ class TritonOps:
             x = x.to(torch.float16 if _is_small(weights[0]) else w.embed.dtype)
             try:
                 return _replay_seconds(lambda: [ops.product(x, weight, tiles, swiglu=swiglu) for weight in weights])
-            except OutOfResources:
+            except TritonError:  # too much shared memory, or a kernel that this compiler refuses
                 return None
 
         ops.plan, told = by_the_clock(ops.plan, w, seconds)

@@ -133,3 +133,32 @@ def test_8_bit_products_are_exact_in_the_stored_weights(n: int, k: int, form: st
         got = ops.linear(spread, weight).sum(0)
         expected = x.double() @ (weight.data.double() * weight.scale[:, None]).T
         assert (got - expected).norm() / expected.norm() < 1e-3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_tiles_by_the_clock_change_no_number(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    from emu_cog import triton_ops
+
+    if INTERPRETED:  # no graphs there; any clock does
+
+        def wall(work):
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+
+        monkeypatch.setattr(triton_ops, "_replay_seconds", wall)
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    lm = small_model(dtype, device=DEVICE)
+    if form:
+        quantize(lm.model, form)
+    weights = merged(lm)
+    timed, told = triton_ops.TritonOps.tuned(weights, torch.device(DEVICE))
+    assert [line.split()[0] for line in told] == ["qkv", "o", "gate_up", "down", "head"]
+    one, two = copies(lm, 4, 64, 2)
+    tokens, positions = (torch.tensor(x, device=DEVICE) for x in ([3, 150, 7, 199], [5, 40, 63, 0]))
+    first = forward(fast_ops(weights, dtype), weights, tokens, positions, one.keys, one.values)
+    other = forward(timed, weights, tokens, positions, two.keys, two.values)
+    assert torch.equal(first, other)
