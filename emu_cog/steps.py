@@ -101,6 +101,7 @@ class Steps:
         def step() -> None:
             image_step(self._operations(cache), self.weights, state, cache.keys, cache.values, static)
 
+        state.step.zero_()  # recording takes steps too: they must stay within the tables
         what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p:g}"
         play = self._recorded(cache, what, step, state.position)
         count, size = len(forced), self.lm.ids.visual_count
