@@ -77,7 +77,8 @@ class _Run:
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], rules: Rules, trace: Trace | None) -> None:
         self.lm, self.ids = engine.lm, engine.lm.ids
-        self.jobs, self.rules, self.trace, self.steps = jobs, rules, trace, engine.steps
+        self.jobs, self.rules, self.trace = jobs, rules, trace
+        self.steps = engine.steps if 2 * len(jobs) <= Steps.MAX_ROWS else None
         self.stats = Stats()
         self.lanes = [
             Lane(Uniforms(job.seed), [len(job.conditional), len(job.unconditional)], rules.size) for job in jobs

@@ -60,6 +60,9 @@ class Steps:
     With `twin` the same steps run in plain torch and nothing is recorded: any device, for tests.
     """
 
+    MAX_ROWS = 16
+    """Rows a step can take; the engine makes larger batches through the modules."""
+
     def __init__(self, lm: LanguageModel, *, twin: bool = False) -> None:
         self.lm, self.twin = lm, twin
         ids = lm.ids

@@ -236,3 +236,19 @@ def test_four_outputs_are_four_runs_bit_by_bit(make_checkpoint: Checkpoints) -> 
         alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
         assert together == alone
         assert len({tuple(ids) for ids in alone.values()}) == 4
+
+
+def test_a_batch_too_large_for_the_kernels_goes_through_the_modules(
+    make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emu_cog.tuning import MAX_ROWS
+
+    assert Steps.MAX_ROWS == MAX_ROWS
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    steps = Steps(pipeline.lm, twin=True)
+    monkeypatch.setattr(steps, "image", None)
+    monkeypatch.setattr(steps, "text", None)
+    slow, fast = run_both(pipeline, steps, 9, Request(prompt="a boat", seed=3, size=(2, 2)))
+    assert fast == slow
+    assert len(fast) == 9
