@@ -1,0 +1,105 @@
+"""The machine: names, versions, commit, memory, the clock that waits for the device, and its copy bandwidth."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from emu_cog.memory import GIB
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Everything a figure needs beside it to mean something."""
+    facts: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "memory_gib": round(total_bytes(device) / GIB, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["capability"] = "%d.%d" % torch.cuda.get_device_capability(device)
+    else:
+        facts["threads"] = torch.get_num_threads()
+    return facts
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, "+" where files differ from it; "unknown" outside git."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return (ROOT / "COMMIT").read_text(encoding="utf-8").strip()  # an exported tree may carry it so
+        except OSError:
+            return "unknown"
+
+
+def total_bytes(device: torch.device) -> float:
+    return float(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that can be allocated now; what PyTorch keeps for itself is given back first."""
+    gc.collect()
+    if device.type != "cuda":
+        return float(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    return float(torch.cuda.mem_get_info(device)[0])
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory in use so far: of the device, on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device, *, repeats: int = 5) -> float:
+    """The median of `repeats` runs after one that is not counted, the device waited for."""
+    work()
+    wait(device)
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        wait(device)
+        taken.append(time.perf_counter() - started)
+    return sorted(taken)[len(taken) // 2]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a plain copy on the device, read and written ones counted: what memory gives at best."""
+    count = 2**30 if device.type == "cuda" else 2**27
+    source = torch.ones(count, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * count / seconds_of(lambda: target.copy_(source), device, repeats=15)

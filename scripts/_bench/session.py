@@ -1,0 +1,223 @@
+"""One run of the bench: the model is made, the parts follow by importance, each figure is told as it comes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from _bench import decoding, loading, machine, models, pictures, quality, reference
+from _bench.decoding import Bench
+from _bench.report import Part, Report, Row, run_parts
+from _bench.sizes import SIZES, choose
+from emu_cog import torch_settings
+from emu_cog.config import Settings
+from emu_cog.engine import Engine
+from emu_cog.memory import GIB
+from emu_cog.pipeline import choose_device, choose_dtype
+from emu_cog.steps import build
+
+PARTS = ("step", "upstream", "images", "sync", "vq", "eager", "prefill", "fp8", "int8", "context", "loading")
+"""In the order of importance, which is the order of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The command line. `deadline` on time.monotonic's clock; an empty `only` means all parts."""
+
+    size: str | None
+    device: str | None
+    dtype: str | None
+    only: tuple[str, ...]
+    profile: str | None
+    clone: str | None
+    folder: Path | None
+    deadline: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What a device can bear: contexts in tokens, the piece of an image that is timed, tokens upstream makes."""
+
+    short: int
+    contexts: list[int]
+    columns: int
+    rows: int
+    upstream_tokens: int
+
+
+GPU = Pace(short=512, contexts=[2048, 8192, 16384], columns=64, rows=5, upstream_tokens=24)
+CPU = Pace(short=128, contexts=[1024], columns=12, rows=4, upstream_tokens=12)
+
+
+def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
+    """Measure and report. InputError for a device or dtype that is not there."""
+    device = choose_device(wanted.device or settings.device)
+    dtype = choose_dtype(wanted.dtype or settings.dtype, device)
+    torch_settings.apply(device)
+    torch_settings.keep_compiled(settings.compile_cache or settings.weights_dir / ".compiled")
+    name = wanted.size or choose(machine.free_bytes(device), item=dtype.itemsize, cpu=device.type == "cpu")
+    facts = machine.describe(device) | {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+    report = Report(facts)
+    report.tell(", ".join(f"{key} {value}" for key, value in facts.items()))
+    bandwidth = machine.copy_bandwidth(device)
+    report.add(Row(part="copy", what="copy bandwidth", value=bandwidth / 1e9, unit="GB/s", note="bytes read + written"))
+    began = time.perf_counter()
+    lm = models.language_model(SIZES[name], device=device, dtype=dtype)
+    machine.wait(device)
+    report.tell(f"  made {SIZES[name].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
+    pace = GPU if device.type == "cuda" and name != "tiny" else CPU
+    bench = Bench(
+        report=report,
+        lm=lm,
+        size=SIZES[name],
+        item=dtype.itemsize,
+        bandwidth=bandwidth,
+        columns=pace.columns,
+        rows=pace.rows,
+        compile=settings.compile,
+    )
+    _Session(bench, pace, wanted, settings, name).run()
+    report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
+    report.finish(time.monotonic() - started)
+
+
+@dataclass
+class _Session:
+    """The parts, and what later ones take from earlier ones: steps by images in flight, the native engine."""
+
+    bench: Bench
+    pace: Pace
+    wanted: Wanted
+    settings: Settings
+    name: str
+    steps: dict[int, float] = field(default_factory=dict)
+    engine: Engine | None = None
+
+    def run(self) -> None:
+        work: dict[str, tuple[Callable[[], None], float]] = {
+            "step": (self.step, 0),
+            "upstream": (self.upstream, 30),
+            "images": (self.images, 20),
+            "sync": (self.sync, 15),
+            "vq": (self.vq, 30),
+            "eager": (self.eager, 15),
+            "prefill": (self.prefill, 15),
+            "context": (self.context, 25),
+            "fp8": (lambda: self.small("fp8"), 30),
+            "int8": (lambda: self.small("int8"), 30),
+            "loading": (self.loading, 60),
+        }
+        # On a device the seconds are for the large models; a CPU's small ones and the tiny one need less.
+        share = 1.0 if self.pace is GPU else 0.3
+        order = [name for name in PARTS if not self.wanted.only or name in self.wanted.only]
+        parts = [Part(name=name, run=work[name][0], seconds=share * work[name][1]) for name in order]
+        if self.wanted.profile:
+            parts.insert(1, Part(name="profile", run=self.profile))
+        run_parts(parts, self.bench.report, deadline=self.wanted.deadline)
+
+    def native(self) -> Engine:
+        """The engine as Pipeline builds it, made at its first use; the seconds are told."""
+        if self.engine is None:
+            began = time.perf_counter()
+            self.engine = Engine(self.bench.lm, build(self.bench.lm, compile=self.bench.compile))
+            machine.wait(self.bench.device)
+            self._setup("merging the weights", time.perf_counter() - began)
+        return self.engine
+
+    def _setup(self, what: str, seconds: float) -> None:
+        self.bench.report.add(Row(part="setup", what=f"setup: {what}", value=seconds, unit="s"))
+
+    # -- the parts ---------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        engine, short = self.native(), self.pace.short
+        timed = decoding.time_image(self.bench, engine, context=short, images=1)
+        row = timed.step * (self.bench.columns + 1)
+        self._setup("kernels, recording and the first row, less a row", max(timed.first - row, 0.0))
+        self.steps[1] = timed.step
+        decoding.add_step(self.bench, f"step, 1 image, {short} tokens", timed, 1, "step")
+        self._device_memory("weights and one image")
+
+    def _device_memory(self, what: str) -> None:
+        if self.bench.device.type == "cuda":
+            used = torch.cuda.memory_allocated(self.bench.device) / GIB
+            self.bench.report.add(Row(part="memory", what=f"memory, {what}", value=used, unit="GiB"))
+
+    def images(self) -> None:
+        self.steps |= decoding.along_images(self.bench, self.native(), [4, 8, 2], context=self.pace.short)
+        decoding.scaling(self.bench, self.steps)
+
+    def context(self) -> None:
+        decoding.along_contexts(self.bench, self.native(), self.pace.contexts)
+
+    def upstream(self) -> None:
+        report = self.bench.report
+        clone = reference.clone_folder(self.wanted.clone, self.settings.weights_dir)
+        if clone is None:
+            report.not_measured("upstream", "no clone of it here: name one with --clone, or set EMU_UPSTREAM_URL")
+            return
+        self._free_caches()
+        native = self.steps[1] * (self.bench.columns + 1) / self.bench.columns if 1 in self.steps else None
+        reference.compare(self.bench, clone, context=self.pace.short, tokens=self.pace.upstream_tokens, native=native)
+
+    def eager(self) -> None:
+        """The twin that goes through the modules, as with EMU_COMPILE=0."""
+        if self.native().steps is None:
+            self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
+            return
+        self._free_caches()
+        timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
+        what = f"step through the modules (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
+        decoding.add_step(self.bench, what, timed, 1, "eager")
+
+    def sync(self) -> None:
+        decoding.synchronisations(self.bench, self.native())
+
+    def prefill(self) -> None:
+        references = (1, 2, 3) if self.pace is GPU else ()
+        decoding.prefill(self.bench, self.native(), references)
+
+    def profile(self) -> None:
+        decoding.write_trace(self.bench, self.native(), str(self.wanted.profile))
+
+    def vq(self) -> None:
+        self._free_caches()
+        full = self.pace is GPU
+        vision = models.vision_tokenizer(models.VISION_SIZES["full" if full else "tiny"], device=self.bench.device)
+        sizes = pictures.SIZES if full else pictures.SMALL_SIZES
+        pictures.encode(self.bench.report, vision, sizes[:2])
+        pictures.decode(self.bench.report, vision, sizes, compile=self.bench.compile)
+
+    def small(self, form: str) -> None:
+        """8-bit weights. The model is made again from its seed: both forms at once would not fit."""
+        bench = self.bench
+        self._free_caches()
+        exact = self._exact_states()
+        self.engine = None
+        bench.lm.model.to("meta")
+        machine.free_bytes(bench.device)
+        quality.compare(
+            bench,
+            form,
+            exact,
+            lambda: models.language_model(bench.size, device=bench.device, dtype=bench.lm.dtype),
+            short=self.pace.short,
+            step=self.steps.get(1),
+        )
+
+    def loading(self) -> None:
+        self._free_caches()
+        with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+            folder = self.wanted.folder or Path(temporary)
+            limit = 6e9 if self.pace is GPU else 2.5e9
+            loading.measure(self.bench.report, self.bench.size, device=self.bench.device, folder=folder, limit=limit)
+
+    def _free_caches(self) -> None:
+        if self.engine is not None:
+            self.engine.free()
+        machine.free_bytes(self.bench.device)
