@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,9 +27,13 @@ TEXT = Sampling(top_k=1024, top_p=0.9)
 REFERENCE_TOKENS = block_length(64, 64)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Bench:
-    """What the parts share. `columns` and `rows`: the piece of an image that is timed; the first row is not counted."""
+    """What the parts share.
+
+    `item`: bytes that a number of the layers' weights takes. `bandwidth`: bytes a second. `columns` and `rows`: the
+    piece of an image that is timed, its first row not counted. `compile`: whether steps are recorded where they can.
+    """
 
     report: Report
     lm: LanguageModel
@@ -63,7 +69,7 @@ def rules(size: tuple[int, int]) -> Rules:
     return Rules(guidance=GUIDANCE, image=IMAGE, text=TEXT, size=size, max_new_tokens=0, single_image=True)
 
 
-def image(bench: Bench, engine: Engine, *, context: int, images: int, rows: int | None = None) -> Iterator[float]:
+def image(bench: Bench, engine: Engine, *, context: int, images: int, rows: int | None = None) -> Generator[float]:
     """Make images side by side after prompts of `context` tokens; yield the time at each finished row."""
     ids, rows = bench.lm.ids, rows or bench.rows
     jobs = [
@@ -79,7 +85,7 @@ def time_image(bench: Bench, engine: Engine, *, context: int, images: int) -> Ti
     """The median row after the first, by its tokens: the forced EOL is a step like any other."""
     started = time.perf_counter()
     ends = list(image(bench, engine, context=context, images=images))
-    taken = sorted(b - a for a, b in zip(ends, ends[1:], strict=False))
+    taken = sorted(b - a for a, b in pairwise(ends))
     step = taken[len(taken) // 2] / (bench.columns + 1)
     made = block_length(bench.rows, bench.columns)
     return Timed(
@@ -181,38 +187,44 @@ def synchronisations(bench: Bench, engine: Engine) -> None:
     if bench.device.type != "cuda":
         bench.report.not_measured("synchronisations", "the device is a CPU: there is nothing to wait for")
         return
-    from torch.profiler import ProfilerActivity, profile
-
-    rows = image(bench, engine, context=512, images=1, rows=4)
+    narrow = replace(bench, columns=16)  # a profile of more steps takes long to read
+    rows = image(narrow, engine, context=512, images=1, rows=4)
     next(rows)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        next(rows)
-        next(rows)
-    rows.close()  # type: ignore[attr-defined]
-    names = [event.name for event in seen.events()]
-    waits = {name: names.count(name) for name in WAITS}
+    found = _waits(lambda: (next(rows), next(rows)))
+    rows.close()
+    own = _waits(lambda: None)  # the profiler waits for the device itself, at its end
+    waits = {name: found[name] - own[name] for name in WAITS}
     told = ", ".join(f"{name} {count}" for name, count in waits.items() if count)
     bench.report.add(
         Row(
-            part="synchronisations",
-            what="waits of the host a row",
+            part="sync",
+            what="the host waits for the device",
             value=sum(waits.values()) / 2,
-            unit=f"in {bench.columns + 1} steps",
-            note=told,
+            unit=f"times a row of {narrow.columns + 1} steps",
+            note=f"in two rows: {told}",
         )
     )
 
 
+def _waits(work: Callable[[], object]) -> Mapping[str, int]:
+    """Calls by name that `work` made and that wait for the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        work()
+    return Counter(event.name for event in seen.events() or () if event.name in WAITS)
+
+
 def write_trace(bench: Bench, engine: Engine, path: str) -> None:
-    """A trace of one row, for chrome://tracing or Perfetto, and the kernels that took longest."""
+    """A trace of one row of 16 codes, for chrome://tracing or Perfetto, and the kernels that took longest."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = bench.device.type == "cuda"
-    rows = image(bench, engine, context=512, images=1, rows=3)
+    rows = image(replace(bench, columns=16), engine, context=512, images=1, rows=3)
     next(rows)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         next(rows)
-    rows.close()  # type: ignore[attr-defined]
+    rows.close()
     seen.export_chrome_trace(path)
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     bench.report.tell(seen.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))

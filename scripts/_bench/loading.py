@@ -108,15 +108,16 @@ def measure(report: Report, size: Size, *, device: torch.device, folder: Path, l
 def write(folder: Path, size: Size) -> int:
     """config.json and bf16 shards with their index; bytes written."""
     (folder / "config.json").write_text(json.dumps(dict(size.config())), encoding="utf-8")
-    shapes = _shapes(size)
+    wanted = shapes(size)
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
-    for i, (name, shape) in enumerate(shapes.items()):
+    for i, (name, shape) in enumerate(wanted.items()):
         # One random block repeated: nothing on the way from the disk may be able to compress it away.
         noise = torch.randint(0, 2**15, (min(shape[0] * shape[-1], 2**20),), dtype=torch.int16)
         count = shape[0] * (shape[1] if len(shape) > 1 else 1)
         value = noise.repeat(-(-count // len(noise)))[:count].view(torch.bfloat16).reshape(shape)
-        shards[i * SHARDS // len(shapes)][name] = value
-    weight_map, total = {}, 0
+        shards[i * SHARDS // len(wanted)][name] = value
+    weight_map: dict[str, str] = {}
+    total = 0
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
@@ -128,7 +129,7 @@ def write(folder: Path, size: Size) -> int:
     return total
 
 
-def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     from accelerate import init_empty_weights
     from transformers import Qwen3ForCausalLM
 

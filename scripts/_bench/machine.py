@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
-        facts["capability"] = "%d.%d" % torch.cuda.get_device_capability(device)
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:
         facts["threads"] = torch.get_num_threads()
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def decode(report: Report, vision: IBQ, sizes: tuple[tuple[int, int], ...], *, c
     codes = {s: torch.randint(0, top, (1, *s), device=vision.device, generator=generator) for s in sizes}
     eager, expected = {}, {}
     for size in sizes:
-        eager[size] = machine.seconds_of(lambda size=size: vision.decode(codes[size]), vision.device, repeats=3)
+        eager[size] = machine.seconds_of(partial(vision.decode, codes[size]), vision.device, repeats=3)
         report.add(_row(size, "uncompiled", eager[size]))
     for size in sizes[:2]:
         expected[size] = pixels(vision.decode(codes[size])).cpu()
@@ -61,7 +62,7 @@ def decode(report: Report, vision: IBQ, sizes: tuple[tuple[int, int], ...], *, c
         return
     before = graphs()
     for size in sizes:
-        seconds = machine.seconds_of(lambda size=size: vision.decode(codes[size]), vision.device, repeats=3)
+        seconds = machine.seconds_of(partial(vision.decode, codes[size]), vision.device, repeats=3)
         report.add(_row(size, "compiled", seconds, against=f"{eager[size] / seconds:.2f} x as fast as uncompiled"))
     report.add(Row(part="vq", what="recompilations by aspect ratio", value=graphs() - before, unit="graphs"))
     for size, wanted in expected.items():
@@ -88,6 +89,6 @@ def encode(report: Report, vision: IBQ, sizes: tuple[tuple[int, int], ...]) -> N
     """A reference picture to codes."""
     for rows, columns in sizes:
         picture = torch.rand((1, 3, 16 * rows, 16 * columns), device=vision.device) * 2 - 1
-        seconds = machine.seconds_of(lambda picture=picture: vision.encode(picture), vision.device, repeats=3)
+        seconds = machine.seconds_of(partial(vision.encode, picture), vision.device, repeats=3)
         what = f"VQ encode, {16 * columns}x{16 * rows}"
         report.add(Row(part="vq", what=what, value=1e3 * seconds, unit="ms"))

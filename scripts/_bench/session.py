@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from _bench import decoding, loading, machine, models, pictures, quality, reference
 from _bench.decoding import Bench
@@ -21,7 +22,20 @@ from emu_cog.memory import GIB
 from emu_cog.pipeline import choose_device, choose_dtype
 from emu_cog.steps import build
 
-PARTS = ("step", "upstream", "images", "sync", "vq", "eager", "prefill", "fp8", "int8", "context", "loading")
+PARTS = (
+    "step",
+    "upstream",
+    "images",
+    "sync",
+    "vq",
+    "fp8",
+    "context",
+    "prefill",
+    "agreement",
+    "eager",
+    "int8",
+    "loading",
+)
 """In the order of importance, which is the order of the run."""
 
 
@@ -81,9 +95,11 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
         rows=pace.rows,
         compile=settings.compile,
     )
-    _Session(bench, pace, wanted, settings, name).run()
-    report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
-    report.finish(time.monotonic() - started)
+    try:
+        _Session(bench, pace, wanted, settings).run()
+    finally:  # also when it is told to stop
+        report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
+        report.finish(time.monotonic() - started)
 
 
 @dataclass
@@ -94,9 +110,10 @@ class _Session:
     pace: Pace
     wanted: Wanted
     settings: Settings
-    name: str
     steps: dict[int, float] = field(default_factory=dict)
     engine: Engine | None = None
+    exact: list[Tensor] | None = None
+    full: bool = True
 
     def run(self) -> None:
         work: dict[str, tuple[Callable[[], None], float]] = {
@@ -108,6 +125,7 @@ class _Session:
             "eager": (self.eager, 15),
             "prefill": (self.prefill, 15),
             "context": (self.context, 25),
+            "agreement": (self.agreement, 15),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
             "loading": (self.loading, 60),
@@ -122,6 +140,7 @@ class _Session:
 
     def native(self) -> Engine:
         """The engine as Pipeline builds it, made at its first use; the seconds are told."""
+        self._full_weights()
         if self.engine is None:
             began = time.perf_counter()
             self.engine = Engine(self.bench.lm, build(self.bench.lm, compile=self.bench.compile))
@@ -161,7 +180,7 @@ class _Session:
         if clone is None:
             report.not_measured("upstream", "no clone of it here: name one with --clone, or set EMU_UPSTREAM_URL")
             return
-        self._free_caches()
+        self._full_weights()
         native = self.steps[1] * (self.bench.columns + 1) / self.bench.columns if 1 in self.steps else None
         reference.compare(self.bench, clone, context=self.pace.short, tokens=self.pace.upstream_tokens, native=native)
 
@@ -170,7 +189,6 @@ class _Session:
         if self.native().steps is None:
             self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
             return
-        self._free_caches()
         timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
         what = f"step through the modules (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
         decoding.add_step(self.bench, what, timed, 1, "eager")
@@ -193,29 +211,52 @@ class _Session:
         pictures.encode(self.bench.report, vision, sizes[:2])
         pictures.decode(self.bench.report, vision, sizes, compile=self.bench.compile)
 
+    def agreement(self) -> None:
+        """Recorded steps against the modules: another order of the same sums."""
+        steps = self.native().steps
+        if steps is None:
+            self.bench.report.not_measured("agreement", "nothing is recorded here: steps go through the modules")
+            return
+        quality.agreement(self.bench, self._exact(), self.bench.lm, steps, "recorded steps against the modules")
+
     def small(self, form: str) -> None:
-        """8-bit weights. The model is made again from its seed: both forms at once would not fit."""
-        bench = self.bench
+        """8-bit weights. The full ones make room for them and are made again from their seed afterwards."""
+        quality.check_format(form, self.bench.device)
+        self._full_weights()
+        exact = self._exact()
+        self.engine, self.full = None, False
+        quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
+
+    def _full_weights(self) -> None:
+        """After 8-bit weights: the model anew. The old one is let go first: two of them would not fit."""
+        if not self.full:
+            device, dtype = self.bench.device, self.bench.lm.dtype
+            del self.bench.lm
+            machine.free_bytes(device)
+            self.bench.lm = models.language_model(self.bench.size, device=device, dtype=dtype)
+            self.full = True
         self._free_caches()
-        exact = self._exact_states()
-        self.engine = None
-        bench.lm.model.to("meta")
-        machine.free_bytes(bench.device)
-        quality.compare(
-            bench,
-            form,
-            exact,
-            lambda: models.language_model(bench.size, device=bench.device, dtype=bench.lm.dtype),
-            short=self.pace.short,
-            step=self.steps.get(1),
-        )
+
+    def _exact(self) -> list[Tensor]:
+        if self.exact is None:
+            self.exact = quality.exact_scores(self.bench)
+            machine.free_bytes(self.bench.device)
+        return self.exact
 
     def loading(self) -> None:
-        self._free_caches()
+        """Last: the model makes room, and a smaller one is written and read, two bytes a number."""
+        device, full = self.bench.device, self.pace is GPU
+        self.engine, self.full = None, False
+        del self.bench.lm
+        machine.free_bytes(device)
         with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-            folder = self.wanted.folder or Path(temporary)
-            limit = 6e9 if self.pace is GPU else 2.5e9
-            loading.measure(self.bench.report, self.bench.size, device=self.bench.device, folder=folder, limit=limit)
+            loading.measure(
+                self.bench.report,
+                SIZES["8b"] if full else self.bench.size,
+                device=device,
+                folder=self.wanted.folder or Path(temporary),
+                limit=6e9 if full else 2.5e9,
+            )
 
     def _free_caches(self) -> None:
         if self.engine is not None:
