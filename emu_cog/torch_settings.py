@@ -30,7 +30,8 @@ def apply(device: torch.device) -> None:
     # cuDNN's own choice of convolutions stays: letting it time them (cudnn.benchmark) won nothing on an H100 (1.7%
     # uncompiled, nothing compiled), cost up to 4 s a new picture size, and its trials took 58 GiB of workspace.
     torch.backends.cudnn.benchmark = False
-    # The math kernel writes out the whole attention matrix; every head size used here has a fused kernel.
+    # The math kernel writes out the whole attention matrix; every head size of the language model has a fused kernel.
+    # (The vision tokenizer's attention is no SDPA: see vision.AttnBlock.)
     torch.backends.cuda.enable_math_sdp(False)
 
 

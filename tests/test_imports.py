@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "emu_cog"
 # Lowest first. A module may import only from rows above its own; modules of one row not from each other.
 LAYERS = [
-    ["config", "tokens"],
+    ["config", "tokens", "cpu_linear"],
     [
         "geometry",
         "torch_settings",

@@ -50,6 +50,7 @@ class Wanted:
     profile: str | None
     clone: str | None
     folder: Path | None
+    json: Path | None
     deadline: float
 
 
@@ -100,6 +101,8 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
     finally:  # also when it is told to stop
         report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
         report.finish(time.monotonic() - started)
+        if wanted.json:
+            wanted.json.write_text(report.json(time.monotonic() - started) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -223,6 +226,9 @@ class _Session:
         """8-bit weights. The full ones make room for them and are made again from their seed afterwards."""
         quality.check_format(form, self.bench.device)
         self._full_weights()
+        if 1 not in self.steps:
+            self.step()  # what 8 bits are held against
+            self._free_caches()
         exact = self._exact()
         self.engine, self.full = None, False
         quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
