@@ -30,9 +30,11 @@ def apply(device: torch.device) -> None:
     # cuDNN's own choice of convolutions stays: letting it time them (cudnn.benchmark) won nothing on an H100 (1.7%
     # uncompiled, nothing compiled), cost up to 4 s a new picture size, and its trials took 58 GiB of workspace.
     torch.backends.cudnn.benchmark = False
-    # The math kernel writes out the whole attention matrix; every head size of the language model has a fused kernel.
-    # (The vision tokenizer's attention is no SDPA: see vision.AttnBlock.)
-    torch.backends.cuda.enable_math_sdp(False)
+    # Of SDPA's kernels PyTorch takes a fused one wherever it can. The math kernel, which writes the whole attention
+    # matrix, stays as the last resort: an odd head size shall run slowly rather than not at all.
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @contextmanager

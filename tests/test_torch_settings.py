@@ -22,29 +22,23 @@ def switches() -> Iterator[None]:
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
-        torch.backends.cuda.math_sdp_enabled(),
     )
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:3]
-    torch.backends.cuda.enable_math_sdp(before[3])
 
 
-def found() -> tuple[str, bool, bool]:
-    return (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cuda.math_sdp_enabled(),
-    )
+def found() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
 
 
 @pytest.mark.usefixtures("switches")
 def test_a_cpu_is_left_alone_and_cuda_is_set() -> None:
     before = found()
     torch_settings.apply(CPU)
-    assert found() == before == ("highest", False, True)
+    assert found() == before == ("highest", False)
     torch_settings.apply(CUDA)
-    assert found() == ("high", False, False)
+    assert found() == ("high", False)
 
 
 @pytest.mark.usefixtures("switches")

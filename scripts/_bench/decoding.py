@@ -226,6 +226,6 @@ def write_trace(bench: Bench, engine: Engine, path: str) -> None:
         next(rows)
     rows.close()
     seen.export_chrome_trace(path)
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
     bench.report.tell(seen.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
     bench.report.tell(f"  trace written to {path}")

@@ -48,15 +48,15 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" where files differ from it; "unknown" outside git."""
+    """What an exported tree carries in a file COMMIT, else the checkout's commit, "+" where files differ from it."""
     try:
+        return (ROOT / "COMMIT").read_text(encoding="utf-8").strip()
+    except OSError:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        try:
-            return (ROOT / "COMMIT").read_text(encoding="utf-8").strip()  # an exported tree may carry it so
-        except OSError:
-            return "unknown"
+        return "unknown"
 
 
 def total_bytes(device: torch.device) -> float:

@@ -37,6 +37,7 @@ PARTS = (
     "loading",
 )
 """In the order of importance, which is the order of the run."""
+WITHOUT_MODEL = {"vq", "loading"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,11 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
     bandwidth = machine.copy_bandwidth(device)
     report.add(Row(part="copy", what="copy bandwidth", value=bandwidth / 1e9, unit="GB/s", note="bytes read + written"))
     began = time.perf_counter()
-    lm = models.language_model(SIZES[name], device=device, dtype=dtype)
+    needed = not wanted.only or not set(wanted.only) <= WITHOUT_MODEL
+    made = name if needed else "tiny"
+    lm = models.language_model(SIZES[made], device=device, dtype=dtype)
     machine.wait(device)
-    report.tell(f"  made {SIZES[name].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
+    report.tell(f"  made {SIZES[made].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
     pace = GPU if device.type == "cuda" and name != "tiny" else CPU
     bench = Bench(
         report=report,
@@ -231,6 +234,7 @@ class _Session:
             self._free_caches()
         exact = self._exact()
         self.engine, self.full = None, False
+        machine.free_bytes(self.bench.device)  # the merged weights, or both would lie there at once
         quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
 
     def _full_weights(self) -> None:
