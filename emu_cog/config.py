@@ -232,6 +232,7 @@ class Settings:
     max_outputs: int = 1
     quantize: str | None = None
     compile: bool = True
+    compile_cache: Path | None = None
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -257,5 +258,6 @@ class Settings:
             max_outputs=_whole(env, "EMU_MAX_OUTPUTS") or 1,
             quantize=get("QUANTIZE"),
             compile=_switch(env, "EMU_COMPILE"),
+            compile_cache=Path(cache) if (cache := get("COMPILE_CACHE")) else None,
             environ=env,
         )

@@ -71,6 +71,10 @@ class Engine:
             self._cache = self.lm.new_cache(rows=rows, capacity=capacity)
         return self._cache
 
+    def free(self) -> None:
+        """Give the cache's memory back; the next `generate` makes a new one."""
+        self._cache = None
+
 
 class _Run:
     """The state of one `generate` call."""

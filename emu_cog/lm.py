@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from emu_cog import cpu_linear
 from emu_cog.config import CheckpointError, log
 from emu_cog.tokens import TokenIds
 
@@ -142,6 +143,8 @@ class LanguageModel:
         self.config: Qwen3Config = model.config
         self.context = int(model.config.max_position_embeddings)
         """Tokens a stream may hold; the caller may lower it to what memory allows."""
+        if model.lm_head.weight.device.type == "cpu":
+            cpu_linear.use_in(model)
         head = model.lm_head.weight
         self.device, self.dtype = model.model.embed_tokens.weight.device, head.dtype
         # The two halves of the head, as views: text mode may never give a visual token, an image nothing else.
@@ -183,4 +186,4 @@ class LanguageModel:
 
     def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """On the model's first device; the moves do nothing unless the layers are spread over several."""
-        return F.linear(hidden.to(head.device), head).float().to(self.device)
+        return cpu_linear.linear(hidden.to(head.device), head).float().to(self.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from emu_cog import geometry, pictures, prompts, tasks
+from emu_cog import geometry, pictures, prompts, tasks, torch_settings
 from emu_cog.config import CheckpointError, InputError, Request, Settings, log
 from emu_cog.engine import Engine
 from emu_cog.image_loop import Trace
@@ -25,6 +25,7 @@ from emu_cog.steps import Steps, build
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.tokens import TokenIds, block_length
 from emu_cog.vision import IBQ, load_vision_tokenizer
+from emu_cog.vision_compiled import CompiledDecoder
 from emu_cog.weights import resolve
 
 Event = Text | Picture | Finished
@@ -102,12 +103,14 @@ class Pipeline:
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
         always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
         `max_outputs` outputs; that is reckoned before anything is loaded. `quantize` ("fp8", "int8") takes the
-        layers' weights to 8 bits; `compile` False keeps decoding on transformers' modules. Raises CheckpointError
+        layers' weights to 8 bits; `compile` False keeps decoding on transformers'
+        modules and the vision decoder uncompiled. Raises CheckpointError
         naming the file, key or shape that is wrong, InputError with the numbers where memory is short.
         """
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
         target = choose_device(device)
         weights_dtype = choose_dtype(dtype, target)
+        torch_settings.apply(target)
         check_format(quantize, target)
         tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
         picture = tasks.plan(Request(prompt="-"), defaults)
@@ -133,6 +136,8 @@ class Pipeline:
                 f"{vision_folder} has {vision.config.n_embed} codes but {folder} names "
                 f"{tokenizer.ids.visual_count} visual tokens: they don't belong together"
             )
+        if compile and target.type == "cuda":
+            CompiledDecoder(vision)
         return cls(
             lm,
             vision,
@@ -147,6 +152,7 @@ class Pipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
         """Load the checkpoint that the environment names, brought here first where it is missing."""
+        torch_settings.keep_compiled(settings.compile_cache or settings.weights_dir / ".compiled")
         found = resolve(settings)
         return cls.load(
             found.model,
@@ -171,6 +177,9 @@ class Pipeline:
         if self.lm.device.type != "cuda":
             return
         typical = tasks.plan(Request(prompt="-"), self.defaults)
+        if isinstance(self.vision.compiled, CompiledDecoder):
+            shapes = ("1:1", "16:9", "9:16")
+            self.vision.compiled.warm_up([geometry.preset_size(shape, typical.image_area) for shape in shapes])
         rules = _rules(typical)
         for outputs in sorted({self.max_outputs, 1}, reverse=True):
             started = time.perf_counter()
@@ -181,6 +190,7 @@ class Pipeline:
                 pass
             log.info("warmed up %d output(s) in %.1f s", outputs, time.perf_counter() - started)
 
+    @torch.inference_mode()
     def stream(
         self,
         request: Request,

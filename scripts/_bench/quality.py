@@ -1,0 +1,77 @@
+"""How near recorded steps and 8-bit weights come to the plain modules in full precision, and what 8 bits gain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from _bench import decoding, machine
+from _bench.decoding import GUIDANCE, IMAGE, Bench
+from _bench.report import Row
+from emu_cog import quality
+from emu_cog.engine import Engine
+from emu_cog.jobs import Job
+from emu_cog.lm import LanguageModel
+from emu_cog.memory import GIB
+from emu_cog.quantize import check_format, quantize
+from emu_cog.steps import Steps, build
+
+__all__ = ["agreement", "check_format", "eight_bits", "exact_scores"]
+
+CONTEXT = 32768
+"""Tokens of the one output that 8-bit weights should leave room for on an 80 GB device."""
+
+
+def _job(bench: Bench) -> tuple[Job, list[list[int]]]:
+    ids = bench.lm.ids
+    grid = [[(7919 * (row * 64 + column)) % ids.visual_count for column in range(64)] for row in range(4)]
+    streams = [decoding.prompt(ids, 256, salt) for salt in (1, 2)]
+    return Job(conditional=streams[0], unconditional=streams[1], seed=0), grid
+
+
+def exact_scores(bench: Bench) -> list[Tensor]:
+    """Guided scores along one fixed piece of an image, through the modules; on the host, a row each."""
+    job, grid = _job(bench)
+    return [row.cpu() for row in quality.by_modules(bench.lm, job, grid, guidance=GUIDANCE)]
+
+
+def _scores(bench: Bench, lm: LanguageModel, steps: Steps | None) -> Iterator[Tensor]:
+    job, grid = _job(bench)
+    if steps is None:
+        return (row.cpu() for row in quality.by_modules(lm, job, grid, guidance=GUIDANCE))
+    return (rows[0].cpu() for rows in quality.by_steps(steps, [job], [grid], guidance=GUIDANCE))
+
+
+def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: Steps | None, what: str) -> None:
+    """Compare with `exact` and report."""
+    found = quality.compare(exact, _scores(bench, lm, steps), IMAGE)
+    bench.report.add(
+        Row(
+            part="agreement",
+            what=f"{what}: the same likeliest token",
+            value=100 * found.top1,
+            unit=f"% of {found.steps}",
+            note=f"KL {found.kl_mean:.5f} nats on average, {found.kl_max:.4f} at most; random weights",
+        )
+    )
+
+
+def eight_bits(bench: Bench, name: str, exact: list[Tensor], *, short: int, step: float | None) -> None:
+    """Turn the model's layers to format `name`, for good, and measure. `step`: the seconds of full weights."""
+    lm = bench.lm
+    quantize(lm.model, name)
+    machine.free_bytes(bench.device)
+    steps = build(lm, compile=bench.compile)
+    held = sum(v.nbytes for v in (*lm.model.parameters(), *lm.model.buffers()))
+    caches = bench.size.cache_bytes(tokens=CONTEXT, rows=2, item=lm.dtype.itemsize)
+    note = f"{(held + caches) / GIB:.1f} GiB with one output of {CONTEXT} tokens"
+    bench.report.add(Row(part=name, what=f"{name}: weights", value=held / GIB, unit="GiB", note=note))
+    small = replace(bench, item=1.0)
+    timed = decoding.time_image(small, Engine(lm, steps), context=short, images=1)
+    decoding.add_step(small, f"{name}: step, 1 image, {short} tokens", timed, 1, name)
+    if step:
+        what = f"{name} against {str(lm.dtype).removeprefix('torch.')}"
+        bench.report.add(Row(part=name, what=what, value=step / timed.step, unit="x as fast"))
+    agreement(bench, exact, lm, steps, name)

@@ -1,0 +1,274 @@
+"""One run of the bench: the model is made, the parts follow by importance, each figure is told as it comes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from _bench import decoding, loading, machine, models, pictures, quality, reference
+from _bench.decoding import Bench
+from _bench.report import Part, Report, Row, run_parts
+from _bench.sizes import SIZES, choose
+from emu_cog import torch_settings
+from emu_cog.config import Settings
+from emu_cog.engine import Engine
+from emu_cog.memory import GIB
+from emu_cog.pipeline import choose_device, choose_dtype
+from emu_cog.steps import build
+
+PARTS = (
+    "step",
+    "upstream",
+    "images",
+    "sync",
+    "vq",
+    "fp8",
+    "context",
+    "prefill",
+    "agreement",
+    "eager",
+    "int8",
+    "loading",
+)
+"""In the order of importance, which is the order of the run."""
+WITHOUT_MODEL = {"vq", "loading"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The command line. `deadline` on time.monotonic's clock; an empty `only` means all parts."""
+
+    size: str | None
+    device: str | None
+    dtype: str | None
+    only: tuple[str, ...]
+    profile: str | None
+    clone: str | None
+    folder: Path | None
+    json: Path | None
+    deadline: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What a device can bear: contexts in tokens, the piece of an image that is timed, tokens upstream makes."""
+
+    short: int
+    contexts: list[int]
+    columns: int
+    rows: int
+    upstream_tokens: int
+
+
+GPU = Pace(short=512, contexts=[2048, 8192, 16384], columns=64, rows=5, upstream_tokens=24)
+CPU = Pace(short=128, contexts=[1024], columns=12, rows=4, upstream_tokens=12)
+
+
+def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
+    """Measure and report. InputError for a device or dtype that is not there."""
+    device = choose_device(wanted.device or settings.device)
+    dtype = choose_dtype(wanted.dtype or settings.dtype, device)
+    torch_settings.apply(device)
+    torch_settings.keep_compiled(settings.compile_cache or settings.weights_dir / ".compiled")
+    name = wanted.size or choose(machine.free_bytes(device), item=dtype.itemsize, cpu=device.type == "cpu")
+    facts = machine.describe(device) | {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+    report = Report(facts)
+    report.tell(", ".join(f"{key} {value}" for key, value in facts.items()))
+    bandwidth = machine.copy_bandwidth(device)
+    report.add(Row(part="copy", what="copy bandwidth", value=bandwidth / 1e9, unit="GB/s", note="bytes read + written"))
+    began = time.perf_counter()
+    needed = not wanted.only or not set(wanted.only) <= WITHOUT_MODEL
+    made = name if needed else "tiny"
+    lm = models.language_model(SIZES[made], device=device, dtype=dtype)
+    machine.wait(device)
+    report.tell(f"  made {SIZES[made].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
+    pace = GPU if device.type == "cuda" and name != "tiny" else CPU
+    bench = Bench(
+        report=report,
+        lm=lm,
+        size=SIZES[name],
+        item=dtype.itemsize,
+        bandwidth=bandwidth,
+        columns=pace.columns,
+        rows=pace.rows,
+        compile=settings.compile,
+    )
+    try:
+        _Session(bench, pace, wanted, settings).run()
+    finally:  # also when it is told to stop
+        report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
+        report.finish(time.monotonic() - started)
+        if wanted.json:
+            wanted.json.write_text(report.json(time.monotonic() - started) + "\n", encoding="utf-8")
+
+
+@dataclass
+class _Session:
+    """The parts, and what later ones take from earlier ones: steps by images in flight, the native engine."""
+
+    bench: Bench
+    pace: Pace
+    wanted: Wanted
+    settings: Settings
+    steps: dict[int, float] = field(default_factory=dict)
+    engine: Engine | None = None
+    exact: list[Tensor] | None = None
+    full: bool = True
+
+    def run(self) -> None:
+        work: dict[str, tuple[Callable[[], None], float]] = {
+            "step": (self.step, 0),
+            "upstream": (self.upstream, 30),
+            "images": (self.images, 20),
+            "sync": (self.sync, 15),
+            "vq": (self.vq, 30),
+            "eager": (self.eager, 15),
+            "prefill": (self.prefill, 15),
+            "context": (self.context, 25),
+            "agreement": (self.agreement, 15),
+            "fp8": (lambda: self.small("fp8"), 30),
+            "int8": (lambda: self.small("int8"), 30),
+            "loading": (self.loading, 60),
+        }
+        # On a device the seconds are for the large models; a CPU's small ones and the tiny one need less.
+        share = 1.0 if self.pace is GPU else 0.3
+        order = [name for name in PARTS if not self.wanted.only or name in self.wanted.only]
+        parts = [Part(name=name, run=work[name][0], seconds=share * work[name][1]) for name in order]
+        if self.wanted.profile:
+            parts.insert(1, Part(name="profile", run=self.profile))
+        run_parts(parts, self.bench.report, deadline=self.wanted.deadline)
+
+    def native(self) -> Engine:
+        """The engine as Pipeline builds it, made at its first use; the seconds are told."""
+        self._full_weights()
+        if self.engine is None:
+            began = time.perf_counter()
+            self.engine = Engine(self.bench.lm, build(self.bench.lm, compile=self.bench.compile))
+            machine.wait(self.bench.device)
+            self._setup("merging the weights", time.perf_counter() - began)
+        return self.engine
+
+    def _setup(self, what: str, seconds: float) -> None:
+        self.bench.report.add(Row(part="setup", what=f"setup: {what}", value=seconds, unit="s"))
+
+    # -- the parts ---------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        engine, short = self.native(), self.pace.short
+        timed = decoding.time_image(self.bench, engine, context=short, images=1)
+        row = timed.step * (self.bench.columns + 1)
+        self._setup("kernels, recording and the first row, less a row", max(timed.first - row, 0.0))
+        self.steps[1] = timed.step
+        decoding.add_step(self.bench, f"step, 1 image, {short} tokens", timed, 1, "step")
+        self._device_memory("weights and one image")
+
+    def _device_memory(self, what: str) -> None:
+        if self.bench.device.type == "cuda":
+            used = torch.cuda.memory_allocated(self.bench.device) / GIB
+            self.bench.report.add(Row(part="memory", what=f"memory, {what}", value=used, unit="GiB"))
+
+    def images(self) -> None:
+        self.steps |= decoding.along_images(self.bench, self.native(), [4, 8, 2], context=self.pace.short)
+        decoding.scaling(self.bench, self.steps)
+
+    def context(self) -> None:
+        decoding.along_contexts(self.bench, self.native(), self.pace.contexts)
+
+    def upstream(self) -> None:
+        report = self.bench.report
+        clone = reference.clone_folder(self.wanted.clone, self.settings.weights_dir)
+        if clone is None:
+            report.not_measured("upstream", "no clone of it here: name one with --clone, or set EMU_UPSTREAM_URL")
+            return
+        self._full_weights()
+        native = self.steps[1] * (self.bench.columns + 1) / self.bench.columns if 1 in self.steps else None
+        reference.compare(self.bench, clone, context=self.pace.short, tokens=self.pace.upstream_tokens, native=native)
+
+    def eager(self) -> None:
+        """The twin that goes through the modules, as with EMU_COMPILE=0."""
+        if self.native().steps is None:
+            self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
+            return
+        timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
+        what = f"step through the modules (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
+        decoding.add_step(self.bench, what, timed, 1, "eager")
+
+    def sync(self) -> None:
+        decoding.synchronisations(self.bench, self.native())
+
+    def prefill(self) -> None:
+        references = (1, 2, 3) if self.pace is GPU else ()
+        decoding.prefill(self.bench, self.native(), references)
+
+    def profile(self) -> None:
+        decoding.write_trace(self.bench, self.native(), str(self.wanted.profile))
+
+    def vq(self) -> None:
+        self._free_caches()
+        full = self.pace is GPU
+        vision = models.vision_tokenizer(models.VISION_SIZES["full" if full else "tiny"], device=self.bench.device)
+        sizes = pictures.SIZES if full else pictures.SMALL_SIZES
+        pictures.encode(self.bench.report, vision, sizes[:2])
+        pictures.decode(self.bench.report, vision, sizes, compile=self.bench.compile)
+
+    def agreement(self) -> None:
+        """Recorded steps against the modules: another order of the same sums."""
+        steps = self.native().steps
+        if steps is None:
+            self.bench.report.not_measured("agreement", "nothing is recorded here: steps go through the modules")
+            return
+        quality.agreement(self.bench, self._exact(), self.bench.lm, steps, "recorded steps against the modules")
+
+    def small(self, form: str) -> None:
+        """8-bit weights. The full ones make room for them and are made again from their seed afterwards."""
+        quality.check_format(form, self.bench.device)
+        self._full_weights()
+        if 1 not in self.steps:
+            self.step()  # what 8 bits are held against
+            self._free_caches()
+        exact = self._exact()
+        self.engine, self.full = None, False
+        machine.free_bytes(self.bench.device)  # the merged weights, or both would lie there at once
+        quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
+
+    def _full_weights(self) -> None:
+        """After 8-bit weights: the model anew. The old one is let go first: two of them would not fit."""
+        if not self.full:
+            device, dtype = self.bench.device, self.bench.lm.dtype
+            del self.bench.lm
+            machine.free_bytes(device)
+            self.bench.lm = models.language_model(self.bench.size, device=device, dtype=dtype)
+            self.full = True
+        self._free_caches()
+
+    def _exact(self) -> list[Tensor]:
+        if self.exact is None:
+            self.exact = quality.exact_scores(self.bench)
+            machine.free_bytes(self.bench.device)
+        return self.exact
+
+    def loading(self) -> None:
+        """Last: the model makes room, and a smaller one is written and read, two bytes a number."""
+        device, full = self.bench.device, self.pace is GPU
+        self.engine, self.full = None, False
+        del self.bench.lm
+        machine.free_bytes(device)
+        with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+            loading.measure(
+                self.bench.report,
+                SIZES["8b"] if full else self.bench.size,
+                device=device,
+                folder=self.wanted.folder or Path(temporary),
+                limit=6e9 if full else 2.5e9,
+            )
+
+    def _free_caches(self) -> None:
+        if self.engine is not None:
+            self.engine.free()
+        machine.free_bytes(self.bench.device)

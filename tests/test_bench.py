@@ -1,0 +1,153 @@
+"""scripts/bench: its arithmetic, its report, and a whole run over a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from _bench import loading, models
+from _bench.report import Part, Report, Row, number, run_parts, table
+from _bench.sizes import SIZES, choose, floor_seconds
+
+from emu_cog.tokens import ROLES
+from tests.conftest import ROOT
+
+
+def test_the_released_model_in_numbers() -> None:
+    """Against what is published: 34.1 B parameters, 65 GB a step or 63.7 without the text half of the head."""
+    size = SIZES["34b"]
+    assert round(size.parameters / 1e9, 1) == 34.1
+    assert round(size.step_weights(layer_bytes=2, head_bytes=2) / 1e9, 1) == 63.8
+    assert size.cache_bytes(tokens=1, rows=1, item=2) == 256 * 1024
+    assert floor_seconds(63.8e9, 4.3e12) == pytest.approx(0.01484, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_made_models_have_the_size_they_claim(name: str) -> None:
+    if SIZES[name].parameters > 1e8:
+        counted = sum(shape[0] * shape[1] for shape in loading.shapes(SIZES[name]).values() if len(shape) == 2)
+    else:
+        lm = models.language_model(SIZES[name], device=torch.device("cpu"), dtype=torch.float32)
+        counted = sum(value.numel() for value in lm.model.parameters() if value.dim() == 2)
+    assert counted == SIZES[name].parameters
+
+
+def test_roles_are_distinct_text_ids() -> None:
+    for size in SIZES.values():
+        ids = size.ids()
+        roles = [getattr(ids, role) for role in ROLES]
+        assert len({*roles, *ids.digits, ids.star}) == len(roles) + 11
+        assert max(roles) < ids.visual
+        assert ids.vocab_size == size.text + size.visual
+
+
+def test_the_largest_size_that_fits_is_chosen() -> None:
+    assert choose(141e9, item=2, cpu=False) == "34b"
+    assert choose(85e9, item=2, cpu=False) == "34b"
+    assert choose(40e9, item=2, cpu=False) == "8b"
+    assert choose(12e9, item=2, cpu=False) == "0.5b"
+    assert choose(500e9, item=4, cpu=True) == "0.5b"
+    assert choose(1e9, item=4, cpu=True) == "tiny"
+
+
+def test_numbers_are_short_and_plain() -> None:
+    assert [number(v) for v in (4, 0.01234567, 1.1849, 123.456, 98765.4)] == ["4", "0.0123", "1.18", "123.5", "98765"]
+
+
+def test_a_table_is_aligned() -> None:
+    lines = table(("what", "value"), [("a", "1"), ("longer", "2000")])
+    assert len({len(line) for line in lines}) == 1
+    assert lines[3] == "| longer | 2000  |"
+
+
+def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
+    report = Report({"device": "none"}, out=io.StringIO())
+
+    def fails() -> None:
+        raise RuntimeError("out of\nsomething")
+
+    def works() -> None:
+        report.add(Row(part="b", what="speed", value=2.0, unit="ms"))
+
+    parts = [Part(name="a", run=fails), Part(name="late", run=fails, seconds=1e6), Part(name="b", run=works)]
+    run_parts(parts, report, deadline=time.monotonic() + 60)
+    found = json.loads(report.json(1.0))
+    assert found["rows"] == [{"part": "b", "what": "speed", "value": 2.0, "unit": "ms"}]
+    assert found["not_measured"]["a"] == "it failed: RuntimeError: out of something"
+    assert "needs 1000000" in found["not_measured"]["late"]
+
+
+def test_the_checkpoint_that_is_loaded_fits_the_disk() -> None:
+    shape = loading.shape_for(SIZES["8b"], 6e9)
+    assert 1 <= shape.layers < SIZES["8b"].layers
+    assert 5e9 < 2 * shape.parameters <= 6e9
+
+
+def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
+    """Run scripts/bench over the tiny model on a CPU; what it printed, and its JSON line."""
+    environment = os.environ | {
+        "EMU_VENV": "none",
+        "EMU_DEVICE": "cpu",
+        "EMU_WEIGHTS_DIR": str(tmp_path / "weights"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("EMU_UPSTREAM_URL", None)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench"), "--size", "tiny", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_from_end_to_end(tmp_path: Path) -> None:
+    told, found = bench(tmp_path, "--only", "step,images,upstream,sync,prefill,int8,loading", "--profile", "trace.json")
+    rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
+    step = rows["step, 1 image, 128 tokens"]
+    floor = float(step["against"].split(" x the floor")[0])
+    assert step["value"] > 0
+    assert floor > 1  # nothing is faster than reading what must be read
+    assert rows["four images against one"]["value"] == pytest.approx(
+        rows["step, 4 images, 128 tokens"]["value"] / step["value"]
+    )
+    assert rows["int8: the same likeliest token"]["value"] > 50
+    assert rows["prefill, text"]["value"] > 0
+    assert any(what.startswith("loading ") for what in rows)
+    machine = found["machine"]
+    assert machine["torch"] == torch.__version__  # type: ignore[index]
+    assert machine["model"] == "tiny"  # type: ignore[index]
+    missing = found["not_measured"]
+    assert "no clone" in missing["upstream"]  # type: ignore[index]
+    assert "CPU" in missing["synchronisations"]  # type: ignore[index]
+    assert "| what " in told
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+
+
+def test_a_budget_that_is_spent_leaves_parts_out(tmp_path: Path) -> None:
+    told, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
+    assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]
+    assert "not measured: images" in told
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench"), "--only", "sped"],
+        env=os.environ | {"EMU_VENV": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "there is no part 'sped'" in done.stderr

@@ -1,0 +1,107 @@
+"""The compiled vision decoder: the eager one's pixels, one graph for all sizes, and a fallback that is told."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from emu_cog.config import Settings
+from emu_cog.vision import IBQ, VisionConfig
+from emu_cog.vision_compiled import CompiledDecoder
+
+SIZES = [(10, 10), (12, 14), (14, 12), (20, 11), (11, 23)]
+
+
+def network(levels: int = 3) -> IBQ:
+    """A small decoder with attention in its lowest level. 2**(levels-1) pixels a code."""
+    config = VisionConfig(
+        ch=32,
+        out_ch=3,
+        ch_mult=(1,) * levels,
+        num_res_blocks=1,
+        attn_resolutions=(32 // 2 ** (levels - 1),),
+        in_channels=3,
+        resolution=32,
+        z_channels=32,
+        double_z=False,
+        n_embed=64,
+        embed_dim=32,
+    )
+    torch.manual_seed(0)
+    return IBQ(config).eval().requires_grad_(False)
+
+
+def codes(rows: int, columns: int) -> Tensor:
+    return torch.randint(0, 64, (1, rows, columns), generator=torch.Generator().manual_seed(rows * columns))
+
+
+@torch.inference_mode()
+def test_a_new_aspect_ratio_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hosted peer's decoder compiled anew for every size: 55 s and 38 s for the first two on a CPU."""
+    # oneDNN is for large tensors only, so its convolutions on a CPU would add graphs for small pictures.
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    vision = network()
+    expected = [vision.decode(codes(*size)) for size in SIZES]
+    counter = CompileCounterWithBackend("aot_eager")
+    CompiledDecoder(vision, backend=counter).warm_up(SIZES[:1])
+    graphs = counter.frame_count
+    # Blocks of one width share a graph: here all eight; the tail is the other. (Each is traced twice: PyTorch finds
+    # out under way that the norm's epsilon can be a constant.)
+    assert graphs <= 4
+    for size, pixels in zip(SIZES, expected, strict=True):
+        assert torch.allclose(vision.decode(codes(*size)), pixels, atol=1e-5)
+    assert counter.frame_count == graphs
+
+
+@torch.inference_mode()
+def test_inductor_makes_the_same_pixels() -> None:
+    vision = network(levels=1)
+    expected = [vision.decode(codes(*size)) for size in SIZES[-2:]]
+    compiled = CompiledDecoder(vision)
+    for size, pixels in zip(SIZES[-2:], expected, strict=True):
+        assert torch.allclose(vision.decode(codes(*size)), pixels, atol=1e-5)
+    assert compiled.active
+
+
+@torch.inference_mode()
+def test_a_compiler_that_fails_is_told_and_the_eager_decoder_serves(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C compiler here")
+
+    vision = network()
+    expected = vision.decode(codes(10, 10))
+    compiled = CompiledDecoder(vision, backend=broken)
+    with caplog.at_level(logging.WARNING, logger="emu_cog"):
+        compiled.warm_up([(10, 10)])
+        assert torch.equal(vision.decode(codes(10, 10)), expected)
+    assert not compiled.active
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "runs uncompiled" in told[0]
+    assert "no C compiler here" in told[0]
+
+
+def test_warming_up_tells_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    vision = network()
+    compiled = CompiledDecoder(vision, backend="eager")
+    with caplog.at_level(logging.INFO, logger="emu_cog"):
+        compiled.warm_up(SIZES[:2])
+    assert [record.getMessage().rsplit(":", 1)[0] for record in caplog.records] == [
+        "setup: vision decoder, compiled, 10x10 tokens",
+        "setup: vision decoder, 12x14 tokens",
+    ]
+
+
+@pytest.mark.parametrize(("value", "meaning"), [("0", False), ("1", True), ("", True)])
+def test_emu_compile_is_a_switch(value: str, meaning: bool) -> None:
+    assert Settings.from_env({"EMU_COMPILE": value}).compile is meaning
+
+
+def test_emu_compile_takes_nothing_else() -> None:
+    with pytest.raises(ValueError, match="EMU_COMPILE='yes' must be 0 or 1"):
+        Settings.from_env({"EMU_COMPILE": "yes"})
