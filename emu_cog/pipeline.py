@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from emu_cog import geometry, pictures, prompts, tasks, torch_settings
 from emu_cog.config import CheckpointError, InputError, Request, Settings, log
 from emu_cog.engine import Engine
 from emu_cog.image_loop import Trace
 from emu_cog.jobs import Ended, Job, Opened, Rules, Stats, Tokens
 from emu_cog.lm import LanguageModel
-from emu_cog.loading import load_language_model, plan_memory
+from emu_cog.loading import load_language_model
 from emu_cog.memory import Budget
 from emu_cog.outputs import Finished, Picture
 from emu_cog.quantize import check_format
+from emu_cog.resources import PROMPT_TOKENS, choose_device, choose_dtype, choose_spread, reckon_memory
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.steps import Steps, build
 from emu_cog.tokenizer import Tokenizer
@@ -29,10 +28,6 @@ from emu_cog.vision_compiled import CompiledDecoder
 from emu_cog.weights import resolve
 
 Event = Text | Picture | Finished
-
-
-PROMPT_TOKENS = 512
-"""A long prompt, for reckoning how much cache a picture needs."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +108,17 @@ class Pipeline:
         torch_settings.apply(target)
         check_format(quantize, target)
         tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
-        picture = tasks.plan(Request(prompt="-"), defaults)
-        budget = plan_memory(
+        budget = reckon_memory(
             folder,
             vision_folder,
+            defaults,
             device=target,
             dtype=weights_dtype,
             spread=choose_spread(device_map),
-            area=picture.image_area,
             quantize=quantize,
+            max_context=max_context,
+            max_outputs=max_outputs,
         )
-        typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
-        budget.check(max_context or typical, max_outputs)
         lm = load_language_model(
             folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
         )
@@ -335,35 +329,3 @@ class _ProgressTeller:
     def _report(self) -> None:
         if self._tell and self._lead is not None:
             self._tell(Progress(self.number[self._lead], self._row, self._rows, self._tokens))
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU. InputError for a name torch does not know."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"EMU_DEVICE={name!r} is not a device, accepted are cpu, cuda, cuda:0 and so on") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"EMU_DEVICE={name!r} but PyTorch sees no CUDA device here: set EMU_DEVICE=cpu")
-    return device
-
-
-def choose_spread(device_map: str | None) -> bool:
-    """Whether the layers are spread over all GPUs. InputError for any name but "auto"."""
-    if device_map not in (None, "auto"):
-        raise InputError(f"EMU_DEVICE_MAP={device_map!r} is not known, accepted is auto, or leave it empty")
-    return device_map == "auto"
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype, or bfloat16 on CUDA and float32 elsewhere."""
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"EMU_DTYPE={name!r} is not known, accepted are {', '.join(DTYPES)}")
-    return DTYPES[name]

@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from emu_cog import geometry, tasks, upstream
 from emu_cog.config import UPSTREAM_COMMIT, InputError, Request, Settings, log
 from emu_cog.outputs import Finished, Picture
-from emu_cog.pipeline import Event, Progress, RunStats, choose_device, choose_dtype, choose_spread
+from emu_cog.pipeline import Event, Progress, RunStats
+from emu_cog.resources import choose_device, choose_dtype, choose_spread, reckon_memory
 from emu_cog.segments import Kind, Text, parse_image
 from emu_cog.tokens import TokenIds, block_length
 from emu_cog.upstream_clone import ensure_clone
@@ -53,21 +54,20 @@ class UpstreamPipeline:
     ) -> UpstreamPipeline:
         """Load two folders in Emu3.5's format with the code in `clone`. Defaults are those of `Pipeline.load`.
 
-        Raises CheckpointError for what is wrong with a folder or rules upstream's code out for it.
+        Raises CheckpointError for what is wrong with a folder or rules upstream's code out for it, InputError with
+        the numbers where memory is short.
         """
-        folder, target = Path(checkpoint), choose_device(device)
+        folder, vision, target = Path(checkpoint), Path(vision_tokenizer), choose_device(device)
+        chosen, spread = choose_dtype(dtype, target), choose_spread(device_map)
+        defaults = tasks.ModelDefaults.read(folder, kind=kind)
+        reckon_memory(folder, vision, defaults, device=target, dtype=chosen, spread=spread, max_context=max_context)
         reference = upstream.load(
-            clone,
-            folder,
-            Path(vision_tokenizer),
-            device=target,
-            dtype=choose_dtype(dtype, target),
-            device_map="auto" if choose_spread(device_map) else None,
+            clone, folder, vision, device=target, dtype=chosen, device_map="auto" if spread else None
         )
         context = int(reference.model.config.max_position_embeddings)
         return cls(
             reference,
-            tasks.ModelDefaults.read(folder, kind=kind),
+            defaults,
             context=min(context, max_context or context),
             revision=f"{revision or folder.name}, upstream {UPSTREAM_COMMIT[:7]}",
         )
@@ -75,6 +75,11 @@ class UpstreamPipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> UpstreamPipeline:
         """Clone upstream's code if need be, then load what the environment names."""
+        if settings.quantize is not None:
+            raise InputError(
+                f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
+                f"leave one of the two out; {_INSTEAD}"
+            )
         clone = ensure_clone(
             settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
         )

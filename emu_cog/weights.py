@@ -23,7 +23,6 @@ from emu_cog.local import Found
 from emu_cog.manifest import COMMIT, Pin, read_lock, read_manifest
 from emu_cog.remote import Patience
 from emu_cog.staging import STAGING_FOLDER, Staging, sweep
-from emu_cog.tiny import make_tiny, small_defaults
 
 Kind = Literal["image", "base", "mini", "folder"]
 SOURCES = ("local", "cdn", "hub")
@@ -128,6 +127,8 @@ class Store:
 
         Without one, of a tiny checkpoint of random weights, made on first use in the weights folder.
         """
+        from emu_cog.tiny import make_tiny, small_defaults  # torch comes along; bringing weights needs none
+
         if (MINIATURE / "model").is_dir():
             return MINIATURE / "model", MINIATURE / "vision", "mini"
         folder = self.root / _RANDOM

@@ -95,6 +95,7 @@ class TestCheckpoint:
     ("changes", "says"),
     [
         ({"backend": "vllm"}, "EMU_BACKEND='vllm' is not known, accepted are native, upstream"),
+        ({"backend": "upstream", "quantize": "int8"}, "EMU_QUANTIZE=int8 with EMU_BACKEND=upstream"),
         ({"device_map": "balanced"}, "EMU_DEVICE_MAP='balanced' is not known, accepted is auto"),
         ({"checkpoint": "/nowhere"}, "EMU_CHECKPOINT=/nowhere is no folder.*mini, image, base"),
         ({"weights_source": "ftp"}, "EMU_WEIGHTS_SOURCE='ftp' is not known, accepted are local, cdn, hub"),
@@ -217,6 +218,15 @@ class TestUpstream:
         )
         with pytest.raises(CheckpointError, match="8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"):
             load(chosen)
+
+    def test_memory_is_reckoned_and_told_before_anything_is_loaded(
+        self, teller: TinyFolders, repository: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        chosen = upstream_settings(teller, repository, tmp_path / "w")
+        with pytest.raises(InputError, match=r"not enough memory: weights .* caches .*\(1 output\(s\) of 10+ tokens\)"):
+            load(replace(chosen, max_context=10**12))
+        load(chosen)
+        assert "memory: weights" in caplog.text
 
     def test_native_needs_no_clone(self, teller: TinyFolders, tmp_path: Path) -> None:
         chosen = upstream_settings(teller, ("file:///nowhere", "0" * 40), tmp_path / "w")

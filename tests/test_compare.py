@@ -12,9 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from weights_kit import ROOT
 
-from emu_cog.agreement_cases import CASES
+from emu_cog.agreement import TOLERANCES, Row, _distributions
+from emu_cog.agreement_cases import CASES, Answer
 from emu_cog.config import TASKS, UPSTREAM_COMMIT, Settings
 from emu_cog.tiny import TinyFolders, make_tiny
 from emu_cog.upstream_clone import find_clone
@@ -84,6 +86,7 @@ ALTERED = {
     "codes": ("src/utils/input_utils.py", "127.5 - 1.0", "127.5 - 0.9", "codes of photos", 5),
     "guidance": (PROCESSOR, "(c - u) + u\n", "(c - u) + 1.01 * u\n", "processed scores", 20),
     "top-k": (PROCESSOR, "topk(top_k)", "topk(max(1, top_k // 2))", "processed scores", 20),
+    "top-k by one": (PROCESSOR, "topk(top_k)", "topk(top_k + 1)", "processed scores: t2i, 0 reference(s), 6x6", 20),
     "top-p": (PROCESSOR, "before[0] > top_p", "before[0] > 0.9 * top_p", "processed scores", 20),
     "row ends": (PROCESSOR, "else EOL]", "else EOF]", "processed scores", 20),
     "pixels": ("src/utils/generation_utils.py", "(pixels + 1) * 127.5", "(pixels + 1) * 120.0", "pixels", 40),
@@ -100,7 +103,7 @@ def test_a_difference_is_found_and_placed(
     assert code == 1
     wrong = [line for line in said if "DIFFERS" in line and line.startswith(where)]
     assert wrong
-    if where == "processed scores":
+    if where.startswith("processed scores"):
         assert "at token" in wrong[0]
     assert " DIFFER" in said[-1]
 
@@ -113,6 +116,45 @@ def test_the_first_step_that_differs_is_the_right_one(
     _, said = report(script, capsys, drawer, clone, tokens=12, tasks=["t2i"])
     line = next(line for line in said if line.startswith("processed scores: t2i, 0 reference(s), 10x12"))
     assert line.endswith("DIFFERS (first at token 7)")
+
+
+def distributions(ours: list[float], theirs: list[float], steps: int = 10) -> Row:
+    """The row of `steps` steps, of which the first is these and the others agree."""
+    pairs = [(ours, theirs)] + [([0.5, 0.5], [0.5, 0.5])] * (steps - 1)
+    answer = Answer(([0], [0]), [])
+    answer.distributions = {i: torch.tensor(a) for i, (a, _) in enumerate(pairs)}
+    seen = {i: torch.tensor(b) for i, (_, b) in enumerate(pairs)}
+    return _distributions(CASES[0], answer, seen, None, TOLERANCES[torch.float32])
+
+
+class TestEdge:
+    """Rounding decides on which side of top-p the last token falls: rare, but not a difference."""
+
+    def test_the_last_token_kept_by_one_side_alone_is_told_and_left_out(self) -> None:
+        row = distributions([0.6, 0.4, 0.0], [0.594, 0.396, 0.01])
+        assert row.agrees
+        assert row.worst < 1e-6
+        assert row.note == "the edge of what is kept is a token off at token 0"
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            ([0.6, 0.4, 0.0, 0.0], [0.588, 0.392, 0.01, 0.01]),  # two tokens
+            ([0.6, 0.4, 0.0], [0.0, 0.4, 0.6]),  # not the last one
+            ([0.6, 0.0, 0.4], [0.3, 0.5, 0.2]),
+            ([0.6, 0.4, 0.0], [0.61, 0.38, 0.01]),  # and the rest differs
+        ],
+    )
+    def test_nothing_else_is(self, ours: list[float], theirs: list[float]) -> None:
+        row = distributions(ours, theirs)
+        assert not row.agrees
+        assert row.note == "first at token 0"
+
+    def test_not_at_every_step(self) -> None:
+        answer = Answer(([0], [0]), [])
+        answer.distributions = {i: torch.tensor([0.6, 0.4, 0.0]) for i in range(50)}
+        seen = {i: torch.tensor([0.594, 0.396, 0.01]) for i in range(50)}
+        assert not _distributions(CASES[0], answer, seen, None, TOLERANCES[torch.float32]).agrees
 
 
 def test_where_upstream_was_mended_the_table_says_so(

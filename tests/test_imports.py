@@ -28,7 +28,7 @@ LAYERS = [
     ["tasks", "tokenizer", "vision", "fetch", "decode_ops", "draw_kernels", "kernels8", "jobs"],
     ["vision_compiled", "prompts", "segments", "pictures", "lm", "tiny_vocabulary", "layout", "progress", "decode"],
     ["tuning", "prefill", "outputs", "tiny", "loading", "local", "pget", "staging", "tarread"],
-    ["triton_ops"],
+    ["triton_ops", "resources"],
     ["steps"],
     ["image_loop", "hub", "archive", "upstream_code"],
     ["engine", "quality"],

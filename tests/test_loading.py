@@ -16,7 +16,8 @@ from transformers import Qwen3ForCausalLM
 from emu_cog import tiny
 from emu_cog.config import CheckpointError, InputError, Request
 from emu_cog.loading import read_config
-from emu_cog.pipeline import Pipeline, choose_device, choose_dtype
+from emu_cog.pipeline import Pipeline
+from emu_cog.resources import choose_device, choose_dtype
 
 
 def copy(folders: tiny.TinyFolders, target: Path) -> tiny.TinyFolders:
