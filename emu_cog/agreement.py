@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from emu_cog import prompts, tasks, upstream
+from emu_cog import prompts, tasks, torch_settings, upstream
 from emu_cog.agreement_cases import (
     AREA,
     CASES,
@@ -106,6 +106,7 @@ def compare(
     """The rows of the table, as they are known. The two callables load the one and the other side, in this order."""
     tolerance = TOLERANCES[dtype]
     loaded = pipeline()
+    torch_settings.exact()
     native = run_native(loaded, cases, tokens)
     del loaded
     gc.collect()

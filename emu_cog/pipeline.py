@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from emu_cog import geometry, pictures, prompts, tasks, torch_settings
 from emu_cog.config import CheckpointError, InputError, Request, Settings, log
 from emu_cog.engine import Engine

@@ -37,6 +37,12 @@ def apply(device: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+def exact() -> None:
+    """Plain fp32 for every product and convolution of the process: for comparisons, where TF32 would be the noise."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Plain fp32 matrix products inside: for an argmax, where rounding to TF32 would change the answer."""

@@ -19,7 +19,7 @@ from emu_cog import torch_settings
 from emu_cog.config import Settings
 from emu_cog.engine import Engine
 from emu_cog.memory import GIB
-from emu_cog.pipeline import choose_device, choose_dtype
+from emu_cog.resources import choose_device, choose_dtype
 from emu_cog.steps import build
 
 PARTS = (
