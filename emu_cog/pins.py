@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emu_cog import local
@@ -86,7 +86,7 @@ def verify(settings: Settings) -> Iterator[Verdict]:
         for part in (PARTS[settings.checkpoint], PARTS["vision"]):
             yield _verdict(_folder(settings, part), pins.get(part.repo.name, Pin()))
         return
-    found = resolve(settings)
+    found = resolve(replace(settings, weights_source="local"))
     for folder in (found.model, found.vision_tokenizer):
         yield _verdict(folder, Pin())
 

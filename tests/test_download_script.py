@@ -140,6 +140,15 @@ class TestVerify:
         assert out.count("as its manifest has it") == 2
         assert not hub.seen
 
+    def test_brings_nothing(self, hub: HubServer, tmp_path: Path) -> None:
+        """A folder of one's own without a vision tokenizer, which a plain start would bring."""
+        fill(hub)
+        (tmp_path / "mine").mkdir()
+        code, _, err = run(hub, tmp_path, str(tmp_path / "mine"), "--verify")
+        assert code == 1
+        assert "Emu3.5-VisionTokenizer could not be had" in err
+        assert not hub.seen
+
     def test_a_changed_bit_and_a_lost_file_are_named_and_brought_anew(
         self, hub: HubServer, tmp_path: Path, brought: Path
     ) -> None:

@@ -81,9 +81,10 @@ print((peak() - before) / held)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
-    """What loading adds to the process's peak, as a share of the weights: 1 for one copy, 2 for two."""
+    """What loading adds to the process's peak, as a share of the weights. Mapped files count once they are read:
+    measured, 0.1 as it is, 1.4 with a state dict read beside it."""
     folders = make_tiny(tmp_path, hidden=1024, intermediate=4096, heads=16, kv_heads=8, head_dim=64, shards=3)
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(ROOT), str(folders.model)], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 1.5
+    assert float(done.stdout) < 1.2
