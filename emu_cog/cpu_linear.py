@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > MAX_ROWS * x.shape[-1]:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    return (weight @ rows.T).T.reshape(*x.shape[:-1], weight.shape[0])
+    return (weight @ rows.T).T.contiguous().view(*x.shape[:-1], weight.shape[0])
 
 
 class FewRowsLinear(nn.Linear):

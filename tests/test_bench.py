@@ -18,6 +18,7 @@ from _bench.sizes import SIZES, choose, floor_seconds
 
 from emu_cog.tokens import ROLES
 from tests.conftest import ROOT
+from tests.upstream_kit import STANDIN
 
 
 def test_the_released_model_in_numbers() -> None:
@@ -113,7 +114,8 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
 
 
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
-    told, found = bench(tmp_path, "--only", "step,images,upstream,sync,prefill,int8,loading", "--profile", "trace.json")
+    parts = "step,images,upstream,sync,prefill,int8,loading"
+    told, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
     rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
     step = rows["step, 1 image, 128 tokens"]
     floor = float(step["against"].split(" x the floor")[0])
@@ -128,9 +130,9 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     machine = found["machine"]
     assert machine["torch"] == torch.__version__  # type: ignore[index]
     assert machine["model"] == "tiny"  # type: ignore[index]
-    missing = found["not_measured"]
-    assert "no clone" in missing["upstream"]  # type: ignore[index]
-    assert "CPU" in missing["synchronisations"]  # type: ignore[index]
+    assert rows["upstream, one image token, 128 tokens"]["value"] > 0
+    assert " x as fast" in rows["upstream, one image token, 128 tokens"]["against"]
+    assert set(found["not_measured"]) == {"synchronisations"}  # type: ignore[call-overload]
     assert "| what " in told
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
@@ -139,6 +141,11 @@ def test_a_budget_that_is_spent_leaves_parts_out(tmp_path: Path) -> None:
     told, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
     assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]
     assert "not measured: images" in told
+
+
+def test_without_a_clone_upstream_is_told_as_not_measured(tmp_path: Path) -> None:
+    _, found = bench(tmp_path, "--only", "upstream")
+    assert "no clone" in found["not_measured"]["upstream"]  # type: ignore[call-overload,index]
 
 
 def test_an_unknown_part_is_refused() -> None:

@@ -112,6 +112,7 @@ def copy_bandwidth(device: torch.device) -> float:
         for _ in range(12):
             best = max(best, 2 * count / _seconds(lambda s=source, t=target: t.copy_(s), device))  # type: ignore[misc]
         del source, target
+    free_bytes(device)
     return best
 
 

@@ -192,9 +192,10 @@ class _Session:
 
     def eager(self) -> None:
         """The twin that goes through the modules, as with EMU_COMPILE=0."""
-        if self.native().steps is None:
+        if self.engine is not None and self.engine.steps is None:
             self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
             return
+        self._full_weights()
         timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
         what = f"step through the modules (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
         decoding.add_step(self.bench, what, timed, 1, "eager")
