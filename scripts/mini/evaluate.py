@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +30,14 @@ from emu_cog.pipeline import Pipeline
 from emu_cog.segments import ImageCodes, Reader, Text
 from scripts.mini import reading
 from scripts.mini.judge import look
-from scripts.mini.pool import SQUARE
+from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.wish import Seen, Wish, complaint
 from scripts.mini.world import Scene, Thing
 
+Result = TypeVar("Result")
 SEED = 20_260
 DIFFERS = 32
 """Two pixels differ when a channel does by more than this, of 255, after a 3x3 mean."""
@@ -195,8 +199,11 @@ JUDGES = {
 }
 
 
-def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, int]) -> float:
-    """Mean absolute difference, of 255, between base picture and answer where nothing was to change."""
+def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, int]) -> float | None:
+    """Mean absolute difference, of 255, between base picture and answer where nothing was to change.
+
+    None where all of it was.
+    """
     goal = made.pictures[-1]
     base = next(s for s in made.references if _base(s, goal))
     before = np.asarray(picture(base).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
@@ -215,7 +222,7 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
         for thing in changed:
             left, top, right, bottom = thing.box
             keep[max(top - 8, 0) : bottom + 8, max(left - 8, 0) : right + 8] = False
-    return float(np.abs(before - after.astype(np.float32))[keep].mean())
+    return float(np.abs(before - after.astype(np.float32))[keep].mean()) if keep.any() else None
 
 
 def _base(scene: Scene, goal: Scene) -> bool:
@@ -235,48 +242,87 @@ def _same_spot(a: Thing, b: Thing) -> bool:
 # -- the run ------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    pipeline: Pipeline, task: str, *, count: int, batch: int, guidance: float | None, gallery: Path | None
-) -> dict[str, float | int | str]:
-    """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers."""
+def verdict(made: Sample, answer: Answer) -> tuple[str | None, float | None]:
+    """(what is wrong or None, for x2i the difference where nothing was to change)."""
+    apart = None
+    if made.task == "x2i" and answer.pictures:
+        last = answer.pictures[-1]
+        apart = outside_difference(made, last, (last.shape[1], last.shape[0]))
+    return JUDGES[made.task](made, answer), apart
+
+
+def held_out_samples(task: str, count: int) -> list[Sample]:
+    """The `count` samples every evaluation of `task` uses."""
     rng = Random(f"{SEED} {task}")
-    made = [sample(rng, task, *SQUARE, unseen=True) for _ in range(count)]
-    right, steps_right, steps, apart, wrong = 0, 0, 0, [], []
-    shown: list[tuple[Sample, Answer, str | None]] = []
-    reasoned, started = 0, time.time()
+    return [sample(rng, task, *SQUARE, unseen=True) for _ in range(count)]
+
+
+def evaluate(
+    pipeline: Pipeline,
+    task: str,
+    *,
+    count: int,
+    batch: int,
+    guidance: float | None = None,
+    gallery: Path | None = None,
+    judges: Executor | None = None,
+) -> dict[str, float | int | str]:
+    """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers.
+
+    `judges` judge beside the generation, else it is done in turn.
+    """
+    made, started = held_out_samples(task, count), time.time()
     # Alike lengths go together, so that no request of a batch waits long for another.
     order = sorted(range(count), key=lambda i: (len(made[i].references), len(made[i].pictures)))
+    given: dict[int, Answer] = {}
+    found: dict[int, Future[tuple[str | None, float | None]]] = {}
     for begin in tqdm(range(0, count, batch), desc=task, mininterval=10):
         numbers = order[begin : begin + batch]
-        given = answers(pipeline, [request(made[i], SEED + i, guidance) for i in numbers])
-        for i, answer in zip(numbers, given, strict=True):
-            verdict = JUDGES[task](made[i], answer)
-            right += verdict is None
-            reasoned += answer.reasoned
-            if verdict:
-                wrong.append(f"{made[i].question} -> {verdict}")
-            if task == "x2i" and answer.pictures:
-                last = answer.pictures[-1]
-                apart.append(outside_difference(made[i], last, (last.shape[1], last.shape[0])))
-            shown.append((made[i], answer, verdict))
+        asked = [request(made[i], SEED + i, guidance) for i in numbers]
+        for i, answer in zip(numbers, answers(pipeline, asked), strict=True):
+            given[i] = answer
+            found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
+    results = {i: found[i].result() for i in order}
+    apart = [difference for _, difference in results.values() if difference is not None]
     figures: dict[str, float | int | str] = {
-        "right": round(right / count, 4),
+        "right": round(sum(wrong is None for wrong, _ in results.values()) / count, 4),
         "prompts": count,
-        "reasoned": round(reasoned / count, 3),
+        "reasoned": round(sum(a.reasoned for a in given.values()) / count, 3),
         "seconds": round(time.time() - started, 1),
     }
-    del steps_right, steps
     if apart:
         figures["outside_difference"] = round(float(np.mean(apart)), 2)
-    for line in wrong[:12]:
-        print("   ", line)
+    failed = [i for i in order if results[i][0]]
+    for i in failed[:12]:
+        print(f"    {made[i].question} -> {results[i][0]}")
     if gallery:
         gallery.mkdir(parents=True, exist_ok=True)
-        sheet(shown[:24]).save(gallery / f"{task}.png")
-        failed = [s for s in shown if s[2]]
-        if failed:
-            sheet(failed[:24]).save(gallery / f"{task}_wrong.png")
+        for name, numbers in ((task, sorted(order)), (f"{task}_wrong", failed)):
+            if numbers:
+                sheet([(made[i], given[i], results[i][0]) for i in numbers[:24]]).save(
+                    gallery / f"{name}.jpg", quality=85
+                )
     return figures
+
+
+def _now(work: Callable[..., Result], *args: object) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(work(*args))
+    return future
+
+
+def through_codes(pipeline: Pipeline, count: int) -> dict[str, float | int]:
+    """What the vision tokenizer alone costs: PSNR of held-out pictures, noise included, and the judge on them."""
+    made = held_out_samples("t2i", count)
+    right, ratios = 0, []
+    for one in tqdm(made, desc="vision", mininterval=10):
+        before = picture(one.pictures[-1])
+        codes = pictures.encode(before, before.width * before.height, pipeline.vision)
+        after = np.asarray(pictures.decode(codes, pipeline.vision))
+        error = np.square(np.asarray(before).astype(np.float32) - after).mean()
+        ratios.append(10 * np.log10(255**2 / error))
+        right += complaint(look(after), one.wishes[-1]) is None
+    return {"psnr_db": round(float(np.mean(ratios)), 2), "right": round(right / count, 4), "pictures": count}
 
 
 def sheet(shown: Sequence[tuple[Sample, Answer, str | None]]) -> Image.Image:
@@ -303,22 +349,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=here / "model")
     parser.add_argument("--vision", type=Path, default=here / "vision")
-    parser.add_argument("--tasks", nargs="+", default=list(MAKERS), choices=list(MAKERS))
+    parser.add_argument("--tokenizer", action="store_true", help="measure the vision tokenizer by itself, too")
+    parser.add_argument("--tasks", nargs="*", default=list(MAKERS), choices=list(MAKERS))
     parser.add_argument("--prompts", type=int, default=200, help="a task")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    pipeline = Pipeline.load(args.model, args.vision)
-    record: dict[str, object] = {"guidance": args.guidance or "default", "device": str(pipeline.lm.device)}
-    for task in args.tasks:
-        record[task] = evaluate(
-            pipeline, task, count=args.prompts, batch=args.batch, guidance=args.guidance, gallery=args.gallery
-        )
-        print(task, record[task], flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    fork = multiprocessing.get_context("fork")  # before the model is loaded: CUDA does not outlive a fork
+    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as judges:
+        judges.submit(int).result()
+        pipeline = Pipeline.load(args.model, args.vision)
+        record: dict[str, object] = {"guidance": args.guidance or "default", "device": str(pipeline.lm.device)}
+        if args.tokenizer:
+            record["vision"] = through_codes(pipeline, args.prompts)
+            print("vision", record["vision"], flush=True)
+        for task in args.tasks:
+            record[task] = evaluate(
+                pipeline,
+                task,
+                count=args.prompts,
+                batch=args.batch,
+                guidance=args.guidance,
+                gallery=args.gallery,
+                judges=judges,
+            )
+            print(task, record[task], flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 
 

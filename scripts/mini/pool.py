@@ -18,6 +18,20 @@ def workers() -> int:
     return max(1, (os.cpu_count() or 2) - 1)
 
 
+def begin(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
+    """As `mapped`, but the work begins with this call and goes on while nobody asks for results."""
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+    results = pool.map(work, items)
+
+    def given() -> Iterator[Result]:
+        try:
+            yield from results
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return given()
+
+
 def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None = None) -> Iterator[Result]:
     """`work` over `items` in order, in forked processes where there are cores for them."""
     count = processes or workers()

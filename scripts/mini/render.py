@@ -67,8 +67,8 @@ def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     head = torch.from_numpy(batch.head).to(device)
     things = torch.from_numpy(batch.things).to(device)
     height, width = batch.rows * 16, batch.columns * 16
-    yy = torch.arange(height, device=device)[:, None]
-    xx = torch.arange(width, device=device)[None, :]
+    yy = torch.arange(height, device=device, dtype=torch.int32)[:, None]
+    xx = torch.arange(width, device=device, dtype=torch.int32)[None, :]
 
     ground = palette[head[:, 0].long()]  # (N, 3)
     luma = (ground * torch.tensor([299, 587, 114], device=device)).sum(1) // 1000
@@ -77,12 +77,12 @@ def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     canvas = (ground[:, :, None, None] + depth[:, None]).clamp(0, 255)
     side = sheet.shape[1]
     for k in range(things.shape[1]):
-        number, colour, left, top = things[:, k].long().unbind(1)
+        number, colour, left, top = things[:, k].unbind(1)
         y, x = yy - top[:, None, None], xx - left[:, None, None]  # (N, H, 1), (N, 1, W)
         valid = (y >= 0) & (y < side) & (x >= 0) & (x < side) & (number >= 0)[:, None, None]
         index = (number.clamp(min=0)[:, None, None] * side + y.clamp(0, side - 1)) * side + x.clamp(0, side - 1)
         alpha = torch.where(valid, sheet.view(-1)[index], 0)[:, None]
-        paint = palette[colour.clamp(min=0)][:, :, None, None]
+        paint = palette[colour.clamp(min=0).long()][:, :, None, None]
         canvas = (canvas * (255 - alpha) + paint * alpha + 127) // 255
     return canvas
 

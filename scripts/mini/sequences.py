@@ -23,7 +23,7 @@ from scripts.mini.tasks import sample
 from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
 from scripts.mini.world import Scene
 
-SHARES = {"t2i": 34, "x2i": 30, "howto": 9, "story": 9, "explore": 9, "vla": 9}
+SHARES = {"t2i": 36, "x2i": 36, "howto": 7, "story": 7, "explore": 7, "vla": 7}
 """How often each task is drawn, of 100."""
 WITHOUT_TEXT = 0.12
 """Share of samples that become the unconditional stream: no words, the pictures alone."""

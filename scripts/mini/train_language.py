@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -18,17 +19,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from emu_cog.vision import IBQ, load_vision_tokenizer
+from emu_cog.vision import CONFIG_FILE, IBQ, VisionConfig, load_vision_tokenizer
 from scripts.mini.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.muon import Muon
-from scripts.mini.pool import mapped
+from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, render, resize
 from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
+from scripts.mini.train_vision import DONE
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are filled up to one of these; each divides the tokens of a batch."""
 TOKENS = 40320
 SAMPLES_A_CHUNK = 1000
+SAVE_EVERY = 45.0
+"""Seconds between two saves of the weights."""
 
 
 @dataclass
@@ -51,34 +55,76 @@ class Bucket:
         return self.ids[pick].long(), self.learn[pick]
 
 
-@torch.inference_mode()
-def fill(part: Chunk, vision: IBQ, visual: int, device: torch.device) -> NDArray[np.int32]:
+class Encoder:
+    """Pictures to codes in bulk: half precision, equal batches, compiled for the commonest size."""
+
+    COUNT = 256
+
+    def __init__(self, vision: IBQ, device: torch.device, *, compiled: bool) -> None:
+        self.vision, self.device = copy.deepcopy(vision), device
+        self.compiled = compiled and device.type == "cuda"
+        self.dtype = torch.float32
+        if device.type == "cuda":
+            self.dtype = torch.float16
+            self.vision = self.vision.half().to(memory_format=torch.channels_last)
+        self._encode = torch.compile(self.vision.encode, dynamic=False) if self.compiled else self.vision.encode
+
+    def load(self, vision: IBQ) -> None:
+        """Take the weights of `vision`, and keep what is compiled."""
+        self.vision.load_state_dict(vision.state_dict())
+
+    @torch.inference_mode()
+    def codes(self, batch: Batch, final: tuple[int, int]) -> NDArray[np.int64]:
+        """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns."""
+        encode = self._encode if final == SQUARE else self.vision.encode
+        found = []
+        for i in range(0, len(batch.head), self.COUNT):
+            piece = Batch(batch.rows, batch.columns, batch.head[i : i + self.COUNT], batch.things[i : i + self.COUNT])
+            pixels = resize(render(piece, self.device), final[0] * 16, final[1] * 16)
+            if self.compiled and len(pixels) < self.COUNT:  # one shape only, so that nothing is compiled anew
+                pixels = torch.cat([pixels, pixels[:1].expand(self.COUNT - len(pixels), -1, -1, -1)])
+            found.append(encode(self._floats(pixels)).flatten(1))
+        return torch.cat(found)[: len(batch.head)].cpu().numpy()
+
+    def _floats(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+    def warm_up(self) -> None:
+        """Compile ahead of the first real batch."""
+        if self.compiled:
+            blank = torch.zeros(self.COUNT, 3, SQUARE[0] * 16, SQUARE[1] * 16, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode():
+                self._encode(self._floats(blank))
+
+
+def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
     """The chunk's ids with the codes of its drawn pictures in place of the blanks."""
     codes = np.zeros(part.blanks, np.int32)
     for (_, final), (batch, firsts) in part.scenes.items():
-        for i in range(0, len(firsts), 256):
-            piece = Batch(batch.rows, batch.columns, batch.head[i : i + 256], batch.things[i : i + 256])
-            pixels = resize(render(piece, device), final[0] * 16, final[1] * 16).float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = vision.encode(pixels).flatten(1).cpu().numpy()
-            for first, line in zip(firsts[i : i + 256], found, strict=True):
-                codes[first : first + len(line)] = line
+        found = encoder.codes(batch, final)
+        codes[firsts[:, None] + np.arange(found.shape[1])] = found
     blank = part.ids >= visual + BLANK
     ids = part.ids.copy()
     ids[blank] = visual + codes[part.ids[blank] - visual - BLANK]
     return ids
 
 
-def gather(parts: Iterator[Chunk], vision: IBQ, visual: int, pad: int, device: torch.device) -> dict[int, Bucket]:
-    """All chunks, their pictures drawn and encoded, sorted into buckets."""
+def gather(
+    parts: Iterator[Chunk], encoder: Encoder, visual: int, pad: int, *, seconds: float = math.inf
+) -> tuple[dict[int, Bucket], int]:
+    """(buckets, samples): all chunks, or those of the first `seconds`, their pictures drawn and encoded, sorted."""
+    device, begun, samples = encoder.device, time.time(), 0
     rows: dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]] = {}
     for part in parts:
-        ids = fill(part, vision, visual, device)
+        ids = fill(part, encoder, visual)
         ends = np.cumsum(part.lengths)
-        for begin, end in zip(ends - part.lengths, ends, strict=True):
-            length = next((n for n in LENGTHS if n >= end - begin), None)
+        for first, end in zip(ends - part.lengths, ends, strict=True):
+            length = next((n for n in LENGTHS if n >= end - first), None)
             if length is not None:
-                rows.setdefault(length, []).append((ids[begin:end], part.learn[begin:end]))
+                rows.setdefault(length, []).append((ids[first:end], part.learn[first:end]))
+        samples += len(part.lengths)
+        if time.time() - begun > seconds:
+            break
     buckets = {}
     for length, lines in sorted(rows.items()):
         ids = np.full((len(lines), length), pad, np.int16)
@@ -87,7 +133,7 @@ def gather(parts: Iterator[Chunk], vision: IBQ, visual: int, pad: int, device: t
             ids[i, : len(line)], learn[i, : len(line)] = line, mask
         order = torch.randperm(len(lines), device=device)
         buckets[length] = Bucket(torch.from_numpy(ids).to(device), torch.from_numpy(learn).to(device), order)
-    return buckets
+    return buckets, samples
 
 
 @torch.no_grad()
@@ -111,6 +157,16 @@ def held_out_loss(model: LanguageModel, buckets: dict[int, Bucket], visual: int,
     return {"picture": picture_sum / max(picture_count, 1), "other": text_sum / max(text_count, 1)}
 
 
+def wait_for(path: Path, seconds: float) -> Path:
+    """`path` as soon as it is there; FileNotFoundError after `seconds`."""
+    until = time.time() + seconds
+    while not path.exists():
+        if time.time() > until:
+            raise FileNotFoundError(f"{path} is not there: train the vision tokenizer first, or give --wait longer")
+        time.sleep(0.2)
+    return path
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -130,6 +186,7 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 def train(
     model: LanguageModel,
     buckets: dict[int, Bucket],
+    out: Path,
     *,
     steps: int,
     seconds: float,
@@ -138,14 +195,17 @@ def train(
     tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Steps until `steps` or `seconds` are up; the rate falls to zero along whichever ends first."""
+    """Steps until `steps` or `seconds` are up; the rate falls to zero along whichever ends first.
+
+    Saves the weights into `out` every SAVE_EVERY seconds, so that a run cut off leaves something.
+    """
     cuda = model.embed.is_cuda
     optims = optimizers(model, rate, decay, cuda)
     rng = np.random.default_rng(seed)
     lengths = list(buckets)
     weights = np.array([len(b.ids) * n for n, b in buckets.items()], float)
     weights /= weights.sum()
-    begun, n, smooth = time.time(), 0, torch.zeros((), device=model.embed.device)
+    begun, n, saves, smooth = time.time(), 0, 1, torch.zeros((), device=model.embed.device)
     bar = tqdm(total=steps, mininterval=5.0)
     while True:
         spent = (time.time() - begun) / seconds if math.isfinite(seconds) else 0.0
@@ -171,9 +231,13 @@ def train(
         if n % 200 == 0:
             value = float(smooth)
             bar.set_postfix(loss=f"{value:.3f}")
-            print(f"step {n} {time.time() - begun:.0f}s loss {value:.4f}", flush=True)
+            spent = time.time() - begun
+            print(f"step {n} {spent:.0f}s loss {value:.4f}, {n * tokens / spent / 1e6:.2f}M tokens/s", flush=True)
             if not math.isfinite(value):
                 raise RuntimeError("the loss is no number any more: lower --rate")
+            if spent > SAVE_EVERY * saves:
+                model.save(out)
+                saves += 1
     bar.close()
     return {"steps": n, "train_seconds": round(time.time() - begun, 1), "loss": round(float(smooth), 4)}
 
@@ -186,7 +250,9 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder of weights to go on from")
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule after this wall time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end this long after the start")
+    parser.add_argument("--data-seconds", type=float, default=math.inf, help="start training after this long at most")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a vision tokenizer in training")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
@@ -194,33 +260,49 @@ def main() -> None:
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    started = time.time()
+
+    words = tokenizer(args.vocabulary)
+    visual, pad = words.ids.visual, words.ids.pad
+    size = min(SAMPLES_A_CHUNK, args.samples)
+    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary) for i in range(-(-args.samples // size))]
+    # 1. what needs no vision tokenizer: words and scenes in the background, the model, everything compiled
+    parts = begin(chunk, jobs, processes=workers())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    started = time.time()
-
-    words = tokenizer(args.vocabulary)
-    vision = load_vision_tokenizer(args.vision, device=device)
-    size = min(SAMPLES_A_CHUNK, args.samples)
-    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary) for i in range(-(-args.samples // size))]
-    held = [(900_000_000 + i, max(size // 2, 10), args.vocabulary) for i in range(2)]
-    visual, pad = words.ids.visual, words.ids.pad
-    buckets = gather(mapped(chunk, jobs), vision, visual, pad, device)
-    other = gather(map(chunk, held), vision, visual, pad, device)
-    data_seconds = time.time() - started
-    print(f"data {data_seconds:.0f}s", {n: len(b.ids) for n, b in buckets.items()}, flush=True)
-
     shape = replace(Shape(vocab_size=words.ids.vocab_size), **args.shape)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LanguageModel(shape, dtype=dtype, compiled=args.compile).to(device)
     if args.resume:
         model.load_released(read_weights(args.resume))
+    if args.compile:
+        blank = torch.ones(args.tokens // LENGTHS[0], LENGTHS[0], dtype=torch.long, device=device)
+        model.loss(blank, blank)[0].backward()
+        model.zero_grad(set_to_none=True)
+    config = VisionConfig.read(wait_for(args.vision / CONFIG_FILE, args.wait).parent)
+    encoder = Encoder(IBQ(config).to(device), device, compiled=args.compile)
+    encoder.warm_up()
+    print(f"ready {time.time() - started:.0f}s", flush=True)
+
+    # 2. the pictures' codes
+    encoder.load(load_vision_tokenizer(wait_for(args.vision / DONE, args.wait).parent, device=device))
+    since = time.time()
+    buckets, samples = gather(parts, encoder, visual, pad, seconds=args.data_seconds)
+    held = [(900_000_000 + i, max(size // 2, 10), args.vocabulary) for i in range(2)]
+    other, _ = gather(map(chunk, held), encoder, visual, pad)
+    data_seconds = time.time() - since
+    counts = {n: len(b.ids) for n, b in buckets.items()}
+    print(f"data {data_seconds:.0f}s, {samples} samples", counts, flush=True)
+
+    # 3. training
     record = train(
         model,
         buckets,
+        args.out,
         steps=args.steps,
-        seconds=args.seconds,
+        seconds=max(args.seconds - (time.time() - started), 1.0),
         rate=args.rate,
         decay=args.decay,
         tokens=args.tokens,
@@ -232,7 +314,8 @@ def main() -> None:
         "held_out_loss": {k: round(v, 4) for k, v in held_out_loss(model, other, visual, args.tokens).items()},
         "seconds": round(time.time() - started, 1),
         "data_seconds": round(data_seconds, 1),
-        "samples": len(jobs) * size,
+        "samples": samples,
+        "tokens": record["steps"] * args.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "seed": args.seed,

@@ -8,10 +8,11 @@ by the released format's rule: the code of a patch is the argmax of the dot prod
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -48,6 +49,10 @@ LENGTH = 32**0.5
 """Of every code: a component then is about 1 in size, as the decoder's first layers expect."""
 SCENES_A_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
+FINISH = 0.75
+"""From this part of the schedule on encoder and codebook stay as they are, and only the decoder goes on learning."""
+DONE = "train.log"
+"""Written last: when it is there, the folder is whole."""
 
 
 def scenes(job: tuple[int, int, int, bool]) -> Batch:
@@ -111,21 +116,52 @@ class Codes(nn.Module):
 
 
 def step(
-    model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor
+    model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor, *, finish: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1."""
-    z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
+    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1.
+
+    With `finish` the codes are taken as they are and nothing before the decoder learns.
+    """
+    with torch.set_grad_enabled(not finish):
+        z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     with torch.no_grad():
         chosen = (flat @ codes.book.t()).argmax(1)
         near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
     apart = (z - near).pow(2).sum(1).mean()
-    passed = z + quantise * (near - z).detach()
-    y = model.decoder(model.post_quant_conv(LENGTH * passed)).float()
+    passed = near if finish else z + quantise * (near - z).detach()
+    y = model.decoder(model.post_quant_conv((LENGTH * passed).to(x.dtype))).float()
     error = (y - target).abs()
-    squared = error.pow(2)
-    loss = error.mean() + 4 * squared.mean() + 0.25 * quantise * apart
-    return loss, squared.mean(), flat.detach(), chosen
+    squared = error.pow(2).mean()
+    loss = error.mean() + 8 * squared + 0.25 * quantise * apart
+    return loss, squared, flat.detach(), chosen
+
+
+class Working:
+    """The model that computes: on a GPU a bf16 copy, beside the fp32 weights that the optimizer moves.
+
+    Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution.
+    """
+
+    def __init__(self, model: IBQ, device: torch.device) -> None:
+        self.apart = device.type == "cuda"
+        self.model = copy.deepcopy(model).bfloat16() if self.apart else model
+        self.own, self.copies = (
+            [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The copy takes over the optimizer's last step."""
+        if self.apart:
+            torch._foreach_copy_(self.copies, self.own)
+
+    def collect(self) -> None:
+        """The copy's gradients go to the weights proper."""
+        if self.apart:
+            for own, found in zip(self.own, self.copies, strict=True):
+                own.grad = None if found.grad is None else found.grad.float()
+                found.grad = None
 
 
 class Layout:
@@ -133,8 +169,8 @@ class Layout:
 
     TRIAL = 12
 
-    def __init__(self, model: IBQ, device: torch.device) -> None:
-        self.model, self.cuda = model, device.type == "cuda"
+    def __init__(self, models: Sequence[IBQ], device: torch.device) -> None:
+        self.models, self.cuda = models, device.type == "cuda"
         self.formats = [torch.contiguous_format, torch.channels_last]
         self.seconds: list[float] = []
         self.chosen = self.formats[0]
@@ -153,7 +189,8 @@ class Layout:
             if place == 0:
                 turn = n // self.TRIAL if n < 2 * self.TRIAL else self.seconds.index(min(self.seconds))
                 self.chosen = self.formats[turn]
-                self.model.to(memory_format=self.chosen)
+                for model in self.models:
+                    model.to(memory_format=self.chosen)
                 print(f"layout {self.chosen}, trials {self.seconds}", flush=True)
         return x.contiguous(memory_format=self.chosen)
 
@@ -216,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--network", type=json.loads, default={}, help="JSON of ddconfig values other than the default")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -231,17 +269,50 @@ def main() -> None:
     held = [next(mapped(scenes, [(7, *shape, True)], processes=1)) for shape in (SQUARE, (10, 14))]
 
     folder = args.out
-    (folder / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
+    NETWORK["ddconfig"] |= args.network  # type: ignore[operator]
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     model = IBQ(VisionConfig.read(folder)).to(device)
     codes = Codes(NETWORK["n_embed"], NETWORK["embed_dim"]).to(device)  # type: ignore[arg-type]
-    rest = [p for n, p in model.named_parameters() if not n.startswith("quantize")]
-    optimizer = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    layout = Layout(model, device)
-    stream = batches(pools, args.batch, Random(args.seed), device)
+    print(f"data {time.time() - started:.0f}s", flush=True)
+    steps = train(model, codes, batches(pools, args.batch, Random(args.seed), device), folder, args, held[0])
 
+    save(model, codes, folder)
+    final = load_vision_tokenizer(folder, device=device)
+    quality = {f"psnr_{c.rows}x{c.columns}": psnr(final, c, device) for c in held}
+    before_and_after(final, held[0], device).save(folder / "reconstructions.png")
+    record = {
+        "steps": steps,
+        "batch": args.batch,
+        "seconds": round(time.time() - started, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": args.seed,
+        **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},
+    }
+    with (folder / DONE).open("a") as log:
+        log.write(json.dumps(record) + "\n")
+    print(json.dumps(record), flush=True)
+
+
+def train(
+    model: IBQ,
+    codes: Codes,
+    stream: Iterator[tuple[Tensor, Tensor]],
+    folder: Path,
+    args: argparse.Namespace,
+    held: Batch,
+) -> int:
+    """Steps until `args.steps` or `args.seconds` are up; saves into `folder` as it goes. The steps done."""
+    device = codes.book.device
+    working = Working(model, device)
+    optimizer = torch.optim.AdamW(
+        working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
+    )
+    layout = Layout((model, working.model) if working.apart else (model,), device)
     bar = tqdm(range(args.steps), mininterval=5.0)
-    begun, smooth, kept = time.time(), 0.0, None
+    begun, kept, told, n = time.time(), None, 0, 0
     quantise = torch.zeros((), device=device)
     for n in bar:
         spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
@@ -250,7 +321,7 @@ def main() -> None:
             break
         x, target = next(stream)
         x = layout.settle(n, x)
-        warm = progress > 0.07
+        warm, finish = progress > 0.05, progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
             quantise.fill_(1.0)
@@ -258,40 +329,27 @@ def main() -> None:
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared, flat, chosen = step(model, codes, x, target, quantise)
+        working.refresh()
+        loss, squared, flat, chosen = step(
+            working.model, codes, x.to(torch.bfloat16) if working.apart else x, target, quantise, finish=finish
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
+        working.collect()
+        nn.utils.clip_grad_norm_(working.own, 1.0)
         optimizer.step()
-        if warm:
-            codes.learn(flat, chosen, decay=0.99, revive=n % 20 == 0 and progress < 0.7)
-        elif progress > 0.05:
+        if warm and not finish:
+            codes.learn(flat, chosen, decay=0.99, revive=n % 20 == 0 and progress < 0.6)
+        elif progress > 0.03 and not warm:
             kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
-            smooth = -10 * math.log10(squared.item() / 4 + 1e-9)
-            bar.set_postfix(psnr=f"{smooth:.2f}")
-            if n % 400 == 0:
-                print(
-                    f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}",
-                    flush=True,
-                )
-
-    save(model, codes, folder)
-    final = load_vision_tokenizer(folder, device=device)
-    quality = {f"psnr_{c.rows}x{c.columns}": psnr(final, c, device) for c in held}
-    before_and_after(final, held[0], device).save(folder / "reconstructions.png")
-    record = {
-        "steps": n + 1,
-        "seconds": round(time.time() - started, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seed": args.seed,
-        **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},
-    }
-    with (folder / "train.log").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record))
+            bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
+        if progress >= 0.1 * (told + 1):
+            told = int(progress * 10)
+            save(model, codes, folder)
+            quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 60)
+            print(f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes", flush=True)
+    return n
 
 
 if __name__ == "__main__":
