@@ -55,23 +55,30 @@ def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
 @torch.inference_mode()
 def with_noise(clean: Tensor, batch: Batch) -> Tensor:
     """What `render_clean` gave for `batch` as (N, 3, H, W) uint8 with each scene's own noise."""
-    noise = _noise(torch.from_numpy(batch.head[:, 2]).to(clean.device), *clean.shape[-2:])
-    return (clean + noise).clamp(0, 255).to(torch.uint8)
+    return grained(clean, torch.from_numpy(batch.head).to(clean.device))
 
 
 @torch.inference_mode()
 def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     """(N, 3, H, W) int32 in 0..255, without noise."""
+    head, things = torch.from_numpy(batch.head).to(device), torch.from_numpy(batch.things).to(device)
+    return paint(head, things, *paints(device), batch.rows, batch.columns)
+
+
+def paints(device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The (colours, 3) palette and the (sprites, side, side) sheet of outlines, int32."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.int32, device=device)
-    sheet = torch.from_numpy(atlas()).to(device).int()
-    head = torch.from_numpy(batch.head).to(device)
-    things = torch.from_numpy(batch.things).to(device)
-    height, width = batch.rows * 16, batch.columns * 16
+    return palette, torch.from_numpy(atlas()).to(device).int()
+
+
+def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
+    """`render_clean` on tensors alone: a Batch's arrays and `paints`."""
+    height, width, device = rows * 16, columns * 16, head.device
     yy = torch.arange(height, device=device, dtype=torch.int32)[:, None]
     xx = torch.arange(width, device=device, dtype=torch.int32)[None, :]
 
     ground = palette[head[:, 0].long()]  # (N, 3)
-    luma = (ground * torch.tensor([299, 587, 114], device=device)).sum(1) // 1000
+    luma = (ground[:, 0] * 299 + ground[:, 1] * 587 + ground[:, 2] * 114) // 1000
     toward = torch.where(luma > 128, -1, 1)
     depth = textures(yy, xx, height)[head[:, 1].long()] * toward[:, None, None]
     canvas = (ground[:, :, None, None] + depth[:, None]).clamp(0, 255)
@@ -82,9 +89,15 @@ def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
         valid = (y >= 0) & (y < side) & (x >= 0) & (x < side) & (number >= 0)[:, None, None]
         index = (number.clamp(min=0)[:, None, None] * side + y.clamp(0, side - 1)) * side + x.clamp(0, side - 1)
         alpha = torch.where(valid, sheet.view(-1)[index], 0)[:, None]
-        paint = palette[colour.clamp(min=0).long()][:, :, None, None]
-        canvas = (canvas * (255 - alpha) + paint * alpha + 127) // 255
+        colours = palette[colour.clamp(min=0).long()][:, :, None, None]
+        canvas = (canvas * (255 - alpha) + colours * alpha + 127) // 255
     return canvas
+
+
+def grained(clean: Tensor, head: Tensor) -> Tensor:
+    """`with_noise` on tensors alone."""
+    noise = _noise(head[:, 2], *clean.shape[-2:])
+    return (clean + noise).clamp(0, 255).to(torch.uint8)
 
 
 def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:

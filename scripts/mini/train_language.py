@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from emu_cog.vision import CONFIG_FILE, IBQ, VisionConfig, load_vision_tokenizer
+from scripts.mini.fused import fuse
 from scripts.mini.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.muon import Muon
 from scripts.mini.pool import SQUARE, begin, workers
-from scripts.mini.render import Batch, render, resize
+from scripts.mini.render import Batch, grained, paint, paints, resize
 from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
 from scripts.mini.train_vision import DONE
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are filled up to one of these; each divides the tokens of a batch."""
 TOKENS = 40320
-SAMPLES_A_CHUNK = 1000
+SAMPLES_A_CHUNK = 2000
 SAVE_EVERY = 45.0
 """Seconds between two saves of the weights."""
 
@@ -56,45 +57,54 @@ class Bucket:
 
 
 class Encoder:
-    """Pictures to codes in bulk: half precision, equal batches, compiled for the commonest size."""
+    """Pictures to codes in bulk: on a GPU in half precision with fused norms, the commonest size drawn by compiled
+    code."""
 
     COUNT = 256
+    MOST = 10
+    """Things in a picture that compiled code draws; the rare fuller ones are drawn step by step."""
 
     def __init__(self, vision: IBQ, device: torch.device, *, compiled: bool) -> None:
         self.vision, self.device = copy.deepcopy(vision), device
-        self.compiled = compiled and device.type == "cuda"
-        self.dtype = torch.float32
         if device.type == "cuda":
-            self.dtype = torch.float16
-            self.vision = self.vision.half().to(memory_format=torch.channels_last)
-        self._encode = torch.compile(self.vision.encode, dynamic=False) if self.compiled else self.vision.encode
+            self.vision = fuse(self.vision.half())
+        self.dtype = self.vision.dtype
+        self.paints = paints(device)
+        self._draw = torch.compile(_draw, dynamic=False) if compiled and device.type == "cuda" else None
 
     def load(self, vision: IBQ) -> None:
-        """Take the weights of `vision`, and keep what is compiled."""
+        """Take the weights of `vision`."""
         self.vision.load_state_dict(vision.state_dict())
 
     @torch.inference_mode()
     def codes(self, batch: Batch, final: tuple[int, int]) -> NDArray[np.int64]:
         """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns."""
-        encode = self._encode if final == SQUARE else self.vision.encode
         found = []
         for i in range(0, len(batch.head), self.COUNT):
-            piece = Batch(batch.rows, batch.columns, batch.head[i : i + self.COUNT], batch.things[i : i + self.COUNT])
-            pixels = resize(render(piece, self.device), final[0] * 16, final[1] * 16)
-            if self.compiled and len(pixels) < self.COUNT:  # one shape only, so that nothing is compiled anew
-                pixels = torch.cat([pixels, pixels[:1].expand(self.COUNT - len(pixels), -1, -1, -1)])
-            found.append(encode(self._floats(pixels)).flatten(1))
-        return torch.cat(found)[: len(batch.head)].cpu().numpy()
+            pixels = self.draw(batch.rows, batch.columns, *(x[i : i + self.COUNT] for x in (batch.head, batch.things)))
+            pixels = resize(pixels, final[0] * 16, final[1] * 16)
+            floats = (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            found.append(self.vision.encode(floats).flatten(1))
+        return torch.cat(found).cpu().numpy()
 
-    def _floats(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    def draw(self, rows: int, columns: int, head: NDArray[np.int32], things: NDArray[np.int32]) -> Tensor:
+        """(N, 3, H, W) uint8 pictures, the same by either way."""
+        count, most = things.shape[:2]
+        if self._draw is None or (rows, columns) != SQUARE or most > self.MOST:
+            return _draw(*(torch.from_numpy(x).to(self.device) for x in (head, things)), *self.paints, rows, columns)
+        # one shape only, so that it is compiled once
+        things = np.pad(things, ((0, self.COUNT - count), (0, self.MOST - most), (0, 0)), constant_values=-1)
+        head = np.pad(head, ((0, self.COUNT - count), (0, 0)))
+        tensors = (torch.from_numpy(x).to(self.device) for x in (head, things))
+        return self._draw(*tensors, *self.paints, rows, columns)[:count]
 
     def warm_up(self) -> None:
         """Compile ahead of the first real batch."""
-        if self.compiled:
-            blank = torch.zeros(self.COUNT, 3, SQUARE[0] * 16, SQUARE[1] * 16, dtype=torch.uint8, device=self.device)
-            with torch.inference_mode():
-                self._encode(self._floats(blank))
+        self.codes(Batch(*SQUARE, np.zeros((2, 3), np.int32), np.full((2, 1, 4), -1, np.int32)), SQUARE)
+
+
+def _draw(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
+    return grained(paint(head, things, palette, sheet, rows, columns), head)
 
 
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
@@ -134,6 +144,54 @@ def gather(
         order = torch.randperm(len(lines), device=device)
         buckets[length] = Bucket(torch.from_numpy(ids).to(device), torch.from_numpy(learn).to(device), order)
     return buckets, samples
+
+
+class Gradients:
+    """One call a batch: gradients and loss. On a GPU each shape's pass is captured once as a CUDA graph and
+    replayed, since launching a small model's kernels one by one takes longer than they run."""
+
+    def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
+        self.model, self.captured = model, captured
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        if captured:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            pool = torch.cuda.graph_pool_handle()
+            for length in lengths:
+                self.graphs[length] = self._capture(tokens // length, length, pool)
+
+    def _capture(
+        self, count: int, length: int, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        device = self.model.embed.device
+        ids = torch.ones(count, length, dtype=torch.long, device=device)
+        learn = torch.ones(count, length, dtype=torch.uint8, device=device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # a first pass, for all that is set up once
+            self._pass(ids, learn)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._pass(ids, learn)
+        return graph, ids, learn, loss
+
+    def _pass(self, ids: Tensor, learn: Tensor) -> Tensor:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+        loss, _ = self.model.loss(ids, learn)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, ids: Tensor, learn: Tensor) -> Tensor:
+        if ids.shape[1] not in self.graphs:
+            return self._pass(ids, learn)
+        graph, own_ids, own_learn, loss = self.graphs[ids.shape[1]]
+        own_ids.copy_(ids)
+        own_learn.copy_(learn)
+        graph.replay()
+        return loss.clone()
 
 
 @torch.no_grad()
@@ -185,6 +243,7 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 
 def train(
     model: LanguageModel,
+    gradients: Gradients,
     buckets: dict[int, Bucket],
     out: Path,
     *,
@@ -219,13 +278,11 @@ def train(
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = now
-        loss, _ = model.loss(ids, learn)
-        loss.backward()
+        loss = gradients(ids, learn)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
             optim.step()
-            optim.zero_grad(set_to_none=True)
-        smooth = loss.detach() if n == 0 else smooth.lerp(loss.detach(), 0.02)
+        smooth = loss if n == 0 else smooth.lerp(loss, 0.02)
         n += 1
         bar.update()
         if n % 200 == 0:
@@ -258,7 +315,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
     parser.add_argument("--seed", type=int, default=1, help="another one draws other samples")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile what each step computes (a minute, then faster)")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
     args = parser.parse_args()
     started = time.time()
 
@@ -271,16 +329,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     shape = replace(Shape(vocab_size=words.ids.vocab_size), **args.shape)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LanguageModel(shape, dtype=dtype, compiled=args.compile).to(device)
     if args.resume:
         model.load_released(read_weights(args.resume))
-    if args.compile:
-        blank = torch.ones(args.tokens // LENGTHS[0], LENGTHS[0], dtype=torch.long, device=device)
-        model.loss(blank, blank)[0].backward()
-        model.zero_grad(set_to_none=True)
+    gradients = Gradients(model, LENGTHS, args.tokens, captured=device.type == "cuda" and not args.eager)
+    print(f"steps ready {time.time() - started:.0f}s", flush=True)
     config = VisionConfig.read(wait_for(args.vision / CONFIG_FILE, args.wait).parent)
     encoder = Encoder(IBQ(config).to(device), device, compiled=args.compile)
     encoder.warm_up()
@@ -299,6 +354,7 @@ def main() -> None:
     # 3. training
     record = train(
         model,
+        gradients,
         buckets,
         args.out,
         steps=args.steps,

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
+from scripts.mini.fused import fuse
 from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
 from scripts.mini.tasks import sample
@@ -138,14 +139,14 @@ def step(
 
 
 class Working:
-    """The model that computes: on a GPU a bf16 copy, beside the fp32 weights that the optimizer moves.
+    """The model that computes: on a GPU a fused bf16 copy, beside the fp32 weights that the optimizer moves.
 
     Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution.
     """
 
     def __init__(self, model: IBQ, device: torch.device) -> None:
         self.apart = device.type == "cuda"
-        self.model = copy.deepcopy(model).bfloat16() if self.apart else model
+        self.model = fuse(copy.deepcopy(model).bfloat16()) if self.apart else model
         self.own, self.copies = (
             [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
         )
@@ -156,43 +157,21 @@ class Working:
         if self.apart:
             torch._foreach_copy_(self.copies, self.own)
 
+    @torch.no_grad()
     def collect(self) -> None:
         """The copy's gradients go to the weights proper."""
-        if self.apart:
-            for own, found in zip(self.own, self.copies, strict=True):
-                own.grad = None if found.grad is None else found.grad.float()
-                found.grad = None
+        if not self.apart:
+            return
+        pairs = [(own, found.grad) for own, found in zip(self.own, self.copies, strict=True) if found.grad is not None]
+        for own, _ in pairs:
+            own.grad = torch.empty_like(own)
+        torch._foreach_copy_([own.grad for own, _ in pairs], [grad for _, grad in pairs])
+        for found in self.copies:
+            found.grad = None
 
-
-class Layout:
-    """Finds in the first steps which memory layout is the faster one here, and keeps to it."""
-
-    TRIAL = 12
-
-    def __init__(self, models: Sequence[IBQ], device: torch.device) -> None:
-        self.models, self.cuda = models, device.type == "cuda"
-        self.formats = [torch.contiguous_format, torch.channels_last]
-        self.seconds: list[float] = []
-        self.chosen = self.formats[0]
-        self._since = 0.0
-
-    def settle(self, n: int, x: Tensor) -> Tensor:
-        """`x` of step `n` in the layout whose turn it is, or that won."""
-        if self.cuda and n <= 2 * self.TRIAL:
-            place = n % self.TRIAL
-            if place == self.TRIAL // 2 or (place == 0 and n):
-                torch.cuda.synchronize()
-                if place:
-                    self._since = time.perf_counter()
-                else:
-                    self.seconds.append(time.perf_counter() - self._since)
-            if place == 0:
-                turn = n // self.TRIAL if n < 2 * self.TRIAL else self.seconds.index(min(self.seconds))
-                self.chosen = self.formats[turn]
-                for model in self.models:
-                    model.to(memory_format=self.chosen)
-                print(f"layout {self.chosen}, trials {self.seconds}", flush=True)
-        return x.contiguous(memory_format=self.chosen)
+    def pixels(self, x: Tensor) -> Tensor:
+        """`x` as the copy takes it."""
+        return x.to(torch.bfloat16, memory_format=torch.channels_last) if self.apart else x
 
 
 def batches(
@@ -258,7 +237,6 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
     started = time.time()
 
     shapes = [SQUARE] * 4 + list(OTHER_SIZES)
@@ -310,7 +288,6 @@ def train(
     optimizer = torch.optim.AdamW(
         working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
     )
-    layout = Layout((model, working.model) if working.apart else (model,), device)
     bar = tqdm(range(args.steps), mininterval=5.0)
     begun, kept, told, n = time.time(), None, 0, 0
     quantise = torch.zeros((), device=device)
@@ -320,7 +297,6 @@ def train(
         if progress >= 1:
             break
         x, target = next(stream)
-        x = layout.settle(n, x)
         warm, finish = progress > 0.05, progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
@@ -330,9 +306,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         working.refresh()
-        loss, squared, flat, chosen = step(
-            working.model, codes, x.to(torch.bfloat16) if working.apart else x, target, quantise, finish=finish
-        )
+        loss, squared, flat, chosen = step(working.model, codes, working.pixels(x), target, quantise, finish=finish)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         working.collect()
