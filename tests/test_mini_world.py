@@ -12,9 +12,10 @@ import torch
 from scripts.mini import evaluate, reading
 from scripts.mini.evaluate import Answer
 from scripts.mini.judge import look
-from scripts.mini.render import NOISE_SIGMA, Batch, picture, render, render_clean
+from scripts.mini.render import NOISE_SIGMA, Batch, paints, picture, places, render, render_clean
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import TEXT, Said, Sample
+from scripts.mini.train_language import _draw
 from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
@@ -178,3 +179,12 @@ def test_what_an_edit_may_change_is_left_out_of_the_difference() -> None:
             large.append(evaluate.outside_difference(made, np.roll(after, 24, axis=1), (192, 192)))
     assert max(small) < 6
     assert np.mean(large) > 6
+
+
+def test_the_language_models_data_draw_the_same_pictures() -> None:
+    """The step-by-step path and the one made for compiling agree to the last bit."""
+    scenes = [p for i in range(3) for p in sample(Random(i), "story", *SQUARE).pictures]
+    batch = Batch.of(scenes)
+    head, things = torch.from_numpy(batch.head), torch.from_numpy(batch.things)
+    drawn = _draw(head, things, *paints("cpu"), places(192, 192))
+    assert torch.equal(drawn, render(batch))

@@ -29,18 +29,20 @@ PARTS = 32
 if triton is not None:
 
     @triton.jit
-    def _sums(x, out, positions, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _sums(x, out, positions, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, share):  # type: ignore[no-untyped-def]
         """Sum and sum of squares of each channel over a part of a picture's positions."""
         picture, part = tl.program_id(0), tl.program_id(1)
         channel, row = tl.arange(0, C), tl.arange(0, ROWS)
         total, squares = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-        for begin in range(0, SHARE, ROWS):
-            at = part * SHARE + begin + row
-            there = ((begin + row < SHARE) & (at < positions))[:, None]
+        begin = 0
+        while begin < share:
+            at = part * share + begin + row
+            there = ((begin + row < share) & (at < positions))[:, None]
             place = (picture * positions + at)[:, None] * C + channel[None, :]
             value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
             total += tl.sum(value, 0)
             squares += tl.sum(value * value, 0)
+            begin += ROWS
         spot = (picture * PARTS + part) * 2 * C + channel
         tl.store(out + spot, total)
         tl.store(out + spot + C, squares)
@@ -67,16 +69,17 @@ if triton is not None:
         C: tl.constexpr,
         ROWS: tl.constexpr,
         PARTS: tl.constexpr,
-        SHARE: tl.constexpr,
+        share,
     ):  # type: ignore[no-untyped-def]
         """Sums over positions of the gradient before SiLU, and of it times x."""
         picture, part = tl.program_id(0), tl.program_id(1)
         channel, row = tl.arange(0, C), tl.arange(0, ROWS)
         a, b = tl.load(scale + picture * C + channel)[None, :], tl.load(shift + picture * C + channel)[None, :]
         total, product = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-        for begin in range(0, SHARE, ROWS):
-            at = part * SHARE + begin + row
-            there = ((begin + row < SHARE) & (at < positions))[:, None]
+        begin = 0
+        while begin < share:
+            at = part * share + begin + row
+            there = ((begin + row < share) & (at < positions))[:, None]
             place = (picture * positions + at)[:, None] * C + channel[None, :]
             value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
             y = value * a + b
@@ -84,6 +87,7 @@ if triton is not None:
             g = tl.load(dy + place, mask=there, other=0.0).to(tl.float32) * s * (1 + y * (1 - s))
             total += tl.sum(g, 0)
             product += tl.sum(g * value, 0)
+            begin += ROWS
         spot = (picture * PARTS + part) * 2 * C + channel
         tl.store(out + spot, total)
         tl.store(out + spot + C, product)

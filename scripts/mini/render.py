@@ -55,7 +55,8 @@ def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
 @torch.inference_mode()
 def with_noise(clean: Tensor, batch: Batch) -> Tensor:
     """What `render_clean` gave for `batch` as (N, 3, H, W) uint8 with each scene's own noise."""
-    return grained(clean, torch.from_numpy(batch.head).to(clean.device))
+    head = torch.from_numpy(batch.head).to(clean.device)
+    return grained(clean, head, places(*clean.shape[-2:], clean.device))
 
 
 @torch.inference_mode()
@@ -94,9 +95,9 @@ def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: in
     return canvas
 
 
-def grained(clean: Tensor, head: Tensor) -> Tensor:
-    """`with_noise` on tensors alone."""
-    noise = _noise(head[:, 2], *clean.shape[-2:])
+def grained(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
+    """`with_noise` on tensors alone; `place` is `places` of the same size."""
+    noise = _noise(head[:, 2], place)
     return (clean + noise).clamp(0, 255).to(torch.uint8)
 
 
@@ -111,10 +112,14 @@ def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:
     return torch.stack([flat, fading, striped, dotted, checked]).int()
 
 
-def _noise(seed: Tensor, height: int, width: int) -> Tensor:
+def places(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(1, 3, H, W) int64, the share of each place in the noise's hash."""
+    return torch.arange(3 * height * width, device=device).view(1, 3, height, width) * 0x85EBCA6B
+
+
+def _noise(seed: Tensor, place: Tensor) -> Tensor:
     """(N, 3, H, W) int32, near normal with NOISE_SIGMA: the sum of four bytes of a hash of (seed, place)."""
-    place = torch.arange(3 * height * width, device=seed.device).view(1, 3, height, width)
-    h = (seed.long()[:, None, None, None] * 0x9E3779B1 + place * 0x85EBCA6B) & 0xFFFFFFFF
+    h = (seed.long()[:, None, None, None] * 0x9E3779B1 + place) & 0xFFFFFFFF
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     h = h ^ (h >> 15)

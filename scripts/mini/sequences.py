@@ -34,6 +34,12 @@ Size = tuple[int, int]
 T2I_SIZES: tuple[Size, ...] = ((10, 13), (13, 10), (10, 14), (14, 10), (10, 16), (16, 10), (10, 18), (18, 10))
 X2I_SIZES: tuple[Size, ...] = ((10, 14), (14, 10), (11, 14), (14, 11), (10, 13), (13, 10), (10, 16), (16, 10))
 OTHER_SIZES: tuple[Size, ...] = ((10, 14), (14, 10))
+SIZES: tuple[tuple[Size, Size], ...] = (
+    (SQUARE, SQUARE),
+    *((size, size) for size in T2I_SIZES),
+    *((size, reference_size((size[1] * 16, size[0] * 16), AREA)) for size in (*X2I_SIZES, *OTHER_SIZES)),
+)
+"""All (drawn, after the resize of references) sizes there are."""
 SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 
 

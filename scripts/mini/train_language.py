@@ -24,8 +24,8 @@ from scripts.mini.fused import fuse
 from scripts.mini.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.muon import Muon
 from scripts.mini.pool import SQUARE, begin, workers
-from scripts.mini.render import Batch, grained, paint, paints, resize
-from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
+from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
+from scripts.mini.sequences import BLANK, SIZES, Chunk, chunk, tokenizer
 from scripts.mini.train_vision import DONE
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
@@ -60,7 +60,8 @@ class Encoder:
     """Pictures to codes in bulk: on a GPU in half precision with fused norms, the commonest size drawn by compiled
     code."""
 
-    COUNT = 256
+    COUNT, FEW = 256, 64
+    """Pictures a batch, of the commonest and of other sizes: always as many, since each new shape is set up anew."""
     MOST = 10
     """Things in a picture that compiled code draws; the rare fuller ones are drawn step by step."""
 
@@ -70,6 +71,7 @@ class Encoder:
             self.vision = fuse(self.vision.half())
         self.dtype = self.vision.dtype
         self.paints = paints(device)
+        self.place = places(SQUARE[0] * 16, SQUARE[1] * 16, device)
         self._draw = torch.compile(_draw, dynamic=False) if compiled and device.type == "cuda" else None
 
     def load(self, vision: IBQ) -> None:
@@ -80,31 +82,35 @@ class Encoder:
     def codes(self, batch: Batch, final: tuple[int, int]) -> NDArray[np.int64]:
         """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns."""
         found = []
-        for i in range(0, len(batch.head), self.COUNT):
-            pixels = self.draw(batch.rows, batch.columns, *(x[i : i + self.COUNT] for x in (batch.head, batch.things)))
-            pixels = resize(pixels, final[0] * 16, final[1] * 16)
+        step = self.COUNT if (batch.rows, batch.columns) == SQUARE else self.FEW
+        for i in range(0, len(batch.head), step):
+            head, things = batch.head[i : i + step], batch.things[i : i + step]
+            if self.device.type == "cuda":
+                blank = ((0, step - len(head)), (0, 0))
+                head, things = np.pad(head, blank), np.pad(things, (*blank, (0, 0)), constant_values=-1)
+            pixels = resize(self.draw(batch.rows, batch.columns, head, things), final[0] * 16, final[1] * 16)
             floats = (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             found.append(self.vision.encode(floats).flatten(1))
-        return torch.cat(found).cpu().numpy()
+        return torch.cat(found)[: len(batch.head)].cpu().numpy()
 
     def draw(self, rows: int, columns: int, head: NDArray[np.int32], things: NDArray[np.int32]) -> Tensor:
         """(N, 3, H, W) uint8 pictures, the same by either way."""
-        count, most = things.shape[:2]
+        most = things.shape[1]
         if self._draw is None or (rows, columns) != SQUARE or most > self.MOST:
-            return _draw(*(torch.from_numpy(x).to(self.device) for x in (head, things)), *self.paints, rows, columns)
-        # one shape only, so that it is compiled once
-        things = np.pad(things, ((0, self.COUNT - count), (0, self.MOST - most), (0, 0)), constant_values=-1)
-        head = np.pad(head, ((0, self.COUNT - count), (0, 0)))
+            batch = Batch(rows, columns, head, things)
+            return render(batch, self.device)
+        things = np.pad(things, ((0, 0), (0, self.MOST - most), (0, 0)), constant_values=-1)
         tensors = (torch.from_numpy(x).to(self.device) for x in (head, things))
-        return self._draw(*tensors, *self.paints, rows, columns)[:count]
+        return self._draw(*tensors, *self.paints, self.place)
 
     def warm_up(self) -> None:
-        """Compile ahead of the first real batch."""
-        self.codes(Batch(*SQUARE, np.zeros((2, 3), np.int32), np.full((2, 1, 4), -1, np.int32)), SQUARE)
+        """Set up every size ahead of the first real batch."""
+        for drawn, final in SIZES:
+            self.codes(Batch(*drawn, np.zeros((2, 3), np.int32), np.full((2, 1, 4), -1, np.int32)), final)
 
 
-def _draw(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
-    return grained(paint(head, things, palette, sheet, rows, columns), head)
+def _draw(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, place: Tensor) -> Tensor:
+    return grained(paint(head, things, palette, sheet, *SQUARE), head, place)
 
 
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
@@ -315,7 +321,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
     parser.add_argument("--seed", type=int, default=1, help="another one draws other samples")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
-    parser.add_argument("--compile", action="store_true", help="compile what each step computes (a minute, then faster)")
+    parser.add_argument("--compile", action="store_true", help="compile what each step computes")
     parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
     args = parser.parse_args()
     started = time.time()

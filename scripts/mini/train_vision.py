@@ -52,6 +52,8 @@ SCENES_A_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
 FINISH = 0.75
 """From this part of the schedule on encoder and codebook stay as they are, and only the decoder goes on learning."""
+WARM_UP = 5
+"""Steps before the schedule begins."""
 DONE = "train.log"
 """Written last: when it is there, the folder is whole."""
 
@@ -109,7 +111,7 @@ class Codes(nn.Module):
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
         self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
         if revive:
-            dead = self.uses < 0.01 * len(z) / count
+            dead = self.uses < 0.03 * len(z) / count
             fresh = z[self._far(z, self.book, count)]
             self.book.copy_(torch.where(dead[:, None], fresh, self.book))
             self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
@@ -141,15 +143,53 @@ def step(
 class Working:
     """The model that computes: on a GPU a fused bf16 copy, beside the fp32 weights that the optimizer moves.
 
-    Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution.
+    Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution. Its two
+    kinds of pass, with and without `finish`, are captured as CUDA graphs and replayed.
     """
 
-    def __init__(self, model: IBQ, device: torch.device) -> None:
-        self.apart = device.type == "cuda"
+    def __init__(self, model: IBQ, codes: Codes, batch: int, device: torch.device, *, captured: bool) -> None:
+        self.codes, self.apart = codes, device.type == "cuda"
+        self.quantise = torch.zeros((), device=device)
+        if self.apart:
+            model.to(memory_format=torch.channels_last)
         self.model = fuse(copy.deepcopy(model).bfloat16()) if self.apart else model
+        names = [name for name, _ in model.named_parameters() if not name.startswith("quantize")]
+        self.late = [name.startswith(("decoder", "post_quant")) for name in names]
         self.own, self.copies = (
             [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
         )
+        shape = (batch, 3, SQUARE[0] * 16, SQUARE[1] * 16)
+        dtype = torch.bfloat16 if self.apart else torch.float32
+        self.x = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+        self.target = torch.zeros(shape, device=device)
+        if self.apart:
+            for p in self.copies:
+                p.grad = torch.zeros_like(p)
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
+        if captured and self.apart:
+            self._capture()
+
+    def _capture(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        for finish in (False, True):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # first passes, for all that is set up once
+                for _ in range(2):
+                    self._pass(finish)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                found = self._pass(finish)
+            self.graphs[finish] = graph, found
+
+    def _pass(self, finish: bool) -> tuple[Tensor, Tensor, Tensor]:
+        grads = [p.grad for p in self.copies if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+        loss, squared, flat, chosen = step(self.model, self.codes, self.x, self.target, self.quantise, finish=finish)
+        loss.backward()
+        return squared.detach(), flat, chosen
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -157,21 +197,30 @@ class Working:
         if self.apart:
             torch._foreach_copy_(self.copies, self.own)
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """The copy's gradients go to the weights proper."""
-        if not self.apart:
-            return
-        pairs = [(own, found.grad) for own, found in zip(self.own, self.copies, strict=True) if found.grad is not None]
-        for own, _ in pairs:
-            own.grad = torch.empty_like(own)
-        torch._foreach_copy_([own.grad for own, _ in pairs], [grad for _, grad in pairs])
-        for found in self.copies:
-            found.grad = None
-
-    def pixels(self, x: Tensor) -> Tensor:
-        """`x` as the copy takes it."""
-        return x.to(torch.bfloat16, memory_format=torch.channels_last) if self.apart else x
+    def gradients(self, x: Tensor, target: Tensor, *, finish: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Put gradients into the weights proper; (squared error, unit features, codes), good until the next call."""
+        self.x.copy_(x)
+        self.target.copy_(target)
+        if self.graphs:
+            graph, found = self.graphs[finish]
+            graph.replay()
+        else:
+            found = self._pass(finish)
+        if self.apart:
+            pairs = [
+                (own, c.grad)
+                for own, c, late in zip(self.own, self.copies, self.late, strict=True)
+                if late or not finish
+            ]
+            for own in self.own:
+                own.grad = None
+            for own, _ in pairs:
+                own.grad = torch.empty_like(own)
+            torch._foreach_copy_([own.grad for own, _ in pairs], [grad for _, grad in pairs])
+        elif finish:
+            for own, late in zip(self.own, self.late, strict=True):
+                own.grad = own.grad if late else None
+        return found
 
 
 def batches(
@@ -218,7 +267,7 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
     """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
-    state = {k: v.detach().cpu().half() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     state["quantize.embedding.weight"] = (LENGTH * codes.book).cpu().half()
     torch.save(state, folder / "model.ckpt")
 
@@ -233,6 +282,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--network", type=json.loads, default={}, help="JSON of ddconfig values other than the default")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -284,44 +334,42 @@ def train(
 ) -> int:
     """Steps until `args.steps` or `args.seconds` are up; saves into `folder` as it goes. The steps done."""
     device = codes.book.device
-    working = Working(model, device)
+    working = Working(model, codes, args.batch, device, captured=not args.eager)
     optimizer = torch.optim.AdamW(
         working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
     )
     bar = tqdm(range(args.steps), mininterval=5.0)
     begun, kept, told, n = time.time(), None, 0, 0
-    quantise = torch.zeros((), device=device)
     for n in bar:
+        if n == WARM_UP:
+            begun = time.time()  # the schedule is not to be eaten up by what is set up once
         spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
         progress = max(n / args.steps, spent)
         if progress >= 1:
             break
         x, target = next(stream)
-        warm, finish = progress > 0.05, progress > FINISH
+        warm, finish = progress > 0.05 and n > 150, progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
-            quantise.fill_(1.0)
+            working.quantise.fill_(1.0)
             kept = None
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         working.refresh()
-        loss, squared, flat, chosen = step(working.model, codes, working.pixels(x), target, quantise, finish=finish)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        working.collect()
+        squared, flat, chosen = working.gradients(x, target, finish=finish)
         nn.utils.clip_grad_norm_(working.own, 1.0)
         optimizer.step()
         if warm and not finish:
-            codes.learn(flat, chosen, decay=0.99, revive=n % 20 == 0 and progress < 0.6)
+            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6)
         elif progress > 0.03 and not warm:
-            kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
+            kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
             bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
-        if progress >= 0.1 * (told + 1):
-            told = int(progress * 10)
+        if progress >= 0.2 * (told + 1):
+            told = int(progress * 5)
             save(model, codes, folder)
-            quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 60)
+            quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 40)
             print(f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes", flush=True)
     return n
 
