@@ -348,7 +348,7 @@ def train(
         if progress >= 1:
             break
         x, target = next(stream)
-        warm, finish = progress > 0.05 and n > 150, progress > FINISH
+        warm, finish = progress > 0.08 and n > 150, progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
             working.quantise.fill_(1.0)
@@ -362,15 +362,19 @@ def train(
         optimizer.step()
         if warm and not finish:
             codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6)
-        elif progress > 0.03 and not warm:
+        elif progress > 0.06 and not warm:
             kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
             bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
-        if progress >= 0.2 * (told + 1):
-            told = int(progress * 5)
+        if progress >= (told + 1) / 12:
+            told = int(progress * 12)
             save(model, codes, folder)
             quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 40)
-            print(f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes", flush=True)
+            print(
+                f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
+                int((codes.uses > 0.1).sum()),
+                flush=True,
+            )
     return n
 
 
