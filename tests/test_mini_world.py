@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from scripts.mini import evaluate, reading
+from scripts.mini.encode import draw_square
 from scripts.mini.evaluate import Answer
 from scripts.mini.judge import look
 from scripts.mini.render import NOISE_SIGMA, Batch, paints, picture, places, render, render_clean
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import TEXT, Said, Sample
-from scripts.mini.train_language import _draw
 from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
@@ -186,5 +186,5 @@ def test_the_language_models_data_draw_the_same_pictures() -> None:
     scenes = [p for i in range(3) for p in sample(Random(i), "story", *SQUARE).pictures]
     batch = Batch.of(scenes)
     head, things = torch.from_numpy(batch.head), torch.from_numpy(batch.things)
-    drawn = _draw(head, things, *paints("cpu"), places(192, 192))
+    drawn = draw_square(head, things, *paints("cpu"), places(192, 192))
     assert torch.equal(drawn, render(batch))
