@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,12 +15,14 @@ from emu_cog.prompts import build
 from emu_cog.segments import ImageCodes, Reader
 from emu_cog.tasks import TABLE, UNCONDITIONAL
 from emu_cog.tokenizer import Tokenizer
-from scripts.mini import export, vocabulary
+from scripts.mini import encode, export, vocabulary
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
-from scripts.mini.sequences import BLANK, chunk, sequence
+from scripts.mini.render import Batch
+from scripts.mini.sequences import BLANK, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
+from scripts.mini.train_language import Data
 
 CODES = 2048
 SIZE = (12, 12)
@@ -100,6 +103,64 @@ def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder:
     visual = Tokenizer.load(folder).ids.visual
     assert int((one.ids >= visual + BLANK).sum()) == one.blanks
     assert sum(len(batch.head) for batch, _ in one.scenes.values()) > 60
+
+
+class _Numbered:
+    """Stands for the vision tokenizer: picture i's codes are i, i + 1, ... in the order it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Batch, tuple[int, int]]] = []
+
+    def codes(self, batch: Batch, final: tuple[int, int]) -> np.ndarray:
+        self.asked.append((batch, final))
+        cells = np.arange(final[0] * final[1])
+        return (batch.head[:, 2:3].astype(np.int64) + cells) % CODES
+
+
+def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
+    """Lines are rebuilt one by one, from the same seed, and compared with what the bulk way wrote."""
+    count, seed, words = 25, 8, Tokenizer.load(folder)
+    visual = words.ids.visual
+    part = chunk((seed, count, folder))
+    ids = encode.fill(part, _Numbered(), visual)  # type: ignore[arg-type]
+    assert ids.max() < visual + CODES
+
+    rng, begin = Random(seed), 0
+    for length in part.lengths:
+        made, final, with_text = draw(rng)
+        line, learn = sequence(made, words, final, 0, with_text=with_text)
+        cells = final[0] * final[1]
+        scenes = [*made.references, *made.pictures]
+        expected = []
+        for i in line:
+            blank = i - visual - BLANK
+            expected.append(i if blank < 0 else visual + (scenes[blank // cells].seed + blank % cells) % CODES)
+        assert ids[begin : begin + length].tolist() == expected
+        assert part.learn[begin : begin + length].tolist() == learn
+        begin += length
+
+
+def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_path: Path) -> None:
+    def rows(value: int, count: int) -> encode.Rows:
+        line, mask = np.full(150, value, np.int32), np.ones(150, np.uint8)
+        return {180: [(line, mask)] * count, 210: [(np.full(200, value, np.int32), np.ones(200, np.uint8))]}
+
+    data = Data(tmp_path, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="run encode first"):
+        data.wait(0.0)
+    encode.write(tmp_path / "part-00000.npz", rows(1, 3), pad=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-00000.npz"]
+    data.wait(0.0)
+    assert (data.samples, not data.refresh()) == (4, True)
+    encode.write(tmp_path / "part-00001.npz", rows(2, 2), pad=7)
+    assert data.refresh()
+    assert data.samples == 7
+    ids, learn = data.buckets[180].draw(5)
+    assert sorted(ids[:, 0].tolist()) == [1, 1, 1, 2, 2]
+    assert ids[:, 150:].unique().tolist() == [7]
+    assert learn.sum(1).tolist() == [150] * 5
+    lengths, weights = data.weights()
+    assert dict(zip(lengths, weights, strict=True)) == pytest.approx({180: 900 / 1320, 210: 420 / 1320})
 
 
 def test_the_training_model_computes_what_the_loaded_one_does(words: Tokenizer, tmp_path: Path) -> None:

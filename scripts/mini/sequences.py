@@ -73,13 +73,10 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     pictures: dict[tuple[Size, Size], list[tuple[Scene, int]]] = {}
     blanks = 0
     for _ in range(count):
-        task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
-        drawn = draw_size(rng, task)
-        made = sample(rng, task, *drawn)
-        final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
-        line, mask = sequence(made, words, final, blanks, with_text=rng.random() >= WITHOUT_TEXT)
+        made, final, with_text = draw(rng)
+        line, mask = sequence(made, words, final, blanks, with_text=with_text)
         for scene in (*made.references, *made.pictures):
-            pictures.setdefault((drawn, final), []).append((scene, blanks))
+            pictures.setdefault(((scene.rows, scene.columns), final), []).append((scene, blanks))
             blanks += final[0] * final[1]
         ids += line
         learn += mask
@@ -89,6 +86,15 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
         for key, group in pictures.items()
     }
     return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
+
+
+def draw(rng: Random) -> tuple[Sample, Size, bool]:
+    """(a sample of any task, the size of its pictures in tokens after the resize of references, with its words)."""
+    task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    drawn = draw_size(rng, task)
+    made = sample(rng, task, *drawn)
+    final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
+    return made, final, rng.random() >= WITHOUT_TEXT
 
 
 def draw_size(rng: Random, task: str) -> Size:
