@@ -79,6 +79,12 @@ class Codes(nn.Module):
         self.register_buffer("sums", self.book.clone())
 
     @torch.no_grad()
+    def resume(self, embedding: Tensor) -> None:
+        """Go on from a saved codebook."""
+        self.book.copy_(F.normalize(embedding.float(), dim=1))
+        self.sums.copy_(self.book)
+
+    @torch.no_grad()
     def start(self, z: Tensor) -> None:
         """Spherical k-means over (N, width) unit vectors, begun far apart: most patches are plain ground and
         would otherwise take most codes."""
@@ -275,6 +281,7 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.yaml, model.ckpt and the log")
+    parser.add_argument("--resume", type=Path, help="another folder of a vision tokenizer to go on from")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
     parser.add_argument("--batch", type=int, default=48)
@@ -303,6 +310,13 @@ def main() -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     model = IBQ(VisionConfig.read(folder)).to(device)
     codes = Codes(NETWORK["n_embed"], NETWORK["embed_dim"]).to(device)  # type: ignore[arg-type]
+    history = ""
+    if args.resume:
+        earlier = load_vision_tokenizer(args.resume, device=device)
+        model.load_state_dict(earlier.state_dict())
+        codes.resume(earlier.quantize.embedding.weight)
+        history = (args.resume / DONE).read_text()
+        print(f"resumed: {psnr(earlier, held[0], device, 40)[0]:.2f} dB")
     print(f"data {time.time() - started:.0f}s", flush=True)
     steps = train(model, codes, batches(pools, args.batch, Random(args.seed), device), folder, args, held[0])
 
@@ -319,8 +333,7 @@ def main() -> None:
         "seed": args.seed,
         **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},
     }
-    with (folder / DONE).open("a") as log:
-        log.write(json.dumps(record) + "\n")
+    (folder / DONE).write_text(history + json.dumps(record) + "\n")
     print(json.dumps(record), flush=True)
 
 
@@ -340,6 +353,7 @@ def train(
     )
     bar = tqdm(range(args.steps), mininterval=5.0)
     begun, kept, told, n = time.time(), None, 0, 0
+    working.quantise.fill_(1.0 if args.resume else 0.0)
     for n in bar:
         if n == WARM_UP:
             begun = time.time()  # the schedule is not to be eaten up by what is set up once
@@ -348,7 +362,7 @@ def train(
         if progress >= 1:
             break
         x, target = next(stream)
-        warm, finish = progress > 0.08 and n > 150, progress > FINISH
+        warm, finish = bool(args.resume) or (progress > 0.08 and n > 150), progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
             working.quantise.fill_(1.0)
@@ -361,7 +375,7 @@ def train(
         nn.utils.clip_grad_norm_(working.own, 1.0)
         optimizer.step()
         if warm and not finish:
-            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6)
+            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
         elif progress > 0.06 and not warm:
             kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
