@@ -102,14 +102,12 @@ def grained(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
 
 
 def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:
-    """(5, H, W) int32 depth of every texture, in the order of TEXTURES."""
+    """(4, H, W) int32 depth of every texture, in the order of TEXTURES."""
     flat = torch.zeros_like(yy + xx)
     fading = yy * FADING_DEPTH // height + flat
     striped = (yy // 16 % 2) * TEXTURE_DEPTH + flat
-    near = (yy % 32 - 8) ** 2 * 4 + (xx % 32 - 8) ** 2 * 4
-    dotted = torch.where(near <= 4 * 5**2, TEXTURE_DEPTH, 0)
     checked = ((yy // 32 + xx // 32) % 2) * TEXTURE_DEPTH
-    return torch.stack([flat, fading, striped, dotted, checked]).int()
+    return torch.stack([flat, fading, striped, checked]).int()
 
 
 def places(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:

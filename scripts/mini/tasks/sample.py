@@ -49,7 +49,7 @@ def size(rng: Random) -> str:
 
 
 def texture(rng: Random) -> str:
-    return rng.choices(("plain", "fading", "striped", "dotted", "checked"), (16, 1, 1, 1, 1))[0]
+    return rng.choices(("plain", "fading", "striped", "checked"), (16, 1, 1, 1))[0]
 
 
 def noise_seed(rng: Random) -> int:
