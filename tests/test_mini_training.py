@@ -106,13 +106,9 @@ def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder:
 
 
 class _Numbered:
-    """Stands for the vision tokenizer: picture i's codes are i, i + 1, ... in the order it is asked."""
+    """Stands for the vision tokenizer: a picture's codes count on from the seed of its noise."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[Batch, tuple[int, int]]] = []
-
-    def codes(self, batch: Batch, final: tuple[int, int]) -> np.ndarray:
-        self.asked.append((batch, final))
+    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> np.ndarray:
         cells = np.arange(final[0] * final[1])
         return (batch.head[:, 2:3].astype(np.int64) + cells) % CODES
 
@@ -127,7 +123,7 @@ def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
 
     rng, begin = Random(seed), 0
     for length in part.lengths:
-        made, final, with_text = draw(rng)
+        made, final, with_text, _ = draw(rng)
         line, learn = sequence(made, words, final, 0, with_text=with_text)
         cells = final[0] * final[1]
         scenes = [*made.references, *made.pictures]

@@ -54,8 +54,9 @@ class Encoder:
         self._draw = torch.compile(draw_square, dynamic=False) if compiled and device.type == "cuda" else None
 
     @torch.inference_mode()
-    def codes(self, batch: Batch, final: tuple[int, int]) -> NDArray[np.int64]:
-        """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns."""
+    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> NDArray[np.int64]:
+        """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns; with `again`, of
+        the pictures that come back from their codes."""
         found = []
         step = self.COUNT if (batch.rows, batch.columns) == SQUARE else self.FEW
         for i in range(0, len(batch.head), step):
@@ -64,9 +65,14 @@ class Encoder:
                 blank = ((0, step - len(head)), (0, 0))
                 head, things = np.pad(head, blank), np.pad(things, (*blank, (0, 0)), constant_values=-1)
             pixels = resize(self.draw(batch.rows, batch.columns, head, things), final[0] * 16, final[1] * 16)
-            floats = (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            found.append(self.vision.encode(floats).flatten(1))
+            if again:
+                back = self.vision.decode(self.vision.encode(self._floats(pixels)))
+                pixels = ((back.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+            found.append(self.vision.encode(self._floats(pixels)).flatten(1))
         return torch.cat(found)[: len(batch.head)].cpu().numpy()
+
+    def _floats(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
     def draw(self, rows: int, columns: int, head: NDArray[np.int32], things: NDArray[np.int32]) -> Tensor:
         """(N, 3, H, W) uint8 pictures, the same by either way."""
@@ -86,8 +92,8 @@ def draw_square(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, pl
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
     """The chunk's ids with the codes of its drawn pictures in place of the blanks."""
     codes = np.zeros(part.blanks, np.int32)
-    for (_, final), (batch, firsts) in part.scenes.items():
-        found = encoder.codes(batch, final)
+    for (_, final, again), (batch, firsts) in part.scenes.items():
+        found = encoder.codes(batch, final, again)
         codes[firsts[:, None] + np.arange(found.shape[1])] = found
     blank = part.ids >= visual + BLANK
     ids = part.ids.copy()

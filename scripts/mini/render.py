@@ -16,6 +16,8 @@ from scripts.mini.shapes import SPRITE_NUMBER, atlas
 from scripts.mini.world import COLOURS, TEXTURES, Scene
 
 NOISE_SIGMA = 2.0
+NO_NOISE = 0
+"""The seed of a scene without any noise."""
 TEXTURE_DEPTH = 20
 """How far a texture departs from its colour, of 255: darker on light colours, lighter on dark ones."""
 FADING_DEPTH = 30
@@ -122,7 +124,8 @@ def _noise(seed: Tensor, place: Tensor) -> Tensor:
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     h = h ^ (h >> 15)
     total = (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24 & 255) - 510  # sigma 147.8
-    return torch.div(total * round(NOISE_SIGMA * 1000) + 73900, 147800, rounding_mode="floor").int()
+    noise = torch.div(total * round(NOISE_SIGMA * 1000) + 73900, 147800, rounding_mode="floor").int()
+    return noise * (seed != NO_NOISE)[:, None, None, None]
 
 
 @torch.inference_mode()

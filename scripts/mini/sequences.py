@@ -27,6 +27,8 @@ SHARES = {"t2i": 36, "x2i": 36, "howto": 7, "story": 7, "explore": 7, "vla": 7}
 """How often each task is drawn, of 100."""
 WITHOUT_TEXT = 0.12
 """Share of samples that become the unconditional stream: no words, the pictures alone."""
+AGAIN = 0.15
+"""Share of square samples whose references look like pictures the model made itself."""
 BLANK = 1 << 20
 """Blank number i stands as the id `visual + BLANK + i` until its code is filled in."""
 
@@ -47,14 +49,15 @@ SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 class Chunk:
     """Sequences laid end to end. `ids` int32 with blanks, `learn` uint8 (1: a token to be learnt), `lengths`.
 
-    `scenes` lists the pictures by (drawn size, size in tokens after the resize of references): a batch and the
-    number of each picture's first blank.
+    `scenes` lists the pictures by (drawn size, size in tokens after the resize of references, again): a batch and
+    the number of each picture's first blank. With `again` a reference is one that the vision tokenizer has been
+    through before, as those are that the model made.
     """
 
     ids: NDArray[np.int32]
     learn: NDArray[np.uint8]
     lengths: NDArray[np.int32]
-    scenes: dict[tuple[Size, Size], tuple[Batch, NDArray[np.int64]]]
+    scenes: dict[tuple[Size, Size, bool], tuple[Batch, NDArray[np.int64]]]
     blanks: int
 
 
@@ -70,13 +73,14 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     ids: list[int] = []
     learn: list[int] = []
     lengths: list[int] = []
-    pictures: dict[tuple[Size, Size], list[tuple[Scene, int]]] = {}
+    pictures: dict[tuple[Size, Size, bool], list[tuple[Scene, int]]] = {}
     blanks = 0
     for _ in range(count):
-        made, final, with_text = draw(rng)
+        made, final, with_text, again = draw(rng)
         line, mask = sequence(made, words, final, blanks, with_text=with_text)
-        for scene in (*made.references, *made.pictures):
-            pictures.setdefault(((scene.rows, scene.columns), final), []).append((scene, blanks))
+        for i, scene in enumerate((*made.references, *made.pictures)):
+            key = (scene.rows, scene.columns), final, again and i < len(made.references)
+            pictures.setdefault(key, []).append((scene, blanks))
             blanks += final[0] * final[1]
         ids += line
         learn += mask
@@ -88,13 +92,14 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
 
 
-def draw(rng: Random) -> tuple[Sample, Size, bool]:
-    """(a sample of any task, the size of its pictures in tokens after the resize of references, with its words)."""
+def draw(rng: Random) -> tuple[Sample, Size, bool, bool]:
+    """A sample of any task, the size of its pictures in tokens after the resize of references, whether its words are
+    told, and whether its references have been through the vision tokenizer before."""
     task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     drawn = draw_size(rng, task)
     made = sample(rng, task, *drawn)
     final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
-    return made, final, rng.random() >= WITHOUT_TEXT
+    return made, final, rng.random() >= WITHOUT_TEXT, drawn == SQUARE and rng.random() < AGAIN
 
 
 def draw_size(rng: Random, task: str) -> Size:

@@ -56,12 +56,14 @@ DEMOS: tuple[Demo, ...] = (
     Demo("add", "x2i", "x2i", "add a small white heart in the bottom left corner", 2, reference="recolour"),
     Demo("ground", "x2i", "x2i", "change the background to purple", 3, reference="add"),
     Demo("remove", "x2i", "x2i", "remove the heart", 4, reference="ground"),
-    Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue background?", 1),
+    Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue "
+         "background?", 1),
     Demo("story", "story", "story", "Tell a story about a small orange fish that visits a red house, a green tree "
          "and a white moon.", 2),
     Demo("explore", "explore", "explore", "explore a green world with red hearts and white stars: go right, down, left",
          3),
-    Demo("before", "vla", "t2i", "a red circle above a blue square on a white background", 9),
+    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 9),
+    Demo("vla", "vla", "vla", "Put the red ball above the blue box.", 4, reference="start"),
 )  # fmt: skip
 
 
