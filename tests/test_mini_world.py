@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.mini import evaluate, reading
+from scripts.mini import evaluate, reading, verdicts
 from scripts.mini.encode import draw_square
-from scripts.mini.evaluate import Answer
 from scripts.mini.judge import look
 from scripts.mini.render import NO_NOISE, NOISE_SIGMA, Batch, paints, picture, places, render, render_clean
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import TEXT, Said, Sample
+from scripts.mini.verdicts import Answer
 from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
@@ -134,11 +134,11 @@ def test_a_perfect_answer_passes_and_its_pictures_in_another_order_do_not(task: 
     for _ in range(count):
         made = sample(rng, task, *SQUARE)
         answer = truth(made)
-        right += evaluate.JUDGES[task](made, answer) is None
+        right += verdicts.JUDGES[task](made, answer) is None
         places = [i for i, part in enumerate(answer.parts) if not isinstance(part, str)]
         parts = list(answer.parts)
         parts[places[0]], parts[places[-1]] = parts[places[-1]], parts[places[0]]
-        refused += evaluate.JUDGES[task](made, replace(answer, parts=parts)) is not None
+        refused += verdicts.JUDGES[task](made, replace(answer, parts=parts)) is not None
     assert right >= count * 0.99
     assert refused >= count - 1  # two views of a path may be alike
 
@@ -146,9 +146,9 @@ def test_a_perfect_answer_passes_and_its_pictures_in_another_order_do_not(task: 
 def test_an_answer_without_text_or_end_is_no_answer() -> None:
     made = sample(Random(2), "story", *SQUARE)
     answer = truth(made)
-    assert evaluate.judge_steps(made, replace(answer, whole=False)) is not None
-    assert evaluate.judge_steps(made, replace(answer, parts=answer.parts[1:])) is not None
-    assert evaluate.judge_last(made, Answer()) == "no picture"
+    assert verdicts.judge_steps(made, replace(answer, whole=False)) is not None
+    assert verdicts.judge_steps(made, replace(answer, parts=answer.parts[1:])) is not None
+    assert verdicts.judge_last(made, Answer()) == "no picture"
 
 
 def test_sentences_are_read_in_both_spellings() -> None:
@@ -175,10 +175,10 @@ def test_what_an_edit_may_change_is_left_out_of_the_difference() -> None:
     for _ in range(25):
         made = sample(rng, "x2i", *SQUARE)
         after = np.asarray(picture(made.pictures[-1]))
-        difference = evaluate.outside_difference(made, after, (192, 192))
+        difference = verdicts.outside_difference(made, after, (192, 192))
         if difference is not None:
             small.append(difference)
-            large.append(evaluate.outside_difference(made, np.roll(after, 24, axis=1), (192, 192)))
+            large.append(verdicts.outside_difference(made, np.roll(after, 24, axis=1), (192, 192)))
     assert max(small) < 6
     assert np.mean(large) > 6
 
