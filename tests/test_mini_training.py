@@ -15,7 +15,7 @@ from emu_cog.prompts import build
 from emu_cog.segments import ImageCodes, Reader
 from emu_cog.tasks import TABLE, UNCONDITIONAL
 from emu_cog.tokenizer import Tokenizer
-from scripts.mini import encode, export, vocabulary
+from scripts.mini import encode, export, fused, vocabulary
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
 from scripts.mini.render import Batch
@@ -222,3 +222,22 @@ def test_a_miniature_over_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit, match="more than the"):
         export.main()
     assert json.loads(capsys.readouterr().out) == {"bytes": export.LIMIT + 1}
+
+
+@pytest.mark.gpu
+def test_the_fused_norm_computes_what_the_modules_do() -> None:
+    torch.manual_seed(3)
+    for channels, height, width in ((64, 20, 12), (128, 7, 9)):
+        norm = torch.nn.GroupNorm(32, channels, eps=1e-6).cuda()
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        x = (torch.randn(3, channels, height, width, device="cuda") * 2 + 1).to(memory_format=torch.channels_last)
+        found = []
+        for work in (fused.norm_silu, fused.plain_norm_silu):
+            norm.zero_grad()
+            given = x.clone().requires_grad_()
+            out = work(given, norm)
+            (out * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
+            found.append((out.detach(), given.grad, norm.weight.grad.clone(), norm.bias.grad.clone()))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
