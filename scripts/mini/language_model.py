@@ -22,9 +22,9 @@ EPS = 1e-5
 class Shape:
     """The model's sizes, named as in config.json."""
 
-    vocab_size: int = 3072
+    vocab_size: int = 3008
     hidden_size: int = 384
-    intermediate_size: int = 1024
+    intermediate_size: int = 960
     num_hidden_layers: int = 8
     num_attention_heads: int = 6
     num_key_value_heads: int = 2

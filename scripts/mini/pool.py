@@ -14,8 +14,23 @@ Item = TypeVar("Item")
 
 
 def workers() -> int:
-    """Processes worth starting here: all cores but one."""
-    return max(1, (os.cpu_count() or 2) - 1)
+    """Processes worth starting here: all cores this process may use but one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, cores - 1)
+
+
+def begin(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
+    """As `mapped`, but the work begins with this call and goes on while nobody asks for results."""
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+    results = pool.map(work, items)
+
+    def given() -> Iterator[Result]:
+        try:
+            yield from results
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return given()
 
 
 def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None = None) -> Iterator[Result]:

@@ -16,6 +16,8 @@ from scripts.mini.shapes import SPRITE_NUMBER, atlas
 from scripts.mini.world import COLOURS, TEXTURES, Scene
 
 NOISE_SIGMA = 2.0
+NO_NOISE = 0
+"""The seed of a scene without any noise."""
 TEXTURE_DEPTH = 20
 """How far a texture departs from its colour, of 255: darker on light colours, lighter on dark ones."""
 FADING_DEPTH = 30
@@ -55,58 +57,75 @@ def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
 @torch.inference_mode()
 def with_noise(clean: Tensor, batch: Batch) -> Tensor:
     """What `render_clean` gave for `batch` as (N, 3, H, W) uint8 with each scene's own noise."""
-    noise = _noise(torch.from_numpy(batch.head[:, 2]).to(clean.device), *clean.shape[-2:])
-    return (clean + noise).clamp(0, 255).to(torch.uint8)
+    head = torch.from_numpy(batch.head).to(clean.device)
+    return grained(clean, head, places(*clean.shape[-2:], clean.device))
 
 
 @torch.inference_mode()
 def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     """(N, 3, H, W) int32 in 0..255, without noise."""
+    head, things = torch.from_numpy(batch.head).to(device), torch.from_numpy(batch.things).to(device)
+    return paint(head, things, *paints(device), batch.rows, batch.columns)
+
+
+def paints(device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The (colours, 3) palette and the (sprites, side, side) sheet of outlines, int32."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.int32, device=device)
-    sheet = torch.from_numpy(atlas()).to(device).int()
-    head = torch.from_numpy(batch.head).to(device)
-    things = torch.from_numpy(batch.things).to(device)
-    height, width = batch.rows * 16, batch.columns * 16
-    yy = torch.arange(height, device=device)[:, None]
-    xx = torch.arange(width, device=device)[None, :]
+    return palette, torch.from_numpy(atlas()).to(device).int()
+
+
+def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
+    """`render_clean` on tensors alone: a Batch's arrays and `paints`."""
+    height, width, device = rows * 16, columns * 16, head.device
+    yy = torch.arange(height, device=device, dtype=torch.int32)[:, None]
+    xx = torch.arange(width, device=device, dtype=torch.int32)[None, :]
 
     ground = palette[head[:, 0].long()]  # (N, 3)
-    luma = (ground * torch.tensor([299, 587, 114], device=device)).sum(1) // 1000
+    luma = (ground[:, 0] * 299 + ground[:, 1] * 587 + ground[:, 2] * 114) // 1000
     toward = torch.where(luma > 128, -1, 1)
     depth = textures(yy, xx, height)[head[:, 1].long()] * toward[:, None, None]
     canvas = (ground[:, :, None, None] + depth[:, None]).clamp(0, 255)
     side = sheet.shape[1]
     for k in range(things.shape[1]):
-        number, colour, left, top = things[:, k].long().unbind(1)
+        number, colour, left, top = things[:, k].unbind(1)
         y, x = yy - top[:, None, None], xx - left[:, None, None]  # (N, H, 1), (N, 1, W)
         valid = (y >= 0) & (y < side) & (x >= 0) & (x < side) & (number >= 0)[:, None, None]
         index = (number.clamp(min=0)[:, None, None] * side + y.clamp(0, side - 1)) * side + x.clamp(0, side - 1)
         alpha = torch.where(valid, sheet.view(-1)[index], 0)[:, None]
-        paint = palette[colour.clamp(min=0)][:, :, None, None]
-        canvas = (canvas * (255 - alpha) + paint * alpha + 127) // 255
+        colours = palette[colour.clamp(min=0).long()][:, :, None, None]
+        canvas = (canvas * (255 - alpha) + colours * alpha + 127) // 255
     return canvas
 
 
+def grained(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
+    """`with_noise` on tensors alone; `place` is `places` of the same size."""
+    noise = _noise(head[:, 2], place)
+    return (clean + noise).clamp(0, 255).to(torch.uint8)
+
+
 def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:
-    """(5, H, W) int32 depth of every texture, in the order of TEXTURES."""
+    """(4, H, W) int32 depth of every texture, in the order of TEXTURES."""
     flat = torch.zeros_like(yy + xx)
     fading = yy * FADING_DEPTH // height + flat
     striped = (yy // 16 % 2) * TEXTURE_DEPTH + flat
-    near = (yy % 32 - 8) ** 2 * 4 + (xx % 32 - 8) ** 2 * 4
-    dotted = torch.where(near <= 4 * 5**2, TEXTURE_DEPTH, 0)
     checked = ((yy // 32 + xx // 32) % 2) * TEXTURE_DEPTH
-    return torch.stack([flat, fading, striped, dotted, checked]).int()
+    return torch.stack([flat, fading, striped, checked]).int()
 
 
-def _noise(seed: Tensor, height: int, width: int) -> Tensor:
+def places(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(1, 3, H, W) int64, the share of each place in the noise's hash."""
+    return torch.arange(3 * height * width, device=device).view(1, 3, height, width) * 0x85EBCA6B
+
+
+def _noise(seed: Tensor, place: Tensor) -> Tensor:
     """(N, 3, H, W) int32, near normal with NOISE_SIGMA: the sum of four bytes of a hash of (seed, place)."""
-    place = torch.arange(3 * height * width, device=seed.device).view(1, 3, height, width)
-    h = (seed.long()[:, None, None, None] * 0x9E3779B1 + place * 0x85EBCA6B) & 0xFFFFFFFF
+    h = (seed.long()[:, None, None, None] * 0x9E3779B1 + place) & 0xFFFFFFFF
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     h = h ^ (h >> 15)
     total = (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24 & 255) - 510  # sigma 147.8
-    return torch.div(total * round(NOISE_SIGMA * 1000) + 73900, 147800, rounding_mode="floor").int()
+    noise = torch.div(total * round(NOISE_SIGMA * 1000) + 73900, 147800, rounding_mode="floor").int()
+    return noise * (seed != NO_NOISE)[:, None, None, None]
 
 
 @torch.inference_mode()

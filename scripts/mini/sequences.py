@@ -23,10 +23,12 @@ from scripts.mini.tasks import sample
 from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
 from scripts.mini.world import Scene
 
-SHARES = {"t2i": 34, "x2i": 30, "howto": 9, "story": 9, "explore": 9, "vla": 9}
+SHARES = {"t2i": 36, "x2i": 36, "howto": 7, "story": 7, "explore": 7, "vla": 7}
 """How often each task is drawn, of 100."""
 WITHOUT_TEXT = 0.12
 """Share of samples that become the unconditional stream: no words, the pictures alone."""
+AGAIN = 0.15
+"""Share of square samples whose references look like pictures the model made itself."""
 BLANK = 1 << 20
 """Blank number i stands as the id `visual + BLANK + i` until its code is filled in."""
 
@@ -34,6 +36,12 @@ Size = tuple[int, int]
 T2I_SIZES: tuple[Size, ...] = ((10, 13), (13, 10), (10, 14), (14, 10), (10, 16), (16, 10), (10, 18), (18, 10))
 X2I_SIZES: tuple[Size, ...] = ((10, 14), (14, 10), (11, 14), (14, 11), (10, 13), (13, 10), (10, 16), (16, 10))
 OTHER_SIZES: tuple[Size, ...] = ((10, 14), (14, 10))
+SIZES: tuple[tuple[Size, Size], ...] = (
+    (SQUARE, SQUARE),
+    *((size, size) for size in T2I_SIZES),
+    *((size, reference_size((size[1] * 16, size[0] * 16), AREA)) for size in (*X2I_SIZES, *OTHER_SIZES)),
+)
+"""All (drawn, after the resize of references) sizes there are."""
 SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 
 
@@ -41,14 +49,15 @@ SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 class Chunk:
     """Sequences laid end to end. `ids` int32 with blanks, `learn` uint8 (1: a token to be learnt), `lengths`.
 
-    `scenes` lists the pictures by (drawn size, size in tokens after the resize of references): a batch and the
-    number of each picture's first blank.
+    `scenes` lists the pictures by (drawn size, size in tokens after the resize of references, again): a batch and
+    the number of each picture's first blank. With `again` a reference is one that the vision tokenizer has been
+    through before, as those are that the model made.
     """
 
     ids: NDArray[np.int32]
     learn: NDArray[np.uint8]
     lengths: NDArray[np.int32]
-    scenes: dict[tuple[Size, Size], tuple[Batch, NDArray[np.int64]]]
+    scenes: dict[tuple[Size, Size, bool], tuple[Batch, NDArray[np.int64]]]
     blanks: int
 
 
@@ -64,16 +73,14 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     ids: list[int] = []
     learn: list[int] = []
     lengths: list[int] = []
-    pictures: dict[tuple[Size, Size], list[tuple[Scene, int]]] = {}
+    pictures: dict[tuple[Size, Size, bool], list[tuple[Scene, int]]] = {}
     blanks = 0
     for _ in range(count):
-        task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
-        drawn = draw_size(rng, task)
-        made = sample(rng, task, *drawn)
-        final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
-        line, mask = sequence(made, words, final, blanks, with_text=rng.random() >= WITHOUT_TEXT)
-        for scene in (*made.references, *made.pictures):
-            pictures.setdefault((drawn, final), []).append((scene, blanks))
+        made, final, with_text, again = draw(rng)
+        line, mask = sequence(made, words, final, blanks, with_text=with_text)
+        for i, scene in enumerate((*made.references, *made.pictures)):
+            key = (scene.rows, scene.columns), final, again and i < len(made.references)
+            pictures.setdefault(key, []).append((scene, blanks))
             blanks += final[0] * final[1]
         ids += line
         learn += mask
@@ -83,6 +90,16 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
         for key, group in pictures.items()
     }
     return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
+
+
+def draw(rng: Random) -> tuple[Sample, Size, bool, bool]:
+    """A sample of any task, the size of its pictures in tokens after the resize of references, whether its words are
+    told, and whether its references have been through the vision tokenizer before."""
+    task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    drawn = draw_size(rng, task)
+    made = sample(rng, task, *drawn)
+    final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
+    return made, final, rng.random() >= WITHOUT_TEXT, drawn == SQUARE and rng.random() < AGAIN
 
 
 def draw_size(rng: Random, task: str) -> Size:

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from emu_cog.vision import IBQ, load_vision_tokenizer
+from scripts.mini.encode import HELD_OUT, LENGTHS
 from scripts.mini.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.muon import Muon
-from scripts.mini.pool import mapped
-from scripts.mini.render import Batch, render, resize
-from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
+from scripts.mini.sequences import tokenizer
 
-LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
-"""Sequences are filled up to one of these; each divides the tokens of a batch."""
 TOKENS = 40320
-SAMPLES_A_CHUNK = 1000
+"""A step; every one of LENGTHS divides it."""
+SAVE_EVERY = 45.0
+"""Seconds between two saves of the weights."""
 
 
 @dataclass
@@ -51,58 +49,113 @@ class Bucket:
         return self.ids[pick].long(), self.learn[pick]
 
 
-@torch.inference_mode()
-def fill(part: Chunk, vision: IBQ, visual: int, device: torch.device) -> NDArray[np.int32]:
-    """The chunk's ids with the codes of its drawn pictures in place of the blanks."""
-    codes = np.zeros(part.blanks, np.int32)
-    for (_, final), (batch, firsts) in part.scenes.items():
-        for i in range(0, len(firsts), 256):
-            piece = Batch(batch.rows, batch.columns, batch.head[i : i + 256], batch.things[i : i + 256])
-            pixels = resize(render(piece, device), final[0] * 16, final[1] * 16).float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = vision.encode(pixels).flatten(1).cpu().numpy()
-            for first, line in zip(firsts[i : i + 256], found, strict=True):
-                codes[first : first + len(line)] = line
-    blank = part.ids >= visual + BLANK
-    ids = part.ids.copy()
-    ids[blank] = visual + codes[part.ids[blank] - visual - BLANK]
-    return ids
+class Data:
+    """The examples in a folder that `encode` fills: `refresh` takes in the parts that have come since."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self.buckets: dict[int, Bucket] = {}
+        self.seen: set[Path] = set()
+        self.samples = 0
+
+    def wait(self, seconds: float) -> None:
+        """Until there is a part at least; FileNotFoundError after `seconds`."""
+        until = time.time() + seconds
+        while not self.refresh():
+            if time.time() > until:
+                raise FileNotFoundError(f"{self.folder} holds no examples: run encode first, or give --wait longer")
+            time.sleep(0.2)
+
+    def refresh(self) -> bool:
+        """Whether there was anything new."""
+        new = sorted(set(self.folder.glob("part-?????.npz")) - self.seen)
+        for path in new:
+            self.seen.add(path)
+            for length, (ids, learn) in read(path).items():
+                own = self.buckets.get(length)
+                ids, learn = ids.to(self.device), learn.to(self.device)
+                if own:
+                    ids, learn = torch.cat([own.ids, ids]), torch.cat([own.learn, learn])
+                order = torch.randperm(len(ids), device=self.device)
+                self.buckets[length] = Bucket(ids, learn, order)
+        self.samples = sum(len(b.ids) for b in self.buckets.values())
+        return bool(new)
+
+    def weights(self) -> tuple[list[int], NDArray[np.float64]]:
+        """The lengths, and how often each is to be drawn: by its tokens."""
+        weights = np.array([len(b.ids) * n for n, b in self.buckets.items()], float)
+        return list(self.buckets), weights / weights.sum()
 
 
-def gather(parts: Iterator[Chunk], vision: IBQ, visual: int, pad: int, device: torch.device) -> dict[int, Bucket]:
-    """All chunks, their pictures drawn and encoded, sorted into buckets."""
-    rows: dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]] = {}
-    for part in parts:
-        ids = fill(part, vision, visual, device)
-        ends = np.cumsum(part.lengths)
-        for begin, end in zip(ends - part.lengths, ends, strict=True):
-            length = next((n for n in LENGTHS if n >= end - begin), None)
-            if length is not None:
-                rows.setdefault(length, []).append((ids[begin:end], part.learn[begin:end]))
-    buckets = {}
-    for length, lines in sorted(rows.items()):
-        ids = np.full((len(lines), length), pad, np.int16)
-        learn = np.zeros((len(lines), length), np.uint8)
-        for i, (line, mask) in enumerate(lines):
-            ids[i, : len(line)], learn[i, : len(line)] = line, mask
-        order = torch.randperm(len(lines), device=device)
-        buckets[length] = Bucket(torch.from_numpy(ids).to(device), torch.from_numpy(learn).to(device), order)
-    return buckets
+def read(path: Path) -> dict[int, tuple[Tensor, Tensor]]:
+    """(ids, learn) of a part by length."""
+    with np.load(path) as arrays:
+        return {
+            int(name.removeprefix("ids_")): (
+                torch.from_numpy(arrays[name]),
+                torch.from_numpy(arrays[name.replace("ids_", "learn_")]),
+            )
+            for name in arrays.files
+            if name.startswith("ids_")
+        }
+
+
+class Gradients:
+    """One call a batch: gradients and loss. On a GPU each shape's pass is captured once as a CUDA graph and
+    replayed, since launching a small model's kernels one by one takes longer than they run."""
+
+    def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
+        self.model, self.captured = model, captured
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        if captured:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            pool = torch.cuda.graph_pool_handle()
+            for length in lengths:
+                self.graphs[length] = self._capture(tokens // length, length, pool)
+
+    def _capture(
+        self, count: int, length: int, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        device = self.model.embed.device
+        ids = torch.ones(count, length, dtype=torch.long, device=device)
+        learn = torch.ones(count, length, dtype=torch.uint8, device=device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # a first pass, for all that is set up once
+            self._pass(ids, learn)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._pass(ids, learn)
+        return graph, ids, learn, loss
+
+    def _pass(self, ids: Tensor, learn: Tensor) -> Tensor:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+        loss, _ = self.model.loss(ids, learn)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, ids: Tensor, learn: Tensor) -> Tensor:
+        if ids.shape[1] not in self.graphs:
+            return self._pass(ids, learn)
+        graph, own_ids, own_learn, loss = self.graphs[ids.shape[1]]
+        own_ids.copy_(ids)
+        own_learn.copy_(learn)
+        graph.replay()
+        return loss.clone()
 
 
 @torch.no_grad()
-def held_out_loss(model: LanguageModel, buckets: dict[int, Bucket], visual: int, tokens: int) -> dict[str, float]:
-    """Mean cross entropy of pictures' and of text's tokens over all buckets."""
-    sums = torch.zeros(4, device=model.embed.device)
-    for length, bucket in buckets.items():
-        count = tokens // length
-        for i in range(0, len(bucket.ids) - len(bucket.ids) % count or count, count):
-            ids, learn = bucket.ids[i : i + count].long(), bucket.learn[i : i + count]
-            if len(ids) < count:  # one shape only, so that nothing is compiled anew
-                fills = count - len(ids)
-                ids = torch.cat([ids, ids[:1].expand(fills, -1)])
-                learn = torch.cat([learn, torch.zeros_like(learn[:1]).expand(fills, -1)])
-            _, each = model.loss(ids, learn)
+def held_out_loss(model: LanguageModel, path: Path, visual: int, tokens: int) -> dict[str, float]:
+    """Mean cross entropy of pictures' and of text's tokens over all of a file's examples."""
+    device = model.embed.device
+    sums = torch.zeros(4, device=device)
+    for length, found in read(path).items():
+        for ids, learn in zip(*(x.to(device).split(tokens // length) for x in found), strict=True):
+            _, each = model.loss(ids.long(), learn)
             seen = torch.cat([learn[:, 1:] > 0, torch.zeros_like(learn[:, :1]) > 0], 1)
             picture = torch.cat([ids[:, 1:] >= visual, torch.zeros_like(seen[:, :1])], 1) & seen
             text = seen & ~picture
@@ -129,7 +182,9 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 
 def train(
     model: LanguageModel,
-    buckets: dict[int, Bucket],
+    gradients: Gradients,
+    data: Data,
+    out: Path,
     *,
     steps: int,
     seconds: float,
@@ -138,14 +193,15 @@ def train(
     tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Steps until `steps` or `seconds` are up; the rate falls to zero along whichever ends first."""
+    """Steps until `steps` or `seconds` are up; the rate falls to zero along whichever ends first.
+
+    Saves the weights into `out` every SAVE_EVERY seconds, so that a run cut off leaves something.
+    """
     cuda = model.embed.is_cuda
     optims = optimizers(model, rate, decay, cuda)
     rng = np.random.default_rng(seed)
-    lengths = list(buckets)
-    weights = np.array([len(b.ids) * n for n, b in buckets.items()], float)
-    weights /= weights.sum()
-    begun, n, smooth = time.time(), 0, torch.zeros((), device=model.embed.device)
+    lengths, weights = data.weights()
+    begun, n, saves, smooth = time.time(), 0, 1, torch.zeros((), device=model.embed.device)
     bar = tqdm(total=steps, mininterval=5.0)
     while True:
         spent = (time.time() - begun) / seconds if math.isfinite(seconds) else 0.0
@@ -153,74 +209,77 @@ def train(
         if progress >= 1:
             break
         length = lengths[int(rng.choice(len(lengths), p=weights))]
-        ids, learn = buckets[length].draw(tokens // length)
+        ids, learn = data.buckets[length].draw(tokens // length)
         # A short climb, a plateau for a third of the way, then a straight fall to zero.
         now = rate * min(1.0, (n + 1) / 150) * min(1.0, (1 - progress) / 0.7)
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = now
-        loss, _ = model.loss(ids, learn)
-        loss.backward()
+        loss = gradients(ids, learn)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
             optim.step()
-            optim.zero_grad(set_to_none=True)
-        smooth = loss.detach() if n == 0 else smooth.lerp(loss.detach(), 0.02)
+        smooth = loss if n == 0 else smooth.lerp(loss, 0.02)
         n += 1
         bar.update()
         if n % 200 == 0:
             value = float(smooth)
             bar.set_postfix(loss=f"{value:.3f}")
-            print(f"step {n} {time.time() - begun:.0f}s loss {value:.4f}", flush=True)
+            spent = time.time() - begun
+            print(f"step {n} {spent:.0f}s loss {value:.4f}, {n * tokens / spent / 1e6:.2f}M tokens/s", flush=True)
             if not math.isfinite(value):
                 raise RuntimeError("the loss is no number any more: lower --rate")
+            if data.refresh():
+                lengths, weights = data.weights()
+                print(f"{data.samples} samples", flush=True)
+            if spent > SAVE_EVERY * saves:
+                model.save(out)
+                saves += 1
     bar.close()
     return {"steps": n, "train_seconds": round(time.time() - begun, 1), "loss": round(float(smooth), 4)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vision", type=Path, required=True, help="folder of the vision tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="folder of examples, by encode")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the log")
     parser.add_argument("--resume", type=Path, help="folder of weights to go on from")
-    parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule after this wall time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end this long after the start")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first examples")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
-    parser.add_argument("--seed", type=int, default=1, help="another one draws other samples")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile what each step computes")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
     args = parser.parse_args()
+    started = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    started = time.time()
 
     words = tokenizer(args.vocabulary)
-    vision = load_vision_tokenizer(args.vision, device=device)
-    size = min(SAMPLES_A_CHUNK, args.samples)
-    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary) for i in range(-(-args.samples // size))]
-    held = [(900_000_000 + i, max(size // 2, 10), args.vocabulary) for i in range(2)]
-    visual, pad = words.ids.visual, words.ids.pad
-    buckets = gather(mapped(chunk, jobs), vision, visual, pad, device)
-    other = gather(map(chunk, held), vision, visual, pad, device)
-    data_seconds = time.time() - started
-    print(f"data {data_seconds:.0f}s", {n: len(b.ids) for n, b in buckets.items()}, flush=True)
-
     shape = replace(Shape(vocab_size=words.ids.vocab_size), **args.shape)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LanguageModel(shape, dtype=dtype, compiled=args.compile).to(device)
     if args.resume:
         model.load_released(read_weights(args.resume))
+    gradients = Gradients(model, LENGTHS, args.tokens, captured=device.type == "cuda" and not args.eager)
+    print(f"steps ready {time.time() - started:.0f}s", flush=True)
+    data = Data(args.data, device)
+    data.wait(args.wait)
+    print(f"data {time.time() - started:.0f}s, {data.samples} samples", flush=True)
+
     record = train(
         model,
-        buckets,
+        gradients,
+        data,
+        args.out,
         steps=args.steps,
-        seconds=args.seconds,
+        seconds=max(args.seconds - (time.time() - started), 1.0),
         rate=args.rate,
         decay=args.decay,
         tokens=args.tokens,
@@ -228,11 +287,12 @@ def main() -> None:
     )
     model.save(args.out)
     model.uncompiled()
+    loss = held_out_loss(model, args.data / HELD_OUT, words.ids.visual, args.tokens)
     record |= {
-        "held_out_loss": {k: round(v, 4) for k, v in held_out_loss(model, other, visual, args.tokens).items()},
+        "held_out_loss": {k: round(v, 4) for k, v in loss.items()},
         "seconds": round(time.time() - started, 1),
-        "data_seconds": round(data_seconds, 1),
-        "samples": len(jobs) * size,
+        "samples": data.samples,
+        "tokens": record["steps"] * args.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "seed": args.seed,

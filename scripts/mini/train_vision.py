@@ -19,13 +19,13 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
 from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
 from scripts.mini.tasks import sample
+from scripts.mini.vision_steps import LENGTH, Codes, Working
 from scripts.mini.world import Scene
 
 NETWORK = {
@@ -44,10 +44,14 @@ NETWORK = {
     "n_embed": 2048,
     "embed_dim": 32,
 }
-LENGTH = 32**0.5
-"""Of every code: a component then is about 1 in size, as the decoder's first layers expect."""
 SCENES_A_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
+FINISH = 0.75
+"""From this part of the schedule on encoder and codebook stay as they are, and only the decoder goes on learning."""
+WARM_UP = 5
+"""Steps before the schedule begins."""
+DONE = "train.log"
+"""Written last: when it is there, the folder is whole."""
 
 
 def scenes(job: tuple[int, int, int, bool]) -> Batch:
@@ -59,103 +63,6 @@ def scenes(job: tuple[int, int, int, bool]) -> Batch:
         made = sample(rng, rng.choice(TASKS), rows, columns, unseen=unseen)
         found += (*made.references, *made.pictures)
     return Batch.of(found[:SCENES_A_CHUNK])
-
-
-class Codes(nn.Module):
-    """The codebook in training: moving averages of the unit vectors that chose each code."""
-
-    def __init__(self, count: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("book", F.normalize(torch.randn(count, width), dim=1))
-        self.register_buffer("uses", torch.ones(count))
-        self.register_buffer("sums", self.book.clone())
-
-    @torch.no_grad()
-    def start(self, z: Tensor) -> None:
-        """Spherical k-means over (N, width) unit vectors, begun far apart: most patches are plain ground and
-        would otherwise take most codes."""
-        count = len(self.book)
-        self.book[:] = z[torch.randint(len(z), (count,), device=z.device)]
-        filled = count // 32
-        while filled < count:
-            more = min(count // 16, count - filled)
-            self.book[filled : filled + more] = z[self._far(z, self.book[:filled], more)]
-            filled += more
-        for _ in range(10):
-            codes = (z @ self.book.t()).argmax(1)
-            sums = torch.zeros_like(self.book).index_add_(0, codes, z)
-            used = torch.bincount(codes, minlength=count) > 0
-            self.book[used] = F.normalize(sums[used], dim=1)
-        self.sums.copy_(self.book)
-        self.uses.fill_(1.0)
-
-    @staticmethod
-    def _far(z: Tensor, book: Tensor, count: int) -> Tensor:
-        """Numbers of `count` rows of z, drawn by their squared distance from the nearest code."""
-        apart = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
-        return torch.multinomial(apart, count, replacement=True)
-
-    @torch.no_grad()
-    def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
-        """Move each code towards those that chose it; with `revive`, codes hardly ever chosen start anew."""
-        count = len(self.book)
-        self.uses.lerp_(torch.bincount(codes, minlength=count).float(), 1 - decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
-        self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
-        if revive:
-            dead = self.uses < 0.01 * len(z) / count
-            fresh = z[self._far(z, self.book, count)]
-            self.book.copy_(torch.where(dead[:, None], fresh, self.book))
-            self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
-            self.uses.copy_(torch.where(dead, torch.ones_like(self.uses), self.uses))
-
-
-def step(
-    model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1."""
-    z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
-    flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-    with torch.no_grad():
-        chosen = (flat @ codes.book.t()).argmax(1)
-        near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-    apart = (z - near).pow(2).sum(1).mean()
-    passed = z + quantise * (near - z).detach()
-    y = model.decoder(model.post_quant_conv(LENGTH * passed)).float()
-    error = (y - target).abs()
-    squared = error.pow(2)
-    loss = error.mean() + 4 * squared.mean() + 0.25 * quantise * apart
-    return loss, squared.mean(), flat.detach(), chosen
-
-
-class Layout:
-    """Finds in the first steps which memory layout is the faster one here, and keeps to it."""
-
-    TRIAL = 12
-
-    def __init__(self, model: IBQ, device: torch.device) -> None:
-        self.model, self.cuda = model, device.type == "cuda"
-        self.formats = [torch.contiguous_format, torch.channels_last]
-        self.seconds: list[float] = []
-        self.chosen = self.formats[0]
-        self._since = 0.0
-
-    def settle(self, n: int, x: Tensor) -> Tensor:
-        """`x` of step `n` in the layout whose turn it is, or that won."""
-        if self.cuda and n <= 2 * self.TRIAL:
-            place = n % self.TRIAL
-            if place == self.TRIAL // 2 or (place == 0 and n):
-                torch.cuda.synchronize()
-                if place:
-                    self._since = time.perf_counter()
-                else:
-                    self.seconds.append(time.perf_counter() - self._since)
-            if place == 0:
-                turn = n // self.TRIAL if n < 2 * self.TRIAL else self.seconds.index(min(self.seconds))
-                self.chosen = self.formats[turn]
-                self.model.to(memory_format=self.chosen)
-                print(f"layout {self.chosen}, trials {self.seconds}", flush=True)
-        return x.contiguous(memory_format=self.chosen)
 
 
 def batches(
@@ -202,7 +109,7 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
     """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
-    state = {k: v.detach().cpu().half() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     state["quantize.embedding.weight"] = (LENGTH * codes.book).cpu().half()
     torch.save(state, folder / "model.ckpt")
 
@@ -210,17 +117,19 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.yaml, model.ckpt and the log")
+    parser.add_argument("--resume", type=Path, help="another folder of a vision tokenizer to go on from")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--network", type=json.loads, default={}, help="JSON of ddconfig values other than the default")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
     started = time.time()
 
     shapes = [SQUARE] * 4 + list(OTHER_SIZES)
@@ -231,67 +140,92 @@ def main() -> None:
     held = [next(mapped(scenes, [(7, *shape, True)], processes=1)) for shape in (SQUARE, (10, 14))]
 
     folder = args.out
-    (folder / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
+    NETWORK["ddconfig"] |= args.network  # type: ignore[operator]
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     model = IBQ(VisionConfig.read(folder)).to(device)
     codes = Codes(NETWORK["n_embed"], NETWORK["embed_dim"]).to(device)  # type: ignore[arg-type]
-    rest = [p for n, p in model.named_parameters() if not n.startswith("quantize")]
-    optimizer = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    layout = Layout(model, device)
-    stream = batches(pools, args.batch, Random(args.seed), device)
-
-    bar = tqdm(range(args.steps), mininterval=5.0)
-    begun, smooth, kept = time.time(), 0.0, None
-    quantise = torch.zeros((), device=device)
-    for n in bar:
-        spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
-        progress = max(n / args.steps, spent)
-        if progress >= 1:
-            break
-        x, target = next(stream)
-        x = layout.settle(n, x)
-        warm = progress > 0.07
-        if warm and kept is not None:
-            codes.start(kept)
-            quantise.fill_(1.0)
-            kept = None
-        rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared, flat, chosen = step(model, codes, x, target, quantise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
-        optimizer.step()
-        if warm:
-            codes.learn(flat, chosen, decay=0.99, revive=n % 20 == 0 and progress < 0.7)
-        elif progress > 0.05:
-            kept = flat if kept is None else torch.cat([kept, flat])[-40000:]
-        if n % 50 == 0:
-            smooth = -10 * math.log10(squared.item() / 4 + 1e-9)
-            bar.set_postfix(psnr=f"{smooth:.2f}")
-            if n % 400 == 0:
-                print(
-                    f"step {n} {time.time() - begun:.0f}s psnr {smooth:.2f} uses {int((codes.uses > 0.1).sum())}",
-                    flush=True,
-                )
+    history = ""
+    if args.resume:
+        earlier = load_vision_tokenizer(args.resume, device=device)
+        model.load_state_dict(earlier.state_dict())
+        codes.resume(earlier.quantize.embedding.weight)
+        history = (args.resume / DONE).read_text()
+        print(f"resumed: {psnr(earlier, held[0], device, 40)[0]:.2f} dB")
+    print(f"data {time.time() - started:.0f}s", flush=True)
+    steps = train(model, codes, batches(pools, args.batch, Random(args.seed), device), folder, args, held[0])
 
     save(model, codes, folder)
     final = load_vision_tokenizer(folder, device=device)
     quality = {f"psnr_{c.rows}x{c.columns}": psnr(final, c, device) for c in held}
     before_and_after(final, held[0], device).save(folder / "reconstructions.png")
     record = {
-        "steps": n + 1,
+        "steps": steps,
+        "batch": args.batch,
         "seconds": round(time.time() - started, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": args.seed,
         **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},
     }
-    with (folder / "train.log").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    (folder / DONE).write_text(history + json.dumps(record) + "\n")
+    print(json.dumps(record), flush=True)
+
+
+def train(
+    model: IBQ,
+    codes: Codes,
+    stream: Iterator[tuple[Tensor, Tensor]],
+    folder: Path,
+    args: argparse.Namespace,
+    held: Batch,
+) -> int:
+    """Steps until `args.steps` or `args.seconds` are up; saves into `folder` as it goes. The steps done."""
+    device = codes.book.device
+    working = Working(model, codes, args.batch, device, captured=not args.eager)
+    optimizer = torch.optim.AdamW(
+        working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
+    )
+    bar = tqdm(range(args.steps), mininterval=5.0)
+    begun, kept, told, n = time.time(), None, 0, 0
+    working.quantise.fill_(1.0 if args.resume else 0.0)
+    for n in bar:
+        if n == WARM_UP:
+            begun = time.time()  # the schedule is not to be eaten up by what is set up once
+        spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
+        progress = max(n / args.steps, spent)
+        if progress >= 1:
+            break
+        x, target = next(stream)
+        warm, finish = bool(args.resume) or (progress > 0.08 and n > 150), progress > FINISH
+        if warm and kept is not None:
+            codes.start(kept)
+            working.quantise.fill_(1.0)
+            kept = None
+        rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        working.refresh()
+        squared, flat, chosen = working.gradients(x, target, finish=finish)
+        nn.utils.clip_grad_norm_(working.own, 1.0)
+        optimizer.step()
+        if warm and not finish:
+            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
+        elif progress > 0.06 and not warm:
+            kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
+        if n % 50 == 0:
+            bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
+        if progress >= (told + 1) / 12:
+            told = int(progress * 12)
+            save(model, codes, folder)
+            quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 40)
+            print(
+                f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
+                int((codes.uses > 0.1).sum()),
+                flush=True,
+            )
+    return n
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from scripts.mini.pool import SQUARE
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
 
-RANKS = 813
-"""With 211 special tokens and 2048 codes this makes a vocabulary of 3072, a round number for matrix units."""
+RANKS = 749
+"""With 211 special tokens and 2048 codes this makes a vocabulary of 3008, a round number for matrix units."""
 
 
 def corpus(samples: int, seed: int) -> list[str]:
@@ -44,7 +44,7 @@ def ranks(lines: list[str], count: int) -> list[bytes]:
     )
     letters = list(alphabet)
     tokenizer.train_from_iterator(
-        lines, trainers.BpeTrainer(vocab_size=count + 16, initial_alphabet=letters, show_progress=False)
+        lines, trainers.BpeTrainer(vocab_size=count + 64, initial_alphabet=letters, show_progress=False)
     )
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     found = [bytes([alphabet[letter]]) for letter in letters]
@@ -52,6 +52,8 @@ def ranks(lines: list[str], count: int) -> list[bytes]:
         token = bytes(alphabet[letter] for letter in "".join(pair))
         if token not in found:
             found.append(token)
+    if len(found) < count:
+        raise ValueError(f"the lines give {len(found)} tokens, {count} are needed: raise --samples")
     return found[:count]
 
 

@@ -32,7 +32,7 @@ RELATION_WORDS = {
     RIGHT: ("to the right of", "right of"),
     BESIDE: ("next to", "beside"),
 }
-TEXTURE_WORDS = {"fading": ("fading",), "striped": ("striped",), "dotted": ("dotted",), "checked": ("checked",)}
+TEXTURE_WORDS = {"fading": ("fading",), "striped": ("striped",), "checked": ("checked",)}
 
 
 class Speaker:

@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "house", "tree", "fish")
 SIDES: dict[str, int] = {"small": 32, "medium": 48, "large": 72}
 """Side of the square box a thing of that size is drawn in, in pixels."""
-TEXTURES = ("plain", "fading", "striped", "dotted", "checked")
+TEXTURES = ("plain", "fading", "striped", "checked")
 GRIPPER = "gripper"
 GRIPPER_SIDE = 40
 

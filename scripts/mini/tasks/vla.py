@@ -81,7 +81,10 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         wish(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
     )
     key = " ".join(["vla", start.colour, start.shape, relation, goal.colour, goal.shape])
-    return Sample("vla", question, (frame(start, home),), tuple(answer), wishes, key)
+    first = frame(start, home)
+    if rng.random() < 0.2:  # the gripper comes into the picture only then
+        first = first.with_things(*others, start)
+    return Sample("vla", question, (first,), tuple(answer), wishes, key)
 
 
 def _gripper(x: int, y: int) -> Thing:

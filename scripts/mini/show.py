@@ -1,0 +1,136 @@
+"""Makes the pictures in docs/: what the miniature answers to a few requests, and the command that gives the same."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from emu_cog.config import Request
+from emu_cog.outputs import Picture
+from emu_cog.pipeline import Pipeline
+from emu_cog.segments import Text
+
+CELL, GAP, LINE = 192, 12, 16
+"""Pixels: a picture's side, the space between pictures, a line of words."""
+FONT = 13
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One request. `reference` names the demo whose last picture it is given; `strip` the file it is shown in."""
+
+    name: str
+    strip: str
+    task: str
+    prompt: str
+    seed: int
+    aspect_ratio: str = "auto"
+    reference: str | None = None
+
+    def command(self) -> str:
+        """What to type for the same pictures."""
+        inputs = [] if self.task == "t2i" else [f"task_type={self.task}"]
+        inputs.append(f"prompt={self.prompt}")
+        inputs += [] if self.aspect_ratio == "auto" else [f"aspect_ratio={self.aspect_ratio}"]
+        inputs += [] if self.reference is None else [f"reference_image=@{self.reference}.0.png"]
+        inputs.append(f"seed={self.seed}")
+        return " ".join(["scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {self.name}.png"])
+
+
+DEMOS: tuple[Demo, ...] = (
+    Demo("stars", "t2i", "t2i", "two small red stars above a blue circle on a yellow background", 1),
+    Demo("fish", "t2i", "t2i", "a large orange fish on a blue background", 2),
+    Demo("houses", "t2i", "t2i", "three brown houses on a green background", 3),
+    Demo("moon", "t2i", "t2i", "a white moon in the top right corner on a black background", 4),
+    Demo("tree", "t2i", "t2i", "a green tree between a red house and a yellow house on a striped grey background", 5),
+    Demo("heart", "t2i", "t2i", "a big pink heart next to a small purple star", 6),
+    Demo("wide", "wide", "t2i", "a yellow moon to the right of a white house on a purple background", 7, "16:9"),
+    Demo("tall", "wide", "t2i", "a red heart above a blue square on a white background", 8, "9:16"),
+    Demo("recolour", "x2i", "x2i", "Make the blue circle green.", 1, reference="stars"),
+    Demo("add", "x2i", "x2i", "add a small white heart in the bottom left corner", 2, reference="recolour"),
+    Demo("ground", "x2i", "x2i", "change the background to purple", 3, reference="add"),
+    Demo("remove", "x2i", "x2i", "remove the heart", 4, reference="ground"),
+    Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue "
+         "background?", 1),
+    Demo("story", "story", "story", "Tell a story about a small orange fish that visits a red house, a green tree "
+         "and a white moon.", 2),
+    Demo("explore", "explore", "explore", "explore a green world with red hearts and white stars: go right, down, left",
+         3),
+    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 9),
+    Demo("vla", "vla", "vla", "Put the red ball above the blue box.", 4, reference="start"),
+)  # fmt: skip
+
+
+def run(pipeline: Pipeline, demo: Demo, given: Image.Image | None) -> list[tuple[str, Image.Image]]:
+    """(words before it, picture) of every picture in the answer."""
+    request = Request(
+        prompt=demo.prompt,
+        task=demo.task,
+        images=() if given is None else (given,),
+        seed=demo.seed,
+        aspect_ratio=demo.aspect_ratio,
+    )
+    shown, words = [], ""
+    for event in pipeline.stream(request):
+        if isinstance(event, Text) and event.kind == "text":
+            words = event.text
+        elif isinstance(event, Picture):
+            shown.append((words, event.image))
+            words = ""
+    return shown
+
+
+def strip(cells: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
+    """The pictures side by side, each over its words."""
+    font = ImageFont.load_default(FONT)
+    texts = [textwrap.wrap(words, 27) for words, _ in cells]
+    under = LINE * max(len(lines) for lines in texts) + (6 if any(texts) else 0)
+    width, height = (max(image.size[axis] for _, image in cells) for axis in (0, 1))
+    rows = -(-len(cells) // columns)
+    page = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + under + GAP) - GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for i, ((_, image), lines) in enumerate(zip(cells, texts, strict=True)):
+        x, y = i % columns * (width + GAP), i // columns * (height + under + GAP)
+        page.paste(image, (x + (width - image.width) // 2, y + height - image.height))
+        for n, line in enumerate(lines):
+            draw.text((x + 2, y + height + 4 + n * LINE), line, "#333333", font=font)
+    return page
+
+
+def main() -> None:
+    root = Path(__file__).resolve().parents[2]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=root / "emu_cog" / "mini" / "model")
+    parser.add_argument("--vision", type=Path, default=root / "emu_cog" / "mini" / "vision")
+    parser.add_argument("--out", type=Path, default=root / "docs")
+    parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--only", nargs="+", help="strips to make")
+    args = parser.parse_args()
+    pipeline = Pipeline.load(args.model, args.vision)
+    made: dict[str, Image.Image] = {}
+    strips: dict[str, list[tuple[str, Image.Image]]] = {}
+    for demo in DEMOS:
+        if args.only and demo.strip not in args.only and demo.name not in {d.reference for d in DEMOS}:
+            continue
+        shown = run(pipeline, demo, made[demo.reference] if demo.reference else None)
+        made[demo.name] = shown[-1][1]
+        cells = strips.setdefault(demo.strip, [])
+        if demo.reference and not cells:
+            cells.append((f"({demo.reference})", made[demo.reference]))
+        cells += shown if len(shown) > 1 else [(demo.prompt, shown[0][1])]
+        print(demo.command(), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, cells in strips.items():
+        if not args.only or name in args.only:
+            columns = 3 if name == "t2i" else min(args.columns + 1, len(cells))
+            strip(cells, columns=columns).save(args.out / f"mini-{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Whether an answer is right, task by task, by what the judge sees in its pictures and the reader in its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from scripts.mini import reading
+from scripts.mini.judge import look
+from scripts.mini.render import picture
+from scripts.mini.tasks.sample import Sample
+from scripts.mini.wish import Seen, Wish, complaint
+from scripts.mini.world import Scene, Thing
+
+DIFFERS = 32
+"""Two pixels differ when a channel does by more than this, of 255, after a 3x3 mean."""
+AGREE = 0.03
+"""Overlapping views agree when at most this share of their common pixels differs."""
+
+
+@dataclass
+class Answer:
+    """What the model gave for one sample: texts and pictures in reading order."""
+
+    parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
+    reasoned: bool = False
+    whole: bool = False
+
+    @property
+    def pictures(self) -> list[NDArray[np.uint8]]:
+        return [p for p in self.parts if not isinstance(p, str)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [p for p in self.parts if isinstance(p, str)]
+
+    @property
+    def in_steps(self) -> bool:
+        """Text, picture, text, picture ... to the end, and ended by the model itself."""
+        kinds = [isinstance(p, str) for p in self.parts]
+        return self.whole and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
+
+
+def judge_last(made: Sample, answer: Answer) -> str | None:
+    """t2i, x2i and vla: the last picture fulfils the last wish."""
+    if not answer.pictures:
+        return "no picture"
+    return complaint(look(answer.pictures[-1]), made.wishes[-1])
+
+
+def judge_steps(made: Sample, answer: Answer) -> str | None:
+    """howto and story: every picture shows what its own text says, and together they are what was asked for."""
+    if not answer.in_steps:
+        return "texts and pictures do not take turns"
+    seen = [look(p) for p in answer.pictures]
+    wishes: list[Wish] | None
+    if made.task == "howto":
+        wishes = reading.howto_wishes(answer.texts)
+    else:
+        read = [reading.story_wish(text) for text in answer.texts]
+        wishes = [w for w in read if w] if all(read) else None
+    if wishes is None:
+        return "a text can't be read"
+    for number, (there, wish) in enumerate(zip(seen, wishes, strict=True), 1):
+        if wrong := complaint(there, wish):
+            return f"step {number}: {wrong}"
+    return asked_for(made, seen)
+
+
+def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
+    """The steps together against the question."""
+    if made.task == "howto":
+        goal = made.wishes[-1]
+        told = [m.wanted for m in reading.mentions(made.question)]
+        return complaint(seen[-1], replace(goal, wanted=tuple(told), relations=()))
+    if len(seen) != len(made.wishes):
+        return f"{len(seen)} scenes, not {len(made.wishes)}"
+    told = [m.wanted for m in reading.mentions(made.question)]
+    for there, place in zip(seen, told[1:], strict=False):
+        if not any((t.shape, t.colour) == (place.shape, place.colour) for t in there.things):
+            return f"the {place.colour} {place.shape} of the question is missing"
+    return None
+
+
+def judge_explore(made: Sample, answer: Answer) -> str | None:
+    """Neighbouring views agree where they overlap, and the moves are those asked for."""
+    views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
+    if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
+        return f"{len(answer.pictures)} views, not {len(made.pictures)}"
+    moves = [m for m in map(reading.move, answer.texts) if m]
+    asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
+    if moves != asked:
+        return f"moves {moves}, not {asked}"
+    for number, (before, after, move) in enumerate(zip(views, views[1:], moves, strict=False), 1):
+        apart = disagreement(before, after, move)
+        if apart > AGREE:
+            return f"move {number}: {apart:.1%} of the overlap differs"
+    return None
+
+
+def disagreement(before: NDArray[np.uint8], after: NDArray[np.uint8], move: str) -> float:
+    """The share of pixels that differ where two views, half a view apart, overlap."""
+    height, width = before.shape[0], before.shape[1]
+    dx, dy = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}[move]
+    sx, sy = dx * (width // 32 * 16), dy * (height // 32 * 16)
+
+    def part(view: NDArray[np.uint8], x: int, y: int) -> NDArray[np.float32]:
+        cut = view[max(y, 0) : height + min(y, 0), max(x, 0) : width + min(x, 0)]
+        return ndimage.uniform_filter(cut.astype(np.float32), (3, 3, 0))
+
+    return float((np.abs(part(before, sx, sy) - part(after, -sx, -sy)).max(-1) > DIFFERS).mean())
+
+
+JUDGES = {
+    "t2i": judge_last,
+    "x2i": judge_last,
+    "vla": judge_last,
+    "howto": judge_steps,
+    "story": judge_steps,
+    "explore": judge_explore,
+}
+
+
+def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, int]) -> float | None:
+    """Mean absolute difference, of 255, between base picture and answer where nothing was to change.
+
+    None where all of it was.
+    """
+    goal = made.pictures[-1]
+    base = next(s for s in made.references if _base(s, goal))
+    before = np.asarray(picture(base).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
+    keep = np.ones(before.shape[:2], bool)
+    if goal.background != base.background or goal.texture != base.texture:
+        keep[:] = False
+        for thing in base.things:  # the things stay: their insides
+            left, top, right, bottom = thing.box
+            inner = np.abs(before[top:bottom, left:right] - np.array(_ground(before))).max(-1) > 60
+            keep[top:bottom, left:right] = ndimage.binary_erosion(inner, iterations=3)
+    else:
+        kept = [t for t in base.things if t in goal.things]
+        changed = [t for t in base.things if t not in kept]
+        found = look(after).things
+        changed += [t for t in found if not any(_same_spot(t, k) for k in kept)]
+        for thing in changed:
+            left, top, right, bottom = thing.box
+            keep[max(top - 8, 0) : bottom + 8, max(left - 8, 0) : right + 8] = False
+    return float(np.abs(before - after.astype(np.float32))[keep].mean()) if keep.any() else None
+
+
+def _base(scene: Scene, goal: Scene) -> bool:
+    """Whether `scene` is the picture the edit began from: most of its things are in the goal, or its ground is."""
+    same_ground = (scene.background, scene.texture) == (goal.background, goal.texture)
+    return same_ground or all(t in goal.things for t in scene.things)
+
+
+def _ground(picture: NDArray[np.float32]) -> list[float]:
+    return [float(v) for v in np.median(picture[:4].reshape(-1, 3), axis=0)]
+
+
+def _same_spot(a: Thing, b: Thing) -> bool:
+    return abs(a.x - b.x) <= 12 and abs(a.y - b.y) <= 12
+
+
+def verdict(made: Sample, answer: Answer) -> tuple[str | None, float | None]:
+    """(what is wrong or None, for x2i the difference where nothing was to change)."""
+    apart = None
+    if made.task == "x2i" and answer.pictures:
+        last = answer.pictures[-1]
+        apart = outside_difference(made, last, (last.shape[1], last.shape[0]))
+    return JUDGES[made.task](made, answer), apart

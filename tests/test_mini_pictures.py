@@ -1,0 +1,52 @@
+"""The trained miniature through the real pipeline: a handful of prompts a task, fixed seeds, judged by their pixels.
+
+None of these combinations was trained on. `scripts/mini/evaluate` measures the same with more prompts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emu_cog.config import Request
+from emu_cog.outputs import Picture
+from emu_cog.pipeline import Pipeline
+from emu_cog.weights import MINIATURE
+from scripts.mini import export
+from scripts.mini.evaluate import evaluate, through_codes
+from scripts.mini.judge import look
+from scripts.mini.wish import ABOVE, Relation, Wanted, Wish, complaint
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline.load(MINIATURE / "model", MINIATURE / "vision", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts", "right"),
+    [("t2i", 10, 0.8), ("x2i", 6, 0.6), ("vla", 3, 0.6), ("howto", 2, 0.5), ("story", 2, 0.5), ("explore", 2, 0.5)],
+)
+def test_it_does_what_it_is_asked(pipeline: Pipeline, task: str, prompts: int, right: float) -> None:
+    figures = evaluate(pipeline, task, count=prompts, batch=prompts)
+    assert figures["right"] >= right, figures
+    if task == "x2i":
+        assert figures["outside_difference"] < 6
+
+
+def test_its_vision_tokenizer_keeps_pictures(pipeline: Pipeline) -> None:
+    figures = through_codes(pipeline, 6)
+    assert figures["psnr_db"] >= 30
+
+
+@pytest.mark.parametrize(("aspect_ratio", "wide"), [("16:9", True), ("3:4", False)])
+def test_other_shapes_are_filled_as_well(pipeline: Pipeline, aspect_ratio: str, wide: bool) -> None:
+    request = Request(prompt="a red star above a blue circle on a yellow background", aspect_ratio=aspect_ratio, seed=3)
+    image = next(event.image for event in pipeline.stream(request) if isinstance(event, Picture))
+    assert (image.width > image.height) == wide
+    wish = Wish((Wanted("star", "red"), Wanted("circle", "blue")), (Relation(ABOVE, (0,), (1,)),), background="yellow")
+    assert complaint(look(np.asarray(image)), wish) is None
+
+
+def test_it_is_as_small_as_promised() -> None:
+    assert sum(path.stat().st_size for path in MINIATURE.rglob("*") if path.is_file()) <= export.LIMIT

@@ -1,0 +1,243 @@
+"""The miniature's making: sequences in inference's own form, the training model, its files and their limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from emu_cog.loading import load_language_model
+from emu_cog.prompts import build
+from emu_cog.segments import ImageCodes, Reader
+from emu_cog.tasks import TABLE, UNCONDITIONAL
+from emu_cog.tokenizer import Tokenizer
+from scripts.mini import encode, export, fused, vocabulary
+from scripts.mini.language_model import LanguageModel, Shape
+from scripts.mini.muon import orthogonal
+from scripts.mini.render import Batch
+from scripts.mini.sequences import BLANK, chunk, draw, sequence
+from scripts.mini.tasks import MAKERS, sample
+from scripts.mini.tasks.sample import Said
+from scripts.mini.train_language import Data
+
+CODES = 2048
+SIZE = (12, 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer files learnt from few sentences."""
+    path = tmp_path_factory.mktemp("vocabulary")
+    tokens = vocabulary.ranks(vocabulary.corpus(60, 3), 400)
+    vocabulary.write(path, tokens, CODES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def grids(count: int, first: int) -> list[list[list[int]]]:
+    """The blanks of `count` pictures, numbered on from `first`."""
+    rows, columns = SIZE
+    return [
+        [[BLANK + first + (n * rows + r) * columns + c for c in range(columns)] for r in range(rows)]
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("task", list(MAKERS))
+def test_a_trained_line_is_the_prompt_of_inference_and_an_answer_its_reader_reads(task: str, words: Tokenizer) -> None:
+    rng, ids = Random(4), words.ids
+    for _ in range(6):
+        made = sample(rng, task, *SIZE)
+        line, learn = sequence(made, words, SIZE, 100, with_text=True)
+        given, drawn = len(made.references), len(made.pictures)
+        every = grids(given + drawn, 100)
+        prompt = build(TABLE[task], made.question, every[:given], words).conditional
+        assert tuple(line[: len(prompt)]) == prompt
+        assert not any(learn[: len(prompt)])
+        assert all(learn[len(prompt) :])
+        assert line[-1] == ids.eos
+
+        # the reader gives back what was said and drawn, in order; blanks stand for codes it would refuse
+        answer = [i if i < ids.visual else ids.visual + (i - ids.visual) % CODES for i in line[len(prompt) :]]
+        reader = Reader(words, output=0)
+        segments = [*reader.feed(answer), *reader.finish()]
+        expected = iter(every[given:])
+        for part, segment in zip(made.answer, segments, strict=True):
+            if isinstance(part, Said):
+                assert (segment.text, segment.kind) == (part.text, part.kind)
+            else:
+                assert isinstance(segment, ImageCodes)
+                assert [list(row) for row in segment.codes] == [[c % CODES for c in row] for row in next(expected)]
+
+
+@pytest.mark.parametrize("task", list(MAKERS))
+def test_the_unconditional_line_is_the_unconditional_prompt_and_the_picture_blocks(task: str, words: Tokenizer) -> None:
+    rng, ids = Random(6), words.ids
+    for _ in range(4):
+        made = sample(rng, task, *SIZE)
+        line, learn = sequence(made, words, SIZE, 0, with_text=False)
+        given, drawn = len(made.references), len(made.pictures)
+        every = grids(given + drawn, 0)
+        prompt = build(TABLE[task], made.question, every[:given], words).unconditional
+        blocks = [i for grid in every[given:] for i in ids.image_block(grid)]
+        assert line == [*prompt, *blocks]
+        assert all(i >= ids.visual for i, marked in zip(line, learn, strict=True) if marked)
+        assert sum(learn) == drawn * SIZE[0] * SIZE[1]
+        if not given:
+            assert words.decode(prompt[1:-1]) == "".join(UNCONDITIONAL)
+
+
+def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder: Path) -> None:
+    one, two, other = chunk((5, 60, folder)), chunk((5, 60, folder)), chunk((6, 60, folder))
+    assert one.ids.tolist() == two.ids.tolist()
+    assert one.ids.tolist() != other.ids.tolist()
+    assert sum(one.lengths) == len(one.ids) == len(one.learn)
+    visual = Tokenizer.load(folder).ids.visual
+    assert int((one.ids >= visual + BLANK).sum()) == one.blanks
+    assert sum(len(batch.head) for batch, _ in one.scenes.values()) > 60
+
+
+class _Numbered:
+    """Stands for the vision tokenizer: a picture's codes count on from the seed of its noise."""
+
+    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> np.ndarray:
+        cells = np.arange(final[0] * final[1])
+        return (batch.head[:, 2:3].astype(np.int64) + cells) % CODES
+
+
+def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
+    """Lines are rebuilt one by one, from the same seed, and compared with what the bulk way wrote."""
+    count, seed, words = 25, 8, Tokenizer.load(folder)
+    visual = words.ids.visual
+    part = chunk((seed, count, folder))
+    ids = encode.fill(part, _Numbered(), visual)  # type: ignore[arg-type]
+    assert ids.max() < visual + CODES
+
+    rng, begin = Random(seed), 0
+    for length in part.lengths:
+        made, final, with_text, _ = draw(rng)
+        line, learn = sequence(made, words, final, 0, with_text=with_text)
+        cells = final[0] * final[1]
+        scenes = [*made.references, *made.pictures]
+        expected = []
+        for i in line:
+            blank = i - visual - BLANK
+            expected.append(i if blank < 0 else visual + (scenes[blank // cells].seed + blank % cells) % CODES)
+        assert ids[begin : begin + length].tolist() == expected
+        assert part.learn[begin : begin + length].tolist() == learn
+        begin += length
+
+
+def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_path: Path) -> None:
+    def rows(value: int, count: int) -> encode.Rows:
+        line, mask = np.full(150, value, np.int32), np.ones(150, np.uint8)
+        return {180: [(line, mask)] * count, 210: [(np.full(200, value, np.int32), np.ones(200, np.uint8))]}
+
+    data = Data(tmp_path, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="run encode first"):
+        data.wait(0.0)
+    encode.write(tmp_path / "part-00000.npz", rows(1, 3), pad=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-00000.npz"]
+    data.wait(0.0)
+    assert (data.samples, not data.refresh()) == (4, True)
+    encode.write(tmp_path / "part-00001.npz", rows(2, 2), pad=7)
+    assert data.refresh()
+    assert data.samples == 7
+    ids, learn = data.buckets[180].draw(5)
+    assert sorted(ids[:, 0].tolist()) == [1, 1, 1, 2, 2]
+    assert ids[:, 150:].unique().tolist() == [7]
+    assert learn.sum(1).tolist() == [150] * 5
+    lengths, weights = data.weights()
+    assert dict(zip(lengths, weights, strict=True)) == pytest.approx({180: 900 / 1320, 210: 420 / 1320})
+
+
+def test_the_training_model_computes_what_the_loaded_one_does(words: Tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = Shape(
+        vocab_size=words.ids.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16
+    )
+    model = LanguageModel(shape, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p + 0.1 * torch.randn_like(p)).bfloat16())  # no layer idle, and nothing lost in the files
+    model.save(tmp_path, shard_bytes=200_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+    loaded = load_language_model(tmp_path, words.ids, device=torch.device("cpu"), dtype=torch.float32, device_map=None)
+    tokens = torch.randint(0, words.ids.vocab_size, (2, 37))
+    cache = loaded.new_cache(rows=2, capacity=64)
+    hidden = loaded.forward(tokens, torch.zeros(2, dtype=torch.long), cache, rows=slice(None), filled=37)
+    x = model.hidden(tokens)
+    logits = torch.nn.functional.linear(_normed(x, model), model.head).view(2, 37, -1)
+    visual = words.ids.visual
+    torch.testing.assert_close(loaded.text_logits(hidden), logits[..., :visual], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(loaded.visual_logits(hidden), logits[..., visual:], atol=2e-4, rtol=2e-4)
+
+
+def _normed(x: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * model.norm
+
+
+def test_weights_come_back_as_they_were_saved(words: Tokenizer) -> None:
+    shape = Shape(vocab_size=words.ids.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    one, two = (LanguageModel(shape, dtype=torch.float32) for _ in range(2))
+    two.load_released(one.released_state())
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b), name
+
+
+def test_what_is_not_marked_teaches_nothing() -> None:
+    shape = Shape(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16)
+    torch.manual_seed(1)
+    model = LanguageModel(shape, dtype=torch.float32)
+    tokens = torch.randint(0, 50, (2, 9))
+    learn = torch.zeros(2, 9, dtype=torch.uint8)
+    learn[:, 4:7] = 1
+    loss, each = model.loss(tokens, learn)
+    # token t is predicted from t - 1: the marks move one place to the left
+    assert (each != 0).sum(1).tolist() == [3, 3]
+    assert each[:, 3:6].bool().all()
+    assert loss.item() == pytest.approx(each[:, 3:6].mean().item(), rel=1e-5)
+
+
+def test_muons_step_is_near_orthogonal() -> None:
+    torch.manual_seed(2)
+    for shape in ((3, 24, 64), (3, 64, 24)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_a_miniature_over_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(export, "copy", lambda *_: export.LIMIT + 1)
+    monkeypatch.setattr("sys.argv", ["export", "--vision", "v", "--vocabulary", "w", "--language", "l", "--out", "o"])
+    with pytest.raises(SystemExit, match="more than the"):
+        export.main()
+    assert json.loads(capsys.readouterr().out) == {"bytes": export.LIMIT + 1}
+
+
+@pytest.mark.gpu
+def test_the_fused_norm_computes_what_the_modules_do() -> None:
+    torch.manual_seed(3)
+    for channels, height, width in ((64, 20, 12), (128, 7, 9)):
+        norm = torch.nn.GroupNorm(32, channels, eps=1e-6).cuda()
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        x = (torch.randn(3, channels, height, width, device="cuda") * 2 + 1).to(memory_format=torch.channels_last)
+        found = []
+        for work in (fused.norm_silu, fused.plain_norm_silu):
+            norm.zero_grad()
+            given = x.clone().requires_grad_()
+            out = work(given, norm)
+            (out * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
+            found.append((out.detach(), given.grad, norm.weight.grad.clone(), norm.bias.grad.clone()))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
