@@ -37,7 +37,8 @@ class Rules:
 
     def longest(self, prompt: int, context: int) -> int:
         """Tokens that a stream of a `prompt` of so many may come to, text and images together, at most `context`."""
-        return min(prompt + (self.max_new_tokens or context) + block_length(*(self.size or (99, 99))), context)
+        text = context if self.max_new_tokens is None else self.max_new_tokens  # 0 is a limit, too
+        return min(prompt + text + block_length(*(self.size or (99, 99))), context)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from _bench import loading, models
+from _bench import decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
-from emu_cog.tokens import ROLES
+from emu_cog.tokens import ROLES, block_length
 from tests.conftest import ROOT
 from tests.upstream_kit import STANDIN
 
@@ -83,6 +84,14 @@ def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
     assert found["rows"] == [{"part": "b", "what": "speed", "value": 2.0, "unit": "ms"}]
     assert found["not_measured"]["a"] == "it failed: RuntimeError: out of something"
     assert "needs 1000000" in found["not_measured"]["late"]
+
+
+def test_an_image_at_once_reserves_no_room_for_text() -> None:
+    """No text allowed once counted as text without limit: the caches took 16 GiB and an H100 had no room for a step."""
+    rules = decoding.rules((5, 64))
+    assert rules.max_new_tokens == 0
+    assert rules.longest(512, 32768) == 512 + block_length(5, 64)
+    assert replace(rules, max_new_tokens=None).longest(512, 32768) == 32768
 
 
 def test_the_checkpoint_that_is_loaded_fits_the_disk() -> None:

@@ -134,7 +134,7 @@ class _Session:
             "agreement": (self.agreement, 15),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
-            "loading": (self.loading, 60),
+            "loading": (self.loading, 40),
         }
         # On a device the seconds are for the large models; a CPU's small ones and the tiny one need less.
         share = 1.0 if self.pace is GPU else 0.3
