@@ -25,6 +25,7 @@ from emu_cog.config import Request
 from emu_cog.jobs import Ended, Job, Rules, Tokens
 from emu_cog.pipeline import Pipeline
 from emu_cog.segments import ImageCodes, Reader, Text
+from emu_cog.vision import IBQ
 from scripts.mini.judge import look
 from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
@@ -145,14 +146,14 @@ def _now(work: Callable[..., Result], *args: object) -> Future[Result]:
     return future
 
 
-def through_codes(pipeline: Pipeline, count: int) -> dict[str, float | int]:
+def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
     """What the vision tokenizer alone costs: PSNR of held-out pictures, noise included, and the judge on them."""
     made = held_out_samples("t2i", count)
     right, ratios = 0, []
     for one in tqdm(made, desc="vision", mininterval=10):
         before = picture(one.pictures[-1])
-        codes = pictures.encode(before, before.width * before.height, pipeline.vision)
-        after = np.asarray(pictures.decode(codes, pipeline.vision))
+        codes = pictures.encode(before, before.width * before.height, vision)
+        after = np.asarray(pictures.decode(codes, vision))
         error = np.square(np.asarray(before).astype(np.float32) - after).mean()
         ratios.append(10 * np.log10(255**2 / error))
         right += complaint(look(after), one.wishes[-1]) is None
@@ -197,7 +198,7 @@ def main() -> None:
         pipeline = Pipeline.load(args.model, args.vision)
         record: dict[str, object] = {"guidance": args.guidance or "default", "device": str(pipeline.lm.device)}
         if args.tokenizer:
-            record["vision"] = through_codes(pipeline, args.prompts)
+            record["vision"] = through_codes(pipeline.vision, args.prompts)
             print("vision", record["vision"], flush=True)
         for task in args.tasks:
             record[task] = evaluate(
