@@ -234,7 +234,7 @@ class Pipeline:
                     number=progress.number[event.job],
                     image=image,
                     codes=segment.codes,
-                    settings=self._settings(plan, seed + event.job, image.size),
+                    settings=plan.settings(seed + event.job, image.size, self.revision),
                 )
             if isinstance(event, Ended):
                 yield Finished(event.job, event.reason)
@@ -280,19 +280,6 @@ class Pipeline:
                 f"but the model's context holds {self.lm.context}: shorten the prompt, leave out references "
                 "or choose a smaller resolution"
             )
-
-    def _settings(self, plan: tasks.Plan, seed: int, size: tuple[int, int]) -> dict[str, object]:
-        return {
-            "task": plan.task.name,
-            "seed": seed,
-            "guidance_scale": plan.guidance,
-            "width": size[0],
-            "height": size[1],
-            "image_temperature": plan.image.temperature,
-            "image_top_k": plan.image.top_k,
-            "image_top_p": plan.image.top_p,
-            "model": self.revision,
-        }
 
 
 def _rules(plan: tasks.Plan) -> Rules:

@@ -153,6 +153,20 @@ class Plan:
     text: Sampling
     max_new_tokens: int | None
 
+    def settings(self, seed: int, size: tuple[int, int], model: str) -> dict[str, object]:
+        """What a picture of `size` (width, height) tells of how it was made; not the prompt."""
+        return {
+            "task": self.task.name,
+            "seed": seed,
+            "guidance_scale": self.guidance,
+            "width": size[0],
+            "height": size[1],
+            "image_temperature": self.image.temperature,
+            "image_top_k": self.image.top_k,
+            "image_top_p": self.image.top_p,
+            "model": model,
+        }
+
 
 def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
     """Fill in what `request` leaves open. Raises InputError for a reference of an impossible shape."""

@@ -146,7 +146,7 @@ class UpstreamPipeline:
             if kind != "image":
                 yield Text(0, _KINDS[kind], value)
                 continue
-            settings = self._settings(plan, seed, value.size)
+            settings = plan.settings(seed, value.size, self.revision)
             yield Picture(output=0, number=number + 1, image=value, codes=grids[number], settings=settings)
             number += 1
         yield Finished(0, self._reason(plan, made, len(conditional[0])))
@@ -223,19 +223,6 @@ class UpstreamPipeline:
         if not plan.task.interleaved and made and made[-1] == self.upstream.ids.eoi:
             return "image"
         return "context" if prompt + len(made) >= self.context else "limit"
-
-    def _settings(self, plan: tasks.Plan, seed: int, size: tuple[int, int]) -> dict[str, object]:
-        return {
-            "task": plan.task.name,
-            "seed": seed,
-            "guidance_scale": plan.guidance,
-            "width": size[0],
-            "height": size[1],
-            "image_temperature": plan.image.temperature,
-            "image_top_k": plan.image.top_k,
-            "image_top_p": plan.image.top_p,
-            "model": self.revision,
-        }
 
 
 def _without_cut_image(made: Sequence[int], ids: TokenIds) -> tuple[list[int], bool]:
