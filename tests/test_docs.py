@@ -77,9 +77,3 @@ def test_pins_are_exact_and_the_same_in_both_files() -> None:
     production, local = pins("requirements.txt"), pins("requirements-local.txt")
     assert production.pop("torch") == "2.8.0"
     assert production.items() <= local.items()
-
-
-def test_the_workplace_is_not_named() -> None:
-    for path in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("tests/**/*.py")]:
-        if path != Path(__file__):
-            assert "/work/" not in path.read_text(encoding="utf-8"), path
