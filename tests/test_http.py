@@ -49,7 +49,7 @@ def the_next_request_works(server: Server) -> Iterator[None]:
     idle(server)
 
 
-def idle(server: Server, seconds: float = 8) -> None:
+def idle(server: Server, seconds: float = 16) -> None:
     """Wait for the one slot to be free: Cog answers a request first and frees its slot a moment later."""
     until = time.monotonic() + seconds
     while server.get("/health-check")["status"] != "READY":
@@ -308,7 +308,7 @@ def test_cancel_while_running_and_no_second_one_meanwhile(server: Server) -> Non
             result = data
     assert result["status"] == "canceled"
     assert not result.get("output")
-    assert time.monotonic() - cancelled_at < 5
+    assert time.monotonic() - cancelled_at < 10
 
 
 def test_a_client_that_leaves_stops_its_prediction(server: Server) -> None:
