@@ -49,7 +49,7 @@ def the_next_request_works(server: Server) -> Iterator[None]:
     idle(server)
 
 
-def idle(server: Server, seconds: float = 16) -> None:
+def idle(server: Server, seconds: float = 8) -> None:
     """Wait for the one slot to be free: Cog answers a request first and frees its slot a moment later."""
     until = time.monotonic() + seconds
     while server.get("/health-check")["status"] != "READY":
@@ -308,14 +308,18 @@ def test_cancel_while_running_and_no_second_one_meanwhile(server: Server) -> Non
             result = data
     assert result["status"] == "canceled"
     assert not result.get("output")
-    assert time.monotonic() - cancelled_at < 10
+    assert time.monotonic() - cancelled_at < 5
 
 
 def test_a_client_that_leaves_stops_its_prediction(server: Server) -> None:
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     connection = http.client.HTTPConnection(HOST, server.port, timeout=30)
     connection.request("PUT", "/predictions/away", json.dumps({"input": {"prompt": "x", **BIG}}), headers)
-    connection.getresponse().read(20)
+    response = connection.getresponse()
+    # Cog loses a cancel of the first 20 ms or so, before predict has begun; leave when a picture is in the making.
+    while b"row/s" not in (line := response.readline()):
+        assert line, "the stream ended before any row was made"
+    response.close()
     connection.close()
     idle(server)
 
