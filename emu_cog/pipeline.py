@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from emu_cog import geometry, pictures, prompts, tasks, torch_settings
-from emu_cog.config import CheckpointError, InputError, Request, Settings, log
+from emu_cog.config import CheckpointError, Request, Settings, log
 from emu_cog.engine import Engine
 from emu_cog.image_loop import Trace
 from emu_cog.jobs import Ended, Job, Opened, Rules, Stats, Tokens
@@ -24,7 +24,7 @@ from emu_cog.resources import PROMPT_TOKENS, choose_device, choose_dtype, choose
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.steps import Steps, build
 from emu_cog.tokenizer import Tokenizer
-from emu_cog.tokens import TokenIds, block_length
+from emu_cog.tokens import TokenIds
 from emu_cog.vision import IBQ, load_vision_tokenizer
 from emu_cog.vision_compiled import CompiledDecoder
 from emu_cog.weights import resolve
@@ -100,9 +100,9 @@ class Pipeline:
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
         always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
         `max_outputs` outputs; that is reckoned before anything is loaded. `quantize` ("fp8", "int8") takes the
-        layers' weights to 8 bits; `compile` False keeps decoding on transformers'
-        modules and the vision decoder uncompiled. Raises CheckpointError
-        naming the file, key or shape that is wrong, InputError with the numbers where memory is short.
+        layers' weights to 8 bits; `compile` False keeps decoding on transformers' modules and the vision decoder
+        uncompiled. Raises CheckpointError naming the file, key or shape that is wrong, InputError with the numbers
+        where memory is short.
         """
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
         target = choose_device(device)
@@ -176,7 +176,7 @@ class Pipeline:
         if isinstance(self.vision.compiled, CompiledDecoder):
             shapes = ("1:1", "16:9", "9:16")
             self.vision.compiled.warm_up([geometry.preset_size(shape, typical.image_area) for shape in shapes])
-        rules = _rules(typical)
+        rules = rules_of(typical)
         for outputs in sorted({self.max_outputs, 1}, reverse=True):
             started = time.perf_counter()
             # The cache that a usual picture will ask for: recorded steps hold its address.
@@ -210,7 +210,7 @@ class Pipeline:
             Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
             for i in range(request.num_outputs)
         ]
-        rules = _rules(plan)
+        rules = rules_of(plan)
 
         # 3. ids to texts and pictures
         readers = [Reader(self.tokenizer, output=i) for i in range(len(jobs))]
@@ -273,16 +273,11 @@ class Pipeline:
         shapes = [geometry.reference_size(image.size, plan.image_area) for image in request.images]
         blank = [[[0] * columns] * rows for rows, columns in shapes]
         prompt = prompts.build(plan.task, request.prompt, blank, self.tokenizer)
-        taken, block = len(prompt.conditional), block_length(*(plan.size or (10, 10)))
-        if taken + block + 1 > self.lm.context:
-            raise InputError(
-                f"the prompt with its {len(shapes)} reference image(s) takes {taken} tokens, a picture {block} more, "
-                f"but the model's context holds {self.lm.context}: shorten the prompt, leave out references "
-                "or choose a smaller resolution"
-            )
+        plan.check_room(len(prompt.conditional), references=len(shapes), context=self.lm.context)
 
 
-def _rules(plan: tasks.Plan) -> Rules:
+def rules_of(plan: tasks.Plan) -> Rules:
+    """What the engine must know of a plan."""
     return Rules(
         guidance=plan.guidance,
         image=plan.image,

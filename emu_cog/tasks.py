@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from emu_cog import geometry
-from emu_cog.config import MAX_NEW_TOKENS, TASKS, CheckpointError, Request, Sampling
+from emu_cog.config import MAX_NEW_TOKENS, TASKS, CheckpointError, InputError, Request, Sampling
+from emu_cog.tokens import block_length
 
 DEFAULTS_FILE = "defaults.json"
 
@@ -152,6 +153,20 @@ class Plan:
     image: Sampling
     text: Sampling
     max_new_tokens: int | None
+
+    @property
+    def block(self) -> int:
+        """Tokens of one picture, BOI to EOI; of the smallest the model can choose where it chooses."""
+        return block_length(*(self.size or (10, 10)))
+
+    def check_room(self, taken: int, *, references: int, context: int) -> None:
+        """InputError where a prompt of `taken` tokens leaves no room in `context` for one picture and its end."""
+        if taken + self.block + 1 > context:
+            raise InputError(
+                f"the prompt with its {references} reference image(s) takes {taken} tokens, a picture {self.block} "
+                f"more, but the model's context holds {context}: shorten the prompt, leave out references "
+                "or choose a smaller resolution"
+            )
 
     def settings(self, seed: int, size: tuple[int, int], model: str) -> dict[str, object]:
         """What a picture of `size` (width, height) tells of how it was made; not the prompt."""

@@ -198,21 +198,12 @@ class UpstreamPipeline:
 
     def _limit(self, request: Request, plan: tasks.Plan) -> int:
         """`max_new_tokens` for upstream, which counts forced tokens as well: the request's, with room for one image."""
-        unconditional, template = upstream.templates(
-            self.upstream.code.clone, plan.task.name, with_image=bool(request.images)
-        )
-        del unconditional
+        _, template = upstream.templates(self.upstream.code.clone, plan.task.name, with_image=bool(request.images))
         words = len(self.upstream.tokenizer.encode(template.format(question=request.prompt), add_special_tokens=False))
         shapes = [geometry.reference_size(image.size, plan.image_area) for image in request.images]
         taken = words + sum(block_length(*shape) for shape in shapes)
-        block = block_length(*(plan.size or (10, 10)))
+        plan.check_room(taken, references=len(shapes), context=self.context)
         room = self.context - taken
-        if room < block + 1:
-            raise InputError(
-                f"the prompt with its {len(shapes)} reference image(s) takes {taken} tokens, a picture {block} more, "
-                f"but the model's context holds {self.context}: shorten the prompt, leave out references "
-                "or choose a smaller resolution"
-            )
         if plan.max_new_tokens is None:
             return room
         return min(plan.max_new_tokens + block_length(*(plan.size or (99, 99))), room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from emu_cog import pictures, prompts, tasks
 from emu_cog.config import Request, Sampling
 from emu_cog.jobs import Ended, Event, Job, Opened, Rules, Tokens
-from emu_cog.pipeline import Pipeline
+from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.tokens import block_length
 from tests.conftest import photo
 from tests.twin import judge
@@ -25,16 +26,8 @@ def job_and_rules(pipeline: Pipeline, request: Request, **changes: object) -> tu
     plan = tasks.plan(request, pipeline.defaults)
     images = [pictures.encode(image, plan.image_area, pipeline.vision) for image in request.images]
     prompt = prompts.build(plan.task, request.prompt, images, pipeline.tokenizer)
-    rules = {
-        "guidance": plan.guidance,
-        "image": plan.image,
-        "text": plan.text,
-        "size": plan.size,
-        "max_new_tokens": plan.max_new_tokens,
-        "single_image": not plan.task.interleaved,
-    } | changes
     job = Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=request.seed or 0)
-    return job, Rules(**rules)  # type: ignore[arg-type]
+    return job, replace(rules_of(plan), **changes)  # type: ignore[arg-type]
 
 
 def answers(events: list[Event]) -> dict[int, list[int]]:

@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 from emu_cog import pictures, prompts, tasks
 from emu_cog.config import Request
-from emu_cog.jobs import Ended, Job, Rules, Tokens
-from emu_cog.pipeline import Pipeline
+from emu_cog.jobs import Ended, Job, Tokens
+from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.vision import IBQ
 from scripts.mini.judge import look
@@ -58,14 +59,7 @@ def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
         prompt = prompts.build(plan.task, r.prompt, codes, pipeline.tokenizer)
         jobs.append(Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=r.seed or 0))
     plan = plans[0]
-    rules = Rules(
-        guidance=plan.guidance,
-        image=plan.image,
-        text=plan.text,
-        size=plan.size,
-        max_new_tokens=plan.max_new_tokens or 1500,
-        single_image=not plan.task.interleaved,
-    )
+    rules = replace(rules_of(plan), max_new_tokens=plan.max_new_tokens or 1500)
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
     given = [Answer() for _ in jobs]
     for event in pipeline.engine.generate(jobs, rules):
