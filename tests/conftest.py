@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 from transformers import Qwen3ForCausalLM
+from weights_kit import TAR, WAYS, fill, tar_of
 
 from emu_cog import tiny
 from emu_cog.pipeline import Pipeline
@@ -94,3 +97,31 @@ def photo(seed: int, width: int = 200, height: int = 150) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def bare_hub() -> Iterator[HubServer]:
+    """A hub and CDN that hold nothing yet."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(bare_hub: HubServer) -> HubServer:
+    """A hub that holds the repositories, and a CDN that holds the tar."""
+    fill(bare_hub)
+    bare_hub.files[TAR] = tar_of()
+    return bare_hub
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, hub: HubServer) -> str:
+    """How the weights come; the fault's `path` is then `address(way)`."""
+    hub.ranges = request.param != "tar as a stream"
+    return str(request.param)
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """What the package tells in its log is in `caplog`."""
+    caplog.set_level(logging.INFO, logger="emu_cog")

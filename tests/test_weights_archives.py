@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from weights_kit import (
     assert_complete,
     body,
     bring,
-    fill,
     nothing_half,
     parts,
     settings,
@@ -31,20 +28,9 @@ from emu_cog.config import CheckpointError
 from emu_cog.manifest import Entry, Pin, write_lock
 from emu_cog.weights import resolve
 
+pytestmark = pytest.mark.usefixtures("told")
+
 SHARD = "model-00001-of-00003.safetensors"
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        fill(server)
-        server.files[TAR] = tar_of()
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="emu_cog")
 
 
 class TestArchiveChanges:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import subprocess
@@ -13,39 +12,17 @@ import pytest
 from hub_server import HubServer
 from weights_kit import (
     HASTY,
-    TAR,
-    WAYS,
     assert_complete,
     bring,
-    fill,
     settings,
     start,
-    tar_of,
     total,
 )
 
 from emu_cog.fetch import DiskFullError
 from emu_cog.weights import resolve
 
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        fill(server)
-        server.files[TAR] = tar_of()
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="emu_cog")
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, hub: HubServer) -> str:
-    """How the weights come; the fault's `path` is then `address(way)`."""
-    hub.ranges = request.param != "tar as a stream"
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("told")
 
 
 class TestFullDisk:
@@ -88,8 +65,8 @@ class TestFullDisk:
             bring(hub, small_disk / "w", way)
         assert "EMU_WEIGHTS_DIR" in str(caught.value)
         assert not (small_disk / "w" / "Emu3.5-VisionTokenizer").exists()
+        hub.on_bytes = lambda sent: None  # first: the server may still be sending, and would take the room again
         hog.unlink()
-        hub.on_bytes = lambda sent: None
         hub.rate = None
         hub.seen.clear()
         assert_complete(bring(hub, small_disk / "w", way))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,39 +16,18 @@ from weights_kit import (
     IMAGE,
     TAR,
     VISION,
-    WAYS,
     assert_complete,
     body,
     bring,
-    fill,
     parts,
     settings,
-    tar_of,
     total,
 )
 
 from emu_cog.config import CheckpointError
 from emu_cog.weights import resolve
 
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        fill(server)
-        server.files[TAR] = tar_of()
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="emu_cog")
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, hub: HubServer) -> str:
-    """How the weights come; the fault's `path` is then `address(way)`."""
-    hub.ranges = request.param != "tar as a stream"
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("told")
 
 
 class TestOnce:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,16 +30,12 @@ from emu_cog.config import CheckpointError, Settings
 from emu_cog.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_lock
 from emu_cog.weights import Checkpoint, resolve
 
+pytestmark = pytest.mark.usefixtures("told")
+
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="emu_cog")
+def hub(bare_hub: HubServer) -> HubServer:
+    return bare_hub
 
 
 def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:

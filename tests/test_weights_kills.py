@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from weights_kit import (
     VISION,
     assert_complete,
     assert_whole,
-    fill,
     parts,
     settings,
     start,
@@ -58,14 +56,6 @@ with urllib.request.urlopen(url) as answer, tarfile.open(fileobj=answer, mode="r
         if {hang!r} and member.name.endswith({hang!r}):
             time.sleep(600)
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        fill(server)
-        server.files[TAR] = tar_of()
-        yield server
 
 
 def resolved(chosen: Settings) -> Checkpoint:

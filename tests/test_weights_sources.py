@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +32,12 @@ from emu_cog.config import CheckpointError, InputError, Settings
 from emu_cog.manifest import MANIFEST_FILE
 from emu_cog.weights import Checkpoint, resolve
 
+pytestmark = pytest.mark.usefixtures("told")
+
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="emu_cog")
+def hub(bare_hub: HubServer) -> HubServer:
+    return bare_hub
 
 
 def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:
