@@ -27,8 +27,10 @@ from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are filled up to one of these."""
-SAMPLES_A_CHUNK = 2000
-CHUNKS_A_PART = 10
+SAMPLES_A_CHUNK = 10_000
+"""Many, so that the rarer sizes of pictures fill their batches too."""
+CHUNKS_A_PART = 2
+HELD_OUT_SAMPLES = 4000
 HELD_OUT = "held-out.npz"
 DONE = "encode.log"
 """Written last: when it is there, no more parts come."""
@@ -39,7 +41,7 @@ class Encoder:
     """Pictures to codes in bulk: on a GPU in half precision with fused norms, the commonest size drawn by compiled
     code."""
 
-    COUNT, FEW = 256, 64
+    COUNT, FEW = 256, 128
     """Pictures a batch, of the commonest and of other sizes: always as many, since each new shape is set up anew."""
     MOST = 10
     """Things in a picture that compiled code draws; the rare fuller ones are drawn step by step."""
@@ -158,12 +160,15 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
-    sort_in(held, chunk((900_000_000, size, args.vocabulary)), encoder, visual)
+    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary)), encoder, visual)
     write(args.out / HELD_OUT, held, pad)
+    ready = time.time()
 
     samples = written = 0
+    working = 0.0
     bar = tqdm(total=args.samples, mininterval=5.0)
     for group in parts(chunks):
+        begun = time.time()
         rows: Rows = {}
         for one in group:
             sort_in(rows, one, encoder, visual)
@@ -171,12 +176,15 @@ def main() -> None:
             bar.update(len(one.lengths))
         write(args.out / f"part-{written:05d}.npz", rows, pad)
         written += 1
+        working += time.time() - begun
         if time.time() - started > args.seconds:
             break
     record = {
         "samples": samples,
         "parts": written,
         "seconds": round(time.time() - started, 1),
+        "setup_seconds": round(ready - started, 1),
+        "waiting_seconds": round(time.time() - ready - working, 1),
         "seed": args.seed,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }

@@ -7,6 +7,8 @@ attention see tokens as one flat list, whose length is the same for every batch:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,13 +122,19 @@ class LanguageModel(nn.Module):
         angles = torch.arange(s.max_position_embeddings).float()[:, None] * speeds
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.uncompiled()
+        self._before, self._after, self._losses = before_attention, after_attention, losses
         if compiled:
             self._before, self._after, self._losses = map(torch.compile, (before_attention, after_attention, losses))
 
-    def uncompiled(self) -> None:
-        """Compute step by step from now on; without gradients that saves compiling everything once more."""
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Compute step by step meanwhile; without gradients that saves compiling everything once more."""
+        compiled = self._before, self._after, self._losses
         self._before, self._after, self._losses = before_attention, after_attention, losses
+        try:
+            yield
+        finally:
+            self._before, self._after, self._losses = compiled
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) ids to (B * T, hidden), before the last norm."""

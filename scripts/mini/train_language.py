@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,8 @@ from scripts.mini.sequences import tokenizer
 TOKENS = 40320
 """A step; every one of LENGTHS divides it."""
 SAVE_EVERY = 45.0
-"""Seconds between two saves of the weights."""
+"""Seconds between two looks at the held-out loss, each with a save."""
+STATE = "training.pt"
 
 
 @dataclass
@@ -180,73 +182,138 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
     ]
 
 
-def train(
-    model: LanguageModel,
-    gradients: Gradients,
-    data: Data,
-    out: Path,
-    *,
-    steps: int,
-    seconds: float,
-    rate: float,
-    decay: float,
-    tokens: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Steps until `steps` or `seconds` are up; the rate falls to zero along whichever ends first.
+@dataclass
+class Course:
+    """How far a training has come, over all its starts; kept with the weights and the optimizers in STATE."""
 
-    Saves the weights into `out` every SAVE_EVERY seconds, so that a run cut off leaves something.
+    steps: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    """The least held-out loss on pictures so far, whose weights lie in the folder."""
+
+    def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.rename(path)
+
+    @classmethod
+    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
+        state = torch.load(path, map_location=model.embed.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optim, own in zip(optims, state["optimizers"], strict=True):
+            optim.load_state_dict(own)
+        return cls(state["steps"], state["seconds"], state["best"])
+
+
+def rate_at(progress: float, step: int, rate: float) -> float:
+    """A short climb, a plateau for a third of the way, then a straight fall to zero."""
+    return rate * min(1.0, (step + 1) / 150) * min(1.0, (1 - progress) / 0.7)
+
+
+class Training:
+    """Steps until `steps` or `seconds` of training are up; the rate falls to zero along whichever ends first.
+
+    Every SAVE_EVERY seconds the held-out loss is told, the weights are kept in `out` if they are the best so far, and
+    STATE is written: a training that was cut off goes on from there when it is started again.
     """
-    cuda = model.embed.is_cuda
-    optims = optimizers(model, rate, decay, cuda)
-    rng = np.random.default_rng(seed)
-    lengths, weights = data.weights()
-    begun, n, saves, smooth = time.time(), 0, 1, torch.zeros((), device=model.embed.device)
-    bar = tqdm(total=steps, mininterval=5.0)
-    while True:
-        spent = (time.time() - begun) / seconds if math.isfinite(seconds) else 0.0
-        progress = max(n / steps, spent)
-        if progress >= 1:
-            break
-        length = lengths[int(rng.choice(len(lengths), p=weights))]
-        ids, learn = data.buckets[length].draw(tokens // length)
-        # A short climb, a plateau for a third of the way, then a straight fall to zero.
-        now = rate * min(1.0, (n + 1) / 150) * min(1.0, (1 - progress) / 0.7)
-        for optim in optims:
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        gradients: Gradients,
+        data: Data,
+        out: Path,
+        *,
+        rate: float,
+        decay: float,
+        tokens: int,
+        visual: int,
+        seed: int,
+    ) -> None:
+        self.model, self.gradients, self.data, self.out = model, gradients, data, out
+        self.rate, self.tokens, self.visual = rate, tokens, visual
+        self.optims = optimizers(model, rate, decay, model.embed.is_cuda)
+        self.course = Course()
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / STATE).exists():
+            self.course = Course.resume(out / STATE, model, self.optims)
+            print(f"goes on after step {self.course.steps}, {self.course.seconds:.0f} s", flush=True)
+        self.rng = np.random.default_rng((seed, self.course.steps))
+        self.stopped = False
+
+    def stop(self, *_: object) -> None:
+        """End after the present step, to be gone on with later."""
+        self.stopped = True
+
+    def run(self, *, steps: int, seconds: float) -> dict[str, Any]:
+        course, earlier, begun = self.course, self.course.seconds, time.time()
+        lengths, weights = self.data.weights()
+        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, course.steps
+        bar = tqdm(total=steps, initial=first, mininterval=5.0)
+        while not self.stopped:
+            course.seconds = earlier + time.time() - begun
+            progress = max(course.steps / steps, course.seconds / seconds)
+            if progress >= 1:
+                break
+            length = lengths[int(self.rng.choice(len(lengths), p=weights))]
+            loss = self.step(*self.data.buckets[length].draw(self.tokens // length), progress)
+            smooth = loss if course.steps == first else smooth.lerp(loss, 0.02)
+            course.steps += 1
+            bar.update()
+            if (course.steps - first) % 200 == 0:
+                value, spent = float(smooth), time.time() - begun
+                bar.set_postfix(loss=f"{value:.3f}")
+                if not math.isfinite(value):
+                    raise RuntimeError("the loss is no number any more: lower --rate")
+                if self.data.refresh():
+                    lengths, weights = self.data.weights()
+                if spent > SAVE_EVERY * saves:
+                    pace = (course.steps - first) * self.tokens / spent / 1e6
+                    print(f"step {course.steps} {course.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
+                          f"{self.data.samples} samples, held out {self.save()}", flush=True)  # fmt: skip
+                    saves += 1
+        bar.close()
+        held_out = self.save()
+        return {
+            "finished": not self.stopped,
+            "steps": course.steps,
+            "train_seconds": round(course.seconds, 1),
+            "loss": round(float(smooth), 4),
+            "held_out_loss": held_out,
+            "best_held_out_picture_loss": round(course.best, 4),
+        }
+
+    def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
+        now = rate_at(progress, self.course.steps, self.rate)
+        for optim in self.optims:
             for group in optim.param_groups:
                 group["lr"] = now
-        loss = gradients(ids, learn)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
+        loss = self.gradients(ids, learn)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optim in self.optims:
             optim.step()
-        smooth = loss if n == 0 else smooth.lerp(loss, 0.02)
-        n += 1
-        bar.update()
-        if n % 200 == 0:
-            value = float(smooth)
-            bar.set_postfix(loss=f"{value:.3f}")
-            spent = time.time() - begun
-            print(f"step {n} {spent:.0f}s loss {value:.4f}, {n * tokens / spent / 1e6:.2f}M tokens/s", flush=True)
-            if not math.isfinite(value):
-                raise RuntimeError("the loss is no number any more: lower --rate")
-            if data.refresh():
-                lengths, weights = data.weights()
-                print(f"{data.samples} samples", flush=True)
-            if spent > SAVE_EVERY * saves:
-                model.save(out)
-                saves += 1
-    bar.close()
-    return {"steps": n, "train_seconds": round(time.time() - begun, 1), "loss": round(float(smooth), 4)}
+        return loss
+
+    def save(self) -> dict[str, float]:
+        """Keep the state, and the weights if none were better; the held-out losses."""
+        with self.model.uncompiled():
+            loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
+        if loss["picture"] < self.course.best:
+            self.course.best = loss["picture"]
+            self.model.save(self.out)
+        self.course.save(self.out / STATE, self.model, self.optims)
+        return {k: round(v, 4) for k, v in loss.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of examples, by encode")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the log")
-    parser.add_argument("--resume", type=Path, help="folder of weights to go on from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
+    parser.add_argument("--resume", type=Path, help="folder of weights to begin with")
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end this long after the start")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of training, over all starts, setup left out")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first examples")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
@@ -273,23 +340,21 @@ def main() -> None:
     data.wait(args.wait)
     print(f"data {time.time() - started:.0f}s, {data.samples} samples", flush=True)
 
-    record = train(
+    training = Training(
         model,
         gradients,
         data,
         args.out,
-        steps=args.steps,
-        seconds=max(args.seconds - (time.time() - started), 1.0),
         rate=args.rate,
         decay=args.decay,
         tokens=args.tokens,
+        visual=words.ids.visual,
         seed=args.seed,
     )
-    model.save(args.out)
-    model.uncompiled()
-    loss = held_out_loss(model, args.data / HELD_OUT, words.ids.visual, args.tokens)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, training.stop)
+    record = training.run(steps=args.steps, seconds=args.seconds)
     record |= {
-        "held_out_loss": {k: round(v, 4) for k, v in loss.items()},
         "seconds": round(time.time() - started, 1),
         "samples": data.samples,
         "tokens": record["steps"] * args.tokens,
