@@ -15,7 +15,7 @@ from torch import Tensor
 from emu_cog import image_loop
 from emu_cog.config import Sampling
 from emu_cog.jobs import Job
-from emu_cog.lm import LanguageModel
+from emu_cog.lm import LanguageModel, SlotCache
 from emu_cog.prefill import PREFILL_CHUNK, prefill
 from emu_cog.sampling import Uniforms, guide, probabilities
 from emu_cog.steps import Steps
@@ -59,6 +59,32 @@ def by_modules(lm: LanguageModel, job: Job, codes: Codes, *, guidance: float) ->
 
 
 @torch.inference_mode()
+def by_passes(lm: LanguageModel, job: Job, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
+    """(columns, V) scores a row, by the modules as upstream steps: two passes a token, each stream alone.
+
+    The prompts are filled in as `by_steps` does it, so that the steps alone are compared.
+    """
+    header, body = _block(lm, codes)
+    streams = job.conditional, job.unconditional
+    cache = lm.new_cache(rows=2, capacity=max(map(len, streams)) + len(header) + len(body) + 1)
+    starts = _begin(lm, cache, [job], header)
+    columns, fed = len(codes[0]), [header[-1], *body]
+    for row in range(len(codes)):
+        seen = []
+        for t in range(row * (columns + 1), (row + 1) * (columns + 1)):
+            if t == len(fed):
+                break
+            token = torch.tensor([[fed[t]]], device=lm.device)
+            scores = []
+            for i, start in enumerate(starts):
+                at = torch.tensor([start + t], device=lm.device)
+                hidden = lm.forward(token, at, cache, rows=slice(i, i + 1), filled=start + t + 1)
+                scores.append(lm.visual_logits(hidden[:, -1]))
+            seen.append(guide(*scores, guidance)[0])
+        yield torch.stack(seen[:columns])  # what the last one chooses is forced: EOL, or EOI
+
+
+@torch.inference_mode()
 def by_steps(
     steps: Steps, jobs: Sequence[Job], codes: Sequence[Codes], *, guidance: float
 ) -> Iterator[Sequence[Tensor]]:
@@ -69,12 +95,9 @@ def by_steps(
     lm = steps.lm
     header, body = _block(lm, codes[0])
     rows, columns = len(codes[0]), len(codes[0][0])
-    lengths = [len(stream) for job in jobs for stream in (job.conditional, job.unconditional)]
-    cache = lm.new_cache(rows=2 * len(jobs), capacity=max(lengths) + len(header) + len(body) + 1)
-    prefill(lm, cache, jobs)
-    tokens = torch.tensor([header[:-1]] * len(lengths), device=lm.device)
-    filled = max(lengths) + len(header) - 1
-    lm.forward(tokens, torch.tensor(lengths, device=lm.device), cache, rows=slice(None), filled=filled)
+    longest = max(len(stream) for job in jobs for stream in (job.conditional, job.unconditional))
+    cache = lm.new_cache(rows=2 * len(jobs), capacity=longest + len(header) + len(body) + 1)
+    starts = _begin(lm, cache, jobs, header)
     plan = image_loop.schedule([(rows, columns)] * len(jobs), [(Uniforms(0), 0)] * len(jobs), lm.ids)
     forced = torch.tensor([[*_block(lm, grid)[1], lm.ids.eoi] for grid in codes]).T
     state, play = steps.image(
@@ -82,7 +105,7 @@ def by_steps(
         forced=forced,
         uniform=plan.uniform,
         advance=plan.advance,
-        lengths=[n + len(header) - 1 for n in lengths],
+        lengths=starts,
         guidance=guidance,
         sampling=Sampling(),
     )
@@ -110,6 +133,16 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Samp
         kl_mean=float(divergence.mean()),
         kl_max=float(divergence.max()),
     )
+
+
+def _begin(lm: LanguageModel, cache: SlotCache, jobs: Sequence[Job], header: Sequence[int]) -> list[int]:
+    """Prompts and an image's header into the cache, IMG left out; the tokens that lie in each row."""
+    lengths = [len(stream) for job in jobs for stream in (job.conditional, job.unconditional)]
+    prefill(lm, cache, jobs)
+    tokens = torch.tensor([header[:-1]] * len(lengths), device=lm.device)
+    starts, filled = torch.tensor(lengths, device=lm.device), max(lengths) + len(header) - 1
+    lm.forward(tokens, starts, cache, rows=slice(None), filled=filled)
+    return [n + len(header) - 1 for n in lengths]
 
 
 def _block(lm: LanguageModel, codes: Codes) -> tuple[list[int], list[int]]:

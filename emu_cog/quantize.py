@@ -86,8 +86,10 @@ def replace_linears(model: nn.Module, name: str) -> None:
 
 
 def quantize(model: nn.Module, name: str) -> None:
-    """Turn a loaded model's layers to 8 bits in place, one after another."""
-    for path, linear in list(quantizable(model)):
+    """Turn a loaded model's layers to 8 bits in place, one after another: each full weight goes before the next."""
+    for path in [path for path, _ in quantizable(model)]:  # the names alone: a list of layers would keep all weights
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
         small = QuantizedLinear(linear.out_features, linear.in_features, name)
         small.fill(linear.weight.detach())
         model.set_submodule(path, small)

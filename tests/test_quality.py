@@ -11,7 +11,7 @@ from emu_cog import tiny
 from emu_cog.config import Request, Sampling
 from emu_cog.jobs import Job
 from emu_cog.pipeline import Pipeline
-from emu_cog.quality import FLOOR, by_modules, by_steps, compare
+from emu_cog.quality import FLOOR, by_modules, by_passes, by_steps, compare
 from emu_cog.quantize import FORMATS
 from emu_cog.steps import Steps
 from tests.test_engine import job_and_rules
@@ -32,8 +32,10 @@ def test_batched_steps_agree_with_lone_passes(make_checkpoint: Checkpoints) -> N
     told = list(by_steps(Steps(lm, twin=True), jobs, GRIDS, guidance=3.0))
     for i, job in enumerate(jobs):
         alone = list(by_modules(lm, job, GRIDS[i], guidance=3.0))
-        for ours, theirs in zip(told, alone, strict=True):
+        stepped = list(by_passes(lm, job, GRIDS[i], guidance=3.0))
+        for ours, theirs, same in zip(told, alone, stepped, strict=True):
             torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(same, theirs, atol=1e-4, rtol=1e-4)
         agreement = compare(alone, (row[i] for row in told), Sampling(top_k=9))
         assert (agreement.steps, agreement.top1) == (12, 1.0)
         assert 0 <= agreement.kl_max < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from emu_cog import tiny
 from emu_cog.config import InputError, Request, Settings
 from emu_cog.loading import plan_memory
 from emu_cog.pipeline import Pipeline
-from emu_cog.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantized
+from emu_cog.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantize, quantized
 from emu_cog.shards import read_headers
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
@@ -59,6 +60,22 @@ def test_a_checkpoint_is_quantized_as_it_is_read(name: str, make_checkpoint: Che
     assert torch.equal(small.lm.model.lm_head.weight, plain.lm.model.lm_head.weight)
     pictures = [e for e in small.stream(Request(prompt="boat", size=(2, 3), seed=1)) if hasattr(e, "image")]
     assert [p.image.size for p in pictures] == [(48, 32)]
+
+
+def test_in_place_each_full_weight_goes_before_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(4))
+    holder = torch.nn.Module()
+    holder.model = model
+    held = [weakref.ref(linear.weight) for _, linear in quantizable(holder)]
+    alive: list[int] = []
+    fill = QuantizedLinear.fill
+    monkeypatch.setattr(
+        QuantizedLinear, "fill", lambda self, w: (alive.append(sum(r() is not None for r in held)), fill(self, w))[1]
+    )
+    quantize(holder, "int8")
+    assert len(held) == 4
+    assert alive == [4, 3, 2, 1]
 
 
 def test_the_budget_counts_8_bit_weights(make_checkpoint: Checkpoints) -> None:

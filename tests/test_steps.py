@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from emu_cog import tiny
+from emu_cog import tiny, torch_settings
 from emu_cog.config import Request, Sampling
 from emu_cog.decode import forward, merge
 from emu_cog.decode_ops import TorchOps
@@ -189,7 +189,18 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def plain_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules without TF32, whose ten bits of mantissa would be the largest difference to the kernels."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch_settings, "apply", lambda device: torch_settings.exact())
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("plain_fp32")
 @pytest.mark.parametrize("name", CASES)
 def test_recordings_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
     model, count, request = CASES[name]

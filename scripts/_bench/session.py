@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from _bench import decoding, loading, machine, models, pictures, quality, reference
+from _bench import decoding, loading, machine, miniature, models, pictures, quality, reference
 from _bench.decoding import Bench
 from _bench.report import Part, Report, Row, run_parts
 from _bench.sizes import SIZES, choose
@@ -32,12 +32,13 @@ PARTS = (
     "context",
     "prefill",
     "agreement",
+    "mini",
     "eager",
     "int8",
     "loading",
 )
 """In the order of importance, which is the order of the run."""
-WITHOUT_MODEL = {"vq", "loading"}
+WITHOUT_MODEL = {"vq", "mini", "loading"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,7 @@ class _Session:
             "prefill": (self.prefill, 15),
             "context": (self.context, 25),
             "agreement": (self.agreement, 15),
+            "mini": (self.mini, 15),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
             "loading": (self.loading, 40),
@@ -225,6 +227,11 @@ class _Session:
             self.bench.report.not_measured("agreement", "nothing is recorded here: steps go through the modules")
             return
         quality.agreement(self.bench, self._exact(), self.bench.lm, steps, "recorded steps against the modules")
+
+    def mini(self) -> None:
+        """The same on the trained miniature, and what 8 bits cost there."""
+        self._free_caches()
+        miniature.measure(self.bench.report, self.bench.device, compile=self.bench.compile)
 
     def small(self, form: str) -> None:
         """8-bit weights. The full ones make room for them and are made again from their seed afterwards."""

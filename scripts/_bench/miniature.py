@@ -1,0 +1,109 @@
+"""How near the fast ways of decoding come to the plain modules on the trained miniature, in bfloat16 as on a GPU.
+
+Random weights spread their scores thinly, so that rounding alone changes the likeliest token; a trained model is the
+fair judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from _bench import machine
+from _bench.report import Report, Row
+from emu_cog import prompts, quality, tasks
+from emu_cog.config import InputError, Request
+from emu_cog.jobs import Job
+from emu_cog.outputs import Picture
+from emu_cog.pipeline import Pipeline
+from emu_cog.quality import Codes
+from emu_cog.quantize import FORMATS, check_format
+from emu_cog.steps import Steps
+from emu_cog.weights import MINIATURE
+
+PROMPTS = (
+    "two small red stars above a blue circle on a yellow background",
+    "a large orange fish on a blue background",
+    "three brown houses on a green background",
+    "a white moon in the top right corner on a black background",
+    "a green tree between a red house and a yellow house",
+    "a big pink heart next to a small purple star",
+    "a grey cross below a yellow triangle on a striped purple background",
+    "a small black square, a red fish and a white star",
+)
+
+
+def measure(report: Report, device: torch.device, *, compile: bool) -> None:
+    """Full precision and every 8-bit format that the device has, along pictures of PROMPTS, all in one batch."""
+    if not (MINIATURE / "model").is_dir():
+        report.not_measured("mini", "this package holds no trained miniature")
+        return
+    plain = _load(device, None, compile)
+    plan = tasks.plan(Request(prompt="-"), plain.defaults)
+    jobs, grids = [], []
+    count = len(PROMPTS) if device.type == "cuda" else 1  # a CPU takes a minute for one picture in bfloat16
+    for seed, words in enumerate(PROMPTS[:count]):
+        drawn = plain.stream(Request(prompt=words, seed=seed))
+        grids.append(next(event.codes for event in drawn if isinstance(event, Picture)))
+        prompt = prompts.build(plan.task, words, [], plain.tokenizer)
+        jobs.append(Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed))
+    exact = [
+        list(quality.by_passes(plain.lm, job, grid, guidance=plan.guidance))
+        for job, grid in zip(jobs, grids, strict=True)
+    ]
+    steps = plain.engine.steps
+    what = "recorded steps" if steps else "their twin in plain torch"
+    _tell(
+        report,
+        f"emu-mini: {what} against two passes a token through the modules",
+        exact,
+        _batched(plain, jobs, grids, plan),
+        plan,
+    )
+    for name in FORMATS:
+        try:
+            check_format(name, device)
+        except InputError as error:
+            report.not_measured(f"emu-mini in {name}", str(error))
+            continue
+        machine.free_bytes(device)
+        small = _load(device, name, compile)
+        _tell(report, f"emu-mini in {name} against bfloat16", exact, _batched(small, jobs, grids, plan), plan)
+
+
+def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline:
+    return Pipeline.load(
+        MINIATURE / "model",
+        MINIATURE / "vision",
+        device=str(device),
+        dtype="bfloat16",
+        quantize=quantize,
+        compile=compile,
+        max_outputs=len(PROMPTS),
+    )
+
+
+def _batched(pipeline: Pipeline, jobs: list[Job], grids: list[Codes], plan: tasks.Plan) -> list[list[Tensor]]:
+    """Scores by job and row, all jobs side by side through the steps."""
+    steps = pipeline.engine.steps or Steps(pipeline.lm, twin=True)
+    rows = quality.by_steps(steps, jobs, grids, guidance=plan.guidance)
+    return [list(job) for job in zip(*rows, strict=True)]
+
+
+def _tell(report: Report, what: str, exact: list[list[Tensor]], other: list[list[Tensor]], plan: tasks.Plan) -> None:
+    def flat(scores: list[list[Tensor]]) -> Iterator[Tensor]:
+        return chain.from_iterable(scores)
+
+    found = quality.compare(flat(exact), flat(other), plan.image)
+    report.add(
+        Row(
+            part="mini",
+            what=f"{what}: the same likeliest token",
+            value=100 * found.top1,
+            unit=f"% of {found.steps}",
+            note=f"KL {found.kl_mean:.5f} nats on average, {found.kl_max:.4f} at most; {len(exact)} side by side",
+        )
+    )
