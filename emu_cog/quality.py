@@ -80,7 +80,8 @@ def by_passes(lm: LanguageModel, job: Job, codes: Codes, *, guidance: float) -> 
                 at = torch.tensor([start + t], device=lm.device)
                 hidden = lm.forward(token, at, cache, rows=slice(i, i + 1), filled=start + t + 1)
                 scores.append(lm.visual_logits(hidden[:, -1]))
-            seen.append(guide(*scores, guidance)[0])
+            conditional, unconditional = scores
+            seen.append(guide(conditional, unconditional, guidance)[0])
         yield torch.stack(seen[:columns])  # what the last one chooses is forced: EOL, or EOI
 
 

@@ -51,6 +51,8 @@ class TritonOps:
 
     def product(self, x: Tensor, w: Weight, tiles: Tiles, *, swiglu: bool = False) -> Tensor:
         """The linear kernels' launch: parts (splits, M, N), with `swiglu` (1, M, N) ready for the next product."""
+        if not x.is_contiguous():
+            raise ValueError(f"the kernels read rows that lie one after the other, not {tuple(x.stride())}")
         m, small = len(x), w.scale is not None
         # An 8-bit weight is counted in words of four along K.
         data = w.data.view(torch.int32) if small else w.data
@@ -85,7 +87,7 @@ class TritonOps:
         return self.product(x, w, self.plan.tiles[shape(w)], swiglu=True)[0]
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        return self.linear(x, Weight(head))[0]
+        return self.linear(x.contiguous(), Weight(head))[0]
 
     # -- the rest of a layer ----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from emu_cog.config import Sampling
 from emu_cog.decode import DecodeWeights, forward, image_step, merge
 from emu_cog.decode_ops import ImageState, TorchOps, Weight
 from emu_cog.lm import LanguageModel
+from emu_cog.pipeline import Pipeline
 from emu_cog.quantize import quantize, quantized
 from emu_cog.sampling import keep_top_k
-from tests.test_steps import copies, small_model
+from emu_cog.steps import Steps
+from tests.test_steps import CASES, Checkpoints, copies, run_both, small_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -57,6 +60,18 @@ def test_a_step_is_the_twins(dtype: torch.dtype, tolerance: float, form: str | N
     assert (got - expected).abs().max() <= tolerance * scale
     for a, b in zip(twin.keys + twin.values, ours.keys + ours.values, strict=True):
         assert (a - b).float().abs().max() <= tolerance * a.float().abs().max()
+
+
+@torch.inference_mode()
+def test_logits_of_every_other_row_are_those_rows() -> None:
+    """The engine asks for the conditional streams' logits: rows 0, 2, ... of a step's hidden states."""
+    lm = small_model(torch.float32, device=DEVICE)
+    weights = merged(lm)
+    hidden = torch.randn(6, 64, device=DEVICE)
+    got = fast_ops(weights, torch.float32).logits(hidden[::2], weights.text_head)
+    torch.testing.assert_close(got, TorchOps(0).logits(hidden[::2], weights.text_head), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="one after the other"):
+        fast_ops(weights, torch.float32).linear(hidden[::2], Weight(weights.text_head))
 
 
 def state(lanes: int, steps: int, vocabulary: int, *, top_k: int, seed: int) -> ImageState:
@@ -162,3 +177,17 @@ def test_tiles_by_the_clock_change_no_number(form: str | None, monkeypatch: pyte
     first = forward(fast_ops(weights, dtype), weights, tokens, positions, one.keys, one.values)
     other = forward(timed, weights, tokens, positions, two.keys, two.values)
     assert torch.equal(first, other)
+
+
+def test_the_engine_writes_the_same_with_the_kernels(
+    make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several outputs with texts of their own; without recordings, so that it runs interpreted, too (a minute)."""
+    model, count, request = CASES["story"]
+    folders = make_checkpoint(model)
+    pipeline = Pipeline.load(folders.model, folders.vision, device=DEVICE, dtype="float32")
+    steps = Steps(pipeline.lm, twin=True)
+    ops = fast_ops(steps.weights, torch.float32)
+    monkeypatch.setattr(steps, "_operations", lambda cache=None: ops)
+    slow, fast = run_both(pipeline, steps, count, replace(request, max_new_tokens=24))
+    assert fast == slow
