@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,14 @@ class ModelDefaults:
     kind: str = "image"
     image_area: Mapping[str, int] = field(default_factory=dict)
     guidance_scale: Mapping[str, float] = field(default_factory=dict)
+    image_temperature: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, *, kind: str = "image") -> ModelDefaults:
         """Read `folder/defaults.json`; where it does not say, the defaults of `kind` hold, "image" or "base".
 
-        Keys, all optional: `kind` ("image" or "base"); `image_area` and `guidance_scale`, each one number for
-        all tasks or a map from task to number. CheckpointError names a key that is wrong.
+        Keys, all optional: `kind` ("image" or "base"); `image_area`, `guidance_scale` and `image_temperature`,
+        each one number for all tasks or a map from task to number. CheckpointError names a key that is wrong.
         """
         path = folder / DEFAULTS_FILE
         if not path.exists():
@@ -127,16 +128,20 @@ class ModelDefaults:
         kind = data.get("kind", kind)
         if kind not in ("image", "base"):
             raise CheckpointError(f"{path}: kind is {kind!r}, accepted are image and base")
-        areas, scales = (_per_task(data.get(key, {}), f"{path}: {key}") for key in ("image_area", "guidance_scale"))
-        return cls(kind=kind, image_area={t: int(v) for t, v in areas.items()}, guidance_scale=scales)
+        numbers = {
+            key: _per_task(data.get(key, {}), f"{path}: {key}")
+            for key in ("image_area", "guidance_scale", "image_temperature")
+        }
+        areas = {task: int(value) for task, value in numbers.pop("image_area").items()}
+        return cls(kind=kind, image_area=areas, **numbers)
 
 
 def _per_task(value: Any, where: str) -> dict[str, float]:
-    if isinstance(value, int | float):
-        return dict.fromkeys(TASKS, value)
-    if not isinstance(value, dict) or set(value) - set(TASKS):
-        raise CheckpointError(f"{where} must be a number or a map from task to number")
-    return value
+    numbers = value if isinstance(value, dict) else dict.fromkeys(TASKS, value)
+    good = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers.values())
+    if not good or set(numbers) - set(TASKS):
+        raise CheckpointError(f"{where} must be a positive number, or a map from task to such numbers")
+    return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +196,7 @@ def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
     guidance = request.guidance_scale
     if guidance is None:
         guidance = defaults.guidance_scale.get(task.name, task.guidance[defaults.kind])
+    image = replace(task.image, temperature=defaults.image_temperature.get(task.name, task.image.temperature))
     max_new_tokens = request.max_new_tokens
     if max_new_tokens is None and not task.interleaved:
         max_new_tokens = PICTURE_TEXT_TOKENS
@@ -199,7 +205,7 @@ def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
         guidance=guidance,
         image_area=area,
         size=_size(request, area),
-        image=_sampling(request, "image", task.image),
+        image=_sampling(request, "image", image),
         text=_sampling(request, "text", task.text),
         max_new_tokens=max_new_tokens if max_new_tokens is None else min(max_new_tokens, MAX_NEW_TOKENS),
     )

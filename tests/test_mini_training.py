@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from emu_cog.prompts import build
 from emu_cog.segments import ImageCodes, Reader
 from emu_cog.tasks import TABLE, UNCONDITIONAL
 from emu_cog.tokenizer import Tokenizer
+from emu_cog.weights import MINIATURE
 from scripts.mini import encode, export, fused, vocabulary
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
@@ -22,7 +24,7 @@ from scripts.mini.render import Batch
 from scripts.mini.sequences import BLANK, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
-from scripts.mini.train_language import Data
+from scripts.mini.train_language import Data, Gradients, Training, rate_at, read_weights
 
 CODES = 2048
 SIZE = (12, 12)
@@ -144,11 +146,11 @@ def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_p
     data = Data(tmp_path, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="run encode first"):
         data.wait(0.0)
-    encode.write(tmp_path / "part-00000.npz", rows(1, 3), pad=7)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-00000.npz"]
+    encode.write(tmp_path / encode.part_name(1, 0), rows(1, 3), pad=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [encode.part_name(1, 0)]
     data.wait(0.0)
     assert (data.samples, not data.refresh()) == (4, True)
-    encode.write(tmp_path / "part-00001.npz", rows(2, 2), pad=7)
+    encode.write(tmp_path / encode.part_name(2, 0), rows(2, 2), pad=7)
     assert data.refresh()
     assert data.samples == 7
     ids, learn = data.buckets[180].draw(5)
@@ -157,6 +159,7 @@ def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_p
     assert learn.sum(1).tolist() == [150] * 5
     lengths, weights = data.weights()
     assert dict(zip(lengths, weights, strict=True)) == pytest.approx({180: 900 / 1320, 210: 420 / 1320})
+    assert [encode.parts_there(tmp_path, seed) for seed in (1, 2, 3)] == [1, 1, 0]
 
 
 def test_the_training_model_computes_what_the_loaded_one_does(words: Tokenizer, tmp_path: Path) -> None:
@@ -206,6 +209,103 @@ def test_what_is_not_marked_teaches_nothing() -> None:
     assert (each != 0).sum(1).tolist() == [3, 3]
     assert each[:, 3:6].bool().all()
     assert loss.item() == pytest.approx(each[:, 3:6].mean().item(), rel=1e-5)
+
+
+def test_encode_goes_on_after_the_parts_that_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "SAMPLES_A_CHUNK", 2)
+    monkeypatch.setattr(encode, "HELD_OUT_SAMPLES", 2)
+    monkeypatch.setattr(encode.Encoder, "COUNT", 8)
+    monkeypatch.setattr(encode.Encoder, "FEW", 4)
+    arguments = ["encode", "--vision", str(MINIATURE / "vision"), "--vocabulary", str(folder), "--out", str(tmp_path)]
+
+    def run(samples: int) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", [*arguments, "--samples", str(samples), "--seed", "7"])
+        encode.main()
+        return json.loads((tmp_path / encode.DONE).read_text().splitlines()[-1])
+
+    assert run(8)["parts"] == 2
+    first, second = (tmp_path / encode.part_name(7, n) for n in range(2))
+    whole, before = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()  # as if it had been cut off there
+    assert run(8)["samples"] == 8
+    assert second.read_bytes() == whole
+    assert first.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="holds all 2 parts of seed 7"):
+        run(8)
+
+
+SMALL = Shape(
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32,
+)  # fmt: skip
+
+
+def training(folder: Path, *, seed: int = 1) -> Training:
+    """A small training over examples that count upwards, which are soon learnt."""
+    data_folder = folder / "data"
+    if not data_folder.exists():
+        data_folder.mkdir()
+        for name, first in ((encode.HELD_OUT, 5), (encode.part_name(1, 0), 0)):
+            ids = (first + np.arange(64)[:, None] + np.arange(96)) % 280
+            np.savez(data_folder / name, ids_96=ids.astype(np.int16), learn_96=np.ones_like(ids, np.uint8))
+    torch.manual_seed(seed)
+    model = LanguageModel(SMALL, dtype=torch.float32)
+    data = Data(data_folder, torch.device("cpu"))
+    assert data.refresh()
+    return Training(
+        model, Gradients(model, [96], 768, captured=False), data, folder / "out", rate=3e-3, decay=0.05, tokens=768,
+        visual=200, seed=seed,
+    )  # fmt: skip
+
+
+def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = training(tmp_path)
+    take = first.gradients
+
+    def eight(ids: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
+        if first.course.steps == 7:
+            first.stop()  # as SIGTERM does
+        return take(ids, learn)
+
+    first.gradients = eight  # type: ignore[assignment]
+    told = first.run(steps=30, seconds=1000)
+    assert (told["finished"], told["steps"]) == (False, 8)
+    weights = {name: value.clone() for name, value in first.model.state_dict().items()}
+
+    again = training(tmp_path, seed=2)  # another seed: nothing of its own start may remain
+    assert again.course.steps == 8
+    assert again.course.seconds == pytest.approx(first.course.seconds)
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+    momenta = [[s for s in o.state_dict()["state"].values()] for o in (first.optims[0], again.optims[0])]
+    assert momenta[0]
+    torch.testing.assert_close(momenta[0], momenta[1])
+    told = again.run(steps=30, seconds=1000)
+    assert (told["finished"], told["steps"]) == (True, 30)
+    assert training(tmp_path).run(steps=30, seconds=1000)["steps"] == 30, "a finished training has nothing to do"
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = training(tmp_path)
+    losses = iter([2.0, 1.0, 1.5])
+    monkeypatch.setattr("scripts.mini.train_language.held_out_loss", lambda *_: {"picture": next(losses), "other": 0.0})
+    for step in range(3):
+        with torch.no_grad():
+            made.model.embed.fill_(step)
+        made.save()
+    assert made.course.best == 1.0
+    kept = read_weights(tmp_path / "out")["model.embed_tokens.weight"]
+    assert (kept == 1).all(), "the second was the best"
+    assert (training(tmp_path).model.embed == 2).all(), "the training itself goes on from the last"
+    assert [path.name for path in (tmp_path / "out").glob("*.unfinished")] == []
+
+
+def test_the_rate_climbs_stays_and_falls_to_zero() -> None:
+    assert rate_at(0.0, 0, 3.0) == pytest.approx(0.02)
+    assert rate_at(0.1, 149, 3.0) == rate_at(0.3, 1000, 3.0) == 3.0
+    assert rate_at(0.65, 2000, 3.0) == pytest.approx(1.5)
+    assert rate_at(1.0, 3000, 3.0) == 0.0
 
 
 def test_muons_step_is_near_orthogonal() -> None:

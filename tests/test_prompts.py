@@ -88,16 +88,33 @@ def test_temperature_serves_both_kinds_and_yields_to_the_specific_one() -> None:
 
 def test_a_checkpoints_own_defaults(tmp_path: Path) -> None:
     assert tasks.ModelDefaults.read(tmp_path) == tasks.ModelDefaults()
-    (tmp_path / "defaults.json").write_text(json.dumps({"image_area": 25600, "guidance_scale": {"t2i": 4}}))
+    own = {"image_area": 25600, "guidance_scale": {"t2i": 4}, "image_temperature": {"t2i": 0.8}}
+    (tmp_path / "defaults.json").write_text(json.dumps(own))
     defaults = tasks.ModelDefaults.read(tmp_path)
     assert tasks.plan(Request(prompt="x"), defaults).size == (10, 10)
     assert tasks.plan(Request(prompt="x"), defaults).guidance == 4
     assert tasks.plan(Request(prompt="x", task="story"), defaults).guidance == 3.0
     assert tasks.plan(Request(prompt="x", resolution="512", guidance_scale=1.5), defaults).size == (32, 32)
+    for chosen, temperature in (({}, 0.8), ({"temperature": 1.2}, 1.2), ({"image_temperature": 0.5}, 0.5)):
+        assert tasks.plan(Request(prompt="x", **chosen), defaults).image.temperature == temperature
+    assert tasks.plan(Request(prompt="x"), defaults).text.temperature == 1.0
+    assert tasks.plan(Request(prompt="x", task="story"), defaults).image.temperature == 1.0
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"areas": 1}', '{"kind": "video"}', '{"image_area": {"t3i": 1}}', '{"guidance_scale": "high"}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"areas": 1}',
+        '{"kind": "video"}',
+        '{"image_area": {"t3i": 1}}',
+        '{"guidance_scale": "high"}',
+        '{"guidance_scale": {"t2i": "high"}}',
+        '{"image_temperature": 0}',
+        '{"image_temperature": true}',
+        '{"image_area": null}',
+    ],
 )
 def test_damaged_defaults_are_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "defaults.json").write_text(text)

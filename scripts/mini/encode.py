@@ -127,6 +127,18 @@ def write(path: Path, rows: Rows, pad: int) -> None:
     unfinished.rename(path)
 
 
+def part_name(seed: int, number: int) -> str:
+    return f"part-{seed:04d}-{number:05d}.npz"
+
+
+def parts_there(folder: Path, seed: int) -> int:
+    """How many of `seed`'s parts an earlier start, cut off perhaps, has left in `folder`."""
+    number = 0
+    while (folder / part_name(seed, number)).exists():
+        number += 1
+    return number
+
+
 def parts(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
     """Chunks in lists of CHUNKS_A_PART."""
     group: list[Chunk] = []
@@ -155,6 +167,12 @@ def main() -> None:
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_A_CHUNK, args.samples)
     jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary) for i in range(-(-args.samples // size))]
+    there = parts_there(args.out, args.seed)
+    jobs = jobs[there * CHUNKS_A_PART :]
+    if not jobs:
+        raise SystemExit(
+            f"{args.out} holds all {there} parts of seed {args.seed} already: give another --seed for more"
+        )
     chunks = begin(chunk, jobs, processes=workers())  # before CUDA is touched, which does not outlive a fork
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -164,9 +182,8 @@ def main() -> None:
     write(args.out / HELD_OUT, held, pad)
     ready = time.time()
 
-    samples = written = 0
-    working = 0.0
-    bar = tqdm(total=args.samples, mininterval=5.0)
+    samples, written, working = there * CHUNKS_A_PART * size, there, 0.0
+    bar = tqdm(total=args.samples, initial=samples, mininterval=5.0)
     for group in parts(chunks):
         begun = time.time()
         rows: Rows = {}
@@ -174,7 +191,7 @@ def main() -> None:
             sort_in(rows, one, encoder, visual)
             samples += len(one.lengths)
             bar.update(len(one.lengths))
-        write(args.out / f"part-{written:05d}.npz", rows, pad)
+        write(args.out / part_name(args.seed, written), rows, pad)
         written += 1
         working += time.time() - begun
         if time.time() - started > args.seconds:

@@ -25,6 +25,7 @@ from emu_cog import pictures, prompts, tasks
 from emu_cog.config import Request
 from emu_cog.jobs import Ended, Job, Tokens
 from emu_cog.pipeline import Pipeline, rules_of
+from emu_cog.quantize import FORMATS
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.vision import IBQ
 from scripts.mini.judge import look
@@ -183,14 +184,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="a task")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
+    parser.add_argument("--quantize", choices=FORMATS, help="the layers' weights in 8 bits")
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     fork = multiprocessing.get_context("fork")  # before the model is loaded: CUDA does not outlive a fork
     with ProcessPoolExecutor(workers(), mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as judges:
         judges.submit(int).result()
-        pipeline = Pipeline.load(args.model, args.vision)
-        record: dict[str, object] = {"guidance": args.guidance or "default", "device": str(pipeline.lm.device)}
+        pipeline = Pipeline.load(args.model, args.vision, quantize=args.quantize)
+        record: dict[str, object] = {
+            "guidance": args.guidance or "default",
+            "quantize": args.quantize or "off",
+            "device": str(pipeline.lm.device),
+        }
         if args.tokenizer:
             record["vision"] = through_codes(pipeline.vision, args.prompts)
             print("vision", record["vision"], flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from emu_cog.pipeline import Pipeline
@@ -14,10 +15,10 @@ from scripts.mini.pool import AREA
 
 LIMIT = 40 * 10**6
 """Bytes the two folders may take together."""
-DEFAULTS = {"kind": "image", "image_area": AREA, "guidance_scale": 3.0}
+DEFAULTS = {"kind": "image", "image_area": AREA, "guidance_scale": 3.0, "image_temperature": 0.8}
 
 
-def copy(vision: Path, vocabulary: Path, language: Path, target: Path, guidance: dict[str, float] | None) -> int:
+def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults: Mapping[str, object]) -> int:
     """Fill `target`/model and `target`/vision, load them once, and give their size in bytes."""
     model_folder, vision_folder = target / "model", target / "vision"
     for folder in (model_folder, vision_folder):
@@ -30,8 +31,7 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, guidance:
         shutil.copy(vocabulary / name, model_folder / name)
     for path in (language / "config.json", language / "model.safetensors.index.json", *language.glob("*.safetensors")):
         shutil.copy(path, model_folder / path.name)
-    defaults = DEFAULTS | ({"guidance_scale": guidance} if guidance else {})
-    (model_folder / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
+    (model_folder / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
     for path in (*model_folder.iterdir(), *vision_folder.iterdir()):
         path.chmod(0o644)
     Pipeline.load(model_folder, vision_folder)
@@ -44,9 +44,14 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--language", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "emu_cog" / "mini")
-    parser.add_argument("--guidance", type=json.loads, help='default guidance by task, as JSON: {"t2i": 3.0, ...}')
+    parser.add_argument(
+        "--defaults",
+        type=json.loads,
+        default={},
+        help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
+    )
     args = parser.parse_args()
-    size = copy(args.vision, args.vocabulary, args.language, args.out, args.guidance)
+    size = copy(args.vision, args.vocabulary, args.language, args.out, args.defaults)
     print(json.dumps({"bytes": size}))
     if size > LIMIT:
         raise SystemExit(f"the miniature takes {size} bytes, more than the {LIMIT} it may")

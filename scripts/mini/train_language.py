@@ -70,7 +70,7 @@ class Data:
 
     def refresh(self) -> bool:
         """Whether there was anything new."""
-        new = sorted(set(self.folder.glob("part-?????.npz")) - self.seen)
+        new = sorted(set(self.folder.glob("part-????-?????.npz")) - self.seen)
         for path in new:
             self.seen.add(path)
             for length, (ids, learn) in read(path).items():
