@@ -311,7 +311,9 @@ class _Run:
             return
         plan = image_loop.schedule(grids, [(lane.uniforms, lane.sampled) for lane in self.lanes], self.ids)
         lengths = [n for lane in self.lanes for n in lane.lengths]
-        self._reserve(max(lengths) + plan.steps)
+        blocks = [grid[0] * (grid[1] + 1) if grid else 0 for grid in grids for _ in range(2)]
+        # One more: a lane that has ended is fed at its end, where nothing reads.
+        self._reserve(max(n + block for n, block in zip(lengths, blocks, strict=True)) + 1)
         made = image_loop.run(
             self.lm,
             self.cache,

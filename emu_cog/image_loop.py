@@ -111,7 +111,7 @@ def run(
     out = torch.empty_like(forced)
     filled = max(lengths)
     for t in range(plan.steps):
-        hidden = lm.forward(token, start, cache, rows=slice(None), filled=filled + t + 1)
+        hidden = lm.forward(token, start, cache, rows=slice(None), filled=min(filled + t + 1, cache.capacity))
         start = start + advance[t]
         out[t] = forced[t]
         if sampled[t]:

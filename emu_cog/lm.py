@@ -45,13 +45,14 @@ class SlotCache:
         return 2 * config.num_hidden_layers * int(config.num_key_value_heads or 0) * config.head_dim * dtype.itemsize
 
     def grow(self, capacity: int) -> None:
-        """Room for `capacity` tokens a row, what is there kept."""
+        """Room for `capacity` tokens a row, what is there kept. Cut off in between, no recording is taken for valid."""
+        self.version = object()
         for buffers in (self.keys, self.values):
             for i, old in enumerate(buffers):
                 new = old.new_zeros((old.shape[0], old.shape[2], capacity, old.shape[3])).transpose(1, 2)
                 new[:, : self.capacity] = old
                 buffers[i] = new
-        self.capacity, self.version = capacity, object()
+        self.capacity = capacity
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` tokens of row `source`: a shared prefill."""

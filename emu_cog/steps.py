@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from emu_cog.lm import LanguageModel, SlotCache
 ROOM = 512
 """Positions beyond the context that a step may write to, though nothing reads them."""
 MAX_STEPS = 99 * 100
-"""Steps of the largest image: 99 rows of 99 codes, each with its EOL."""
+"""Steps of the largest image that two-digit sizes allow: 99 rows of 99 codes, each with its EOL."""
 
 
 def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
@@ -95,8 +96,10 @@ class Steps:
         for the device.
         """
         lanes, device = forced.shape[1], self.lm.device
-        if lanes not in self._images:
-            self._images[lanes] = ImageState.empty(lanes, MAX_STEPS, self.lm.ids.visual_count, device)
+        if lanes not in self._images or len(self._images[lanes].forced) < len(forced):
+            self._forget("image")  # recorded over the tables that go
+            steps = max(MAX_STEPS, len(forced))
+            self._images[lanes] = ImageState.empty(lanes, steps, self.lm.ids.visual_count, device)
         state = self._images[lanes]
         # With top-p the filters are part of the recording; without, they are numbers that it reads.
         static = replace(sampling, temperature=1.0) if sampling.top_p < 1.0 else Sampling()
@@ -105,7 +108,9 @@ class Steps:
             image_step(self._operations(cache), self.weights, state, cache.keys, cache.values, static)
 
         state.step.zero_()  # recording takes steps too: they must stay within the tables
-        what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p:g}"
+        what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p!r}"
+        if what not in self._plays:
+            self._forget("image, ")  # of filters that anyone may choose, one recording at a time is kept
         play = self._recorded(cache, what, step, state.position)
         count, size = len(forced), self.lm.ids.visual_count
         state.forced[:count].copy_(forced)
@@ -141,9 +146,13 @@ class Steps:
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """`LanguageModel.text_logits`, each row by itself: no row depends on how many there are."""
-        return self._operations().logits(hidden, self.weights.text_head)
+        with self._current_device():
+            return self._operations().logits(hidden, self.weights.text_head)
 
     # -- 3. recording ----------------------------------------------------------------------------------------
+
+    def _forget(self, prefix: str) -> None:
+        self._plays = {what: play for what, play in self._plays.items() if not what.startswith(prefix)}
 
     def _recorded(self, cache: SlotCache, what: str, step: Callable[[], None], position: Tensor) -> Callable[[], None]:
         """The function that plays `step` over `cache`: a graph's replay, or in the twin `step` itself."""
@@ -156,7 +165,8 @@ class Steps:
             # Recording needs one ordinary run before it (kernels are built then). It writes to the last cell of each
             # row, which no row has reached yet and which is written again before anything reads it.
             position.fill_(cache.capacity - 1)
-            self._plays[what] = self._record(f"the {what} step of {cache.rows} rows", step)
+            with self._current_device():
+                self._plays[what] = self._record(f"the {what} step of {cache.rows} rows", step)
         return self._plays[what]
 
     def _record(self, what: str, step: Callable[[], None]) -> Callable[[], None]:
@@ -171,13 +181,18 @@ class Steps:
         built = time.perf_counter()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             step()
         torch.cuda.synchronize(device)
         done = time.perf_counter()
         self.recorded_seconds += done - started
         log.info("recorded %s: kernels %.1f s, graph %.1f s", what, built - started, done - built)
         return graph.replay
+
+    def _current_device(self) -> AbstractContextManager[None]:
+        """Kernels and new streams go to the current device, which in this thread need not be the model's."""
+        device = self.lm.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _operations(self, cache: SlotCache | None = None) -> Ops:
         if self.twin:

@@ -242,7 +242,7 @@ def _replay_seconds(work: Callable[[], object]) -> float:
         work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         work()
     graph.replay()
     best = float("inf")

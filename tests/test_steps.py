@@ -13,13 +13,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from emu_cog import tiny, torch_settings
 from emu_cog.config import Request, Sampling
 from emu_cog.decode import forward, merge
-from emu_cog.decode_ops import TorchOps
+from emu_cog.decode_ops import ImageState, TorchOps
 from emu_cog.engine import Engine
 from emu_cog.jobs import Job
 from emu_cog.lm import LanguageModel, choose_attention
 from emu_cog.pipeline import Pipeline
 from emu_cog.quantize import FORMATS, quantize
-from emu_cog.steps import Steps, build, why_eager
+from emu_cog.steps import MAX_STEPS, Steps, build, why_eager
 from tests.test_engine import answers, job_and_rules
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
@@ -154,6 +154,60 @@ def test_the_device_is_asked_once_a_row(make_checkpoint: Checkpoints) -> None:
         assert state.step.tolist() == [12, 12]
     assert state.position.tolist() == [15, 14, 17, 14]
     assert (state.out[:12] >= pipeline.lm.ids.visual).all()
+
+
+def test_a_cache_whose_growth_was_cut_off_is_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some buffers have moved by then: what was recorded over the old ones must not be played again."""
+    cache = small_model(torch.float32).new_cache(rows=2, capacity=16)
+    before, allocate, calls = cache.version, torch.Tensor.new_zeros, []
+
+    def fails(self: torch.Tensor, *shape: object) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("full")
+        return allocate(self, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.grow(32)
+    assert cache.version is not before
+    assert cache.capacity == 16
+
+
+def image_tables(steps: Steps, count: int, **sampling: float) -> ImageState:
+    return steps.image(
+        steps.lm.new_cache(rows=2, capacity=32),
+        forced=torch.full((count, 1), 5),
+        uniform=torch.zeros((count, 1), dtype=torch.float64),
+        advance=torch.ones((count, 2), dtype=torch.long),
+        lengths=[1, 1],
+        guidance=3.0,
+        sampling=Sampling(**sampling),  # type: ignore[arg-type]
+    )[0]
+
+
+def test_tables_grow_for_images_beyond_the_largest_that_the_model_can_ask_for(
+    make_checkpoint: Checkpoints,
+) -> None:
+    folders = make_checkpoint("picture")
+    steps = Steps(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
+    small = image_tables(steps, 12)
+    assert len(small.forced) == MAX_STEPS
+    assert image_tables(steps, MAX_STEPS) is small
+    steps._plays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
+    assert (image_tables(steps, MAX_STEPS + 700).forced[: MAX_STEPS + 700] == 5).all()
+    assert list(steps._plays) == ["text"], "what was recorded over the tables that went"
+
+
+def test_of_the_filters_anyone_may_choose_one_recording_is_kept(make_checkpoint: Checkpoints) -> None:
+    folders = make_checkpoint("picture")
+    steps = Steps(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
+    steps._images[1] = image_tables(steps, 12)
+    steps._plays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
+    image_tables(steps, 12, top_k=3, top_p=0.5)
+    assert len(steps._plays) == 3
+    image_tables(steps, 12, top_k=4, top_p=0.5)
+    assert list(steps._plays) == ["image", "text"]
 
 
 def test_why_not_is_told(caplog: pytest.LogCaptureFixture) -> None:
