@@ -9,6 +9,7 @@ import pytest
 
 from emu_cog import tasks
 from emu_cog.config import Settings
+from scripts.mini import show
 from tests.conftest import ROOT
 
 README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CLAUDE.md"))
@@ -52,6 +53,12 @@ def test_every_command_and_file_named_is_there(text: str) -> None:
         assert path.is_dir() or path.suffix or os.access(path, os.X_OK), f"{name} can't be run"
     for name in set(re.findall(r"\]\((?!http|#)([^)]+)\)", text)) | set(re.findall(r'src="(?!http)([^"]+)"', text)):
         assert (ROOT / name).exists(), name
+
+
+def test_the_readme_shows_the_commands_of_its_pictures() -> None:
+    for demo in show.DEMOS:
+        assert f"\n{demo.command()}\n" in README, demo.name
+    assert {f"docs/mini-{demo.strip}.png" for demo in show.DEMOS} == set(re.findall(r"docs/mini-\w+\.png", README))
 
 
 def test_the_guide_names_every_module() -> None:

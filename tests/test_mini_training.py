@@ -18,13 +18,14 @@ from emu_cog.tasks import TABLE, UNCONDITIONAL
 from emu_cog.tokenizer import Tokenizer
 from emu_cog.weights import MINIATURE
 from scripts.mini import encode, export, fused, vocabulary
+from scripts.mini.examples import Data
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
 from scripts.mini.render import Batch
 from scripts.mini.sequences import BLANK, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
-from scripts.mini.train_language import Data, Gradients, Training, rate_at, read_weights
+from scripts.mini.train_language import Gradients, Training, rate_at, read_weights
 
 CODES = 2048
 SIZE = (12, 12)
