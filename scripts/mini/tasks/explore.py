@@ -15,7 +15,7 @@ STEP_WORDS = ("the camera moves {}", "the camera goes {}", "we move {}", "we go 
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sample | None:
-    """One sample of 3 to 4 moves. Two times of three the first view is given, else it opens the answer."""
+    """One sample of 2 to 4 moves. Two times of three the first view is given, else it opens the answer."""
     steps = rng.choice((2, 3, 3, 4))
     # Half a view, in whole tokens, so that what was seen returns in the same codes but shifted.
     half = (columns // 2 * 16, rows // 2 * 16)
