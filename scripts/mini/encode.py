@@ -175,7 +175,8 @@ def main() -> None:
         )
     chunks = begin(chunk, jobs, processes=workers())  # before CUDA is touched, which does not outlive a fork
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
     sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary)), encoder, visual)
