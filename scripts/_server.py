@@ -84,10 +84,13 @@ class Server:
                 return
 
     def _settle(self) -> None:
-        """Cog frees its slot a moment after the answer, and complains in the log when it is stopped before that."""
+        """Cog frees its slot a moment after the answer, and complains in the log when it is stopped before that.
+
+        A server that gives no answer any more is not waited for.
+        """
         until = time.monotonic() + 1
         with contextlib.suppress(OSError, ValueError):
-            while self.get("/health-check").get("status") == "BUSY" and time.monotonic() < until:
+            while self.get("/health-check", timeout=1).get("status") == "BUSY" and time.monotonic() < until:
                 time.sleep(0.02)
 
     def _wait(self) -> None:
@@ -107,14 +110,14 @@ class Server:
                 raise ServerError(f"setup failed:\n{str(setup.get('logs', '')).strip()}")
             time.sleep(0.05)
 
-    def get(self, path: str) -> dict[str, Any]:
-        return self._request("GET", path)[1]
+    def get(self, path: str, *, timeout: float = 30) -> dict[str, Any]:
+        return self._request("GET", path, timeout=timeout)[1]
 
     def cancel(self, identifier: str) -> None:
         self._request("POST", f"/predictions/{identifier}/cancel")
 
-    def _request(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=30)
+    def _request(self, method: str, path: str, body: Any = None, *, timeout: float = 30) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json"})
