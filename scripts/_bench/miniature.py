@@ -44,7 +44,7 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
     jobs, grids = [], []
-    count = len(PROMPTS) if device.type == "cuda" else 1  # a CPU takes a minute for one picture in bfloat16
+    count = len(PROMPTS)
     for seed, words in enumerate(PROMPTS[:count]):
         drawn = plain.stream(Request(prompt=words, seed=seed))
         grids.append(next(event.codes for event in drawn if isinstance(event, Picture)))
