@@ -133,7 +133,7 @@ class _Session:
             "prefill": (self.prefill, 15),
             "context": (self.context, 25),
             "agreement": (self.agreement, 15),
-            "mini": (self.mini, 15),
+            "mini": (self.mini, 15 if self.pace is GPU else 150),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
             "loading": (self.loading, 40),
