@@ -104,7 +104,7 @@ class Ops(Protocol):
         """silu(x @ gate.T) * (x @ up.T): (M, N) of a (2N, K) weight, as the next product reads it."""
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        """(M, K), every other row of something as well, to (M, V) fp32."""
+        """(M, K), its rows side by side or not, to (M, V) fp32."""
 
     def add_norm(
         self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None

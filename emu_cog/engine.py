@@ -24,7 +24,7 @@ from emu_cog.lm import LanguageModel, SlotCache
 from emu_cog.prefill import prefill
 from emu_cog.sampling import Uniforms, draw, probabilities
 from emu_cog.steps import Steps
-from emu_cog.tokens import block_length
+from emu_cog.tokens import block_length, body_length
 
 CACHE_STEP = 256
 """The cache grows in steps of this many tokens where its size was not known ahead."""
@@ -273,7 +273,7 @@ class _Run:
             if not image[i] or lane.size is None:
                 continue
             rows, columns = lane.size
-            if max(lane.lengths) + 1 + rows * (columns + 1) > self.lm.context:
+            if max(lane.lengths) + 1 + body_length(rows, columns) > self.lm.context:
                 lane.state = "ended"
                 yield Ended(i, "context")
             else:
@@ -311,10 +311,9 @@ class _Run:
             return
         plan = image_loop.schedule(grids, [(lane.uniforms, lane.sampled) for lane in self.lanes], self.ids)
         lengths = [n for lane in self.lanes for n in lane.lengths]
-        blocks = [grid[0] * (grid[1] + 1) if grid else 0 for grid in grids for _ in range(2)]
-        # One more: a lane that has ended is fed at its end, where nothing reads.
-        self._reserve(max(n + block for n, block in zip(lengths, blocks, strict=True)) + 1)
-        made = image_loop.run(
+        longest = max(max(lane.lengths) + made for lane, made in zip(self.lanes, plan.lengths, strict=True))
+        self._reserve(longest + 1)  # a lane that has ended is fed at its end, where nothing reads
+        told = image_loop.run(
             self.lm,
             self.cache,
             plan,
@@ -324,15 +323,14 @@ class _Run:
             trace=self.trace,
             steps=self.steps,
         )
-        for row in made:
+        for row in told:
             for i, ids in enumerate(row):
                 if ids:
                     self._count(self.lanes[i], sum(token >= self.ids.visual for token in ids))
                     yield Tokens(i, ids)
         self.stats.steps += plan.steps
-        for lane, grid in zip(self.lanes, grids, strict=True):
-            if grid:
-                lane.lengths = [n + grid[0] * (grid[1] + 1) for n in lane.lengths]
+        for lane, made in zip(self.lanes, plan.lengths, strict=True):
+            lane.lengths = [n + made for n in lane.lengths]
 
 
 def _round_up(tokens: int) -> int:

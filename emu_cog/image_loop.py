@@ -16,7 +16,7 @@ from emu_cog.config import Sampling
 from emu_cog.lm import LanguageModel, SlotCache
 from emu_cog.sampling import Uniforms, draw, guide, probabilities
 from emu_cog.steps import Steps
-from emu_cog.tokens import TokenIds
+from emu_cog.tokens import TokenIds, body_length
 
 Grid = tuple[int, int] | None
 """An image's (rows, columns); None for a lane that sits this one out."""
@@ -41,6 +41,11 @@ class Schedule:
         return self.forced.shape[0]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of every lane's image after IMG; 0 for a lane that sits this one out."""
+        return [body_length(*grid) if grid else 0 for grid in self.grids]
+
+    @property
     def row(self) -> int:
         """Steps between two looks of the host: a row of the widest image with its EOL."""
         return max(grid[1] + 1 for grid in self.grids if grid)
@@ -52,7 +57,7 @@ class Schedule:
 
 def schedule(grids: Sequence[Grid], uniforms: Sequence[tuple[Uniforms, int]], ids: TokenIds) -> Schedule:
     """Lay out `grids`, one a lane; `uniforms` are each lane's random numbers and the index of its next one."""
-    lengths = [grid[0] * (grid[1] + 1) if grid else 0 for grid in grids]
+    lengths = [body_length(*grid) if grid else 0 for grid in grids]
     steps = max(lengths)
     forced = torch.full((steps, len(grids)), ids.pad)
     uniform = torch.zeros((steps, len(grids)), dtype=torch.float64)
@@ -128,7 +133,4 @@ def run(
 def _told(plan: Schedule, out: Tensor, begin: int, end: int) -> list[tuple[int, ...]]:
     """The ids of steps begin..end-1 by lane, less what lies beyond a lane's image. Waits for the device."""
     made = out[begin:end].tolist()
-    return [
-        tuple(line[lane] for line in made[: max(grid[0] * (grid[1] + 1) - begin, 0)]) if grid else ()
-        for lane, grid in enumerate(plan.grids)
-    ]
+    return [tuple(line[lane] for line in made[: max(length - begin, 0)]) for lane, length in enumerate(plan.lengths)]

@@ -77,4 +77,9 @@ class TokenIds:
 
 def block_length(rows: int, columns: int) -> int:
     """Tokens of a whole image block, BOI to EOI. Source: upstream's format_image_string."""
-    return len(f"{rows}*{columns}") + 2 + rows * (columns + 1)
+    return len(f"{rows}*{columns}") + 2 + body_length(rows, columns)
+
+
+def body_length(rows: int, columns: int) -> int:
+    """Tokens of an image block after IMG: every row's codes and EOL, in the last row EOI for EOL."""
+    return rows * (columns + 1)

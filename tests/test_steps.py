@@ -202,7 +202,7 @@ def test_tables_grow_for_images_beyond_the_largest_that_the_model_can_ask_for(
 def test_of_the_filters_anyone_may_choose_one_recording_is_kept(make_checkpoint: Checkpoints) -> None:
     folders = make_checkpoint("picture")
     steps = Steps(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
-    steps._images[1] = image_tables(steps, 12)
+    image_tables(steps, 12)
     steps._plays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
     image_tables(steps, 12, top_k=3, top_p=0.5)
     assert len(steps._plays) == 3

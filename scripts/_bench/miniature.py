@@ -44,8 +44,7 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
     jobs, grids = [], []
-    count = len(PROMPTS)
-    for seed, words in enumerate(PROMPTS[:count]):
+    for seed, words in enumerate(PROMPTS):
         drawn = plain.stream(Request(prompt=words, seed=seed))
         grids.append(next(event.codes for event in drawn if isinstance(event, Picture)))
         prompt = prompts.build(plan.task, words, [], plain.tokenizer)

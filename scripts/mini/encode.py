@@ -32,8 +32,10 @@ SAMPLES_A_CHUNK = 10_000
 CHUNKS_A_PART = 2
 HELD_OUT_SAMPLES = 4000
 HELD_OUT = "held-out.npz"
-DONE = "encode.log"
-"""Written last: when it is there, no more parts come."""
+PARTS = "part-*-?????.npz"
+"""What `part_name` gives, any seed's and whole."""
+LOG = "encode.log"
+"""A JSON line for every start that came to its end."""
 Rows = dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]]
 
 
@@ -206,7 +208,7 @@ def main() -> None:
         "seed": args.seed,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    with (args.out / DONE).open("a") as log:
+    with (args.out / LOG).open("a") as log:
         log.write(json.dumps(record) + "\n")
     print(json.dumps(record), flush=True)
 

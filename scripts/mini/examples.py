@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scripts.mini.encode import PARTS
+
 
 @dataclass
 class Bucket:
@@ -51,7 +53,7 @@ class Data:
 
     def refresh(self) -> bool:
         """Whether there was anything new."""
-        new = sorted(set(self.folder.glob("part-????-?????.npz")) - self.seen)
+        new = sorted(set(self.folder.glob(PARTS)) - self.seen)
         for path in new:
             self.seen.add(path)
             for length, (ids, learn) in read(path).items():
