@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emu_cog import head as heads
 from emu_cog.config import Sampling
 from emu_cog.sampling import draw, guide, keep_k, keep_top_k, keep_top_p
 
@@ -140,7 +141,7 @@ class TorchOps:
         return F.silu(gate) * up
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        return F.linear(x, head).float()
+        return heads.logits(x, head)
 
     def add_norm(
         self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from emu_cog import cpu_linear
+from emu_cog import cpu_linear, head
 from emu_cog.config import CheckpointError, log
 from emu_cog.tokens import TokenIds
 
@@ -146,11 +146,11 @@ class LanguageModel:
         """Tokens a stream may hold; the caller may lower it to what memory allows."""
         if model.lm_head.weight.device.type == "cpu":
             cpu_linear.use_in(model)
-        head = model.lm_head.weight
-        self.device, self.dtype = model.model.embed_tokens.weight.device, head.dtype
+        weight = model.lm_head.weight
+        self.device, self.dtype = model.model.embed_tokens.weight.device, weight.dtype
         # The two halves of the head, as views: text mode may never give a visual token, an image nothing else.
-        self._text_head = head[: ids.visual]
-        self._visual_head = head[ids.visual : ids.vocab_size]
+        self._text_head = weight[: ids.visual]
+        self._visual_head = weight[ids.visual : ids.vocab_size]
 
     def new_cache(self, *, rows: int, capacity: int) -> SlotCache:
         devices = [layer.self_attn.k_proj.weight.device for layer in self.model.model.layers]
@@ -185,6 +185,6 @@ class LanguageModel:
         """(N, hidden) to (N, visual_count) fp32 logits over the visual tokens; entry i is code i."""
         return self._logits(hidden, self._visual_head)
 
-    def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, half: Tensor) -> Tensor:
         """On the model's first device; the moves do nothing unless the layers are spread over several."""
-        return cpu_linear.linear(hidden.to(head.device), head).float().to(self.device)
+        return head.logits(hidden.to(half.device), half).to(self.device)

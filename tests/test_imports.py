@@ -24,6 +24,7 @@ LAYERS = [
         "upstream_clone",
         "quantize",
         "kernels",
+        "head",
     ],
     ["tasks", "tokenizer", "vision", "fetch", "decode_ops", "draw_kernels", "kernels8", "jobs"],
     ["vision_compiled", "prompts", "segments", "pictures", "lm", "tiny_vocabulary", "layout", "progress", "decode"],

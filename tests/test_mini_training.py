@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from random import Random
@@ -22,7 +23,7 @@ from scripts.mini.examples import Data
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
 from scripts.mini.render import Batch
-from scripts.mini.sequences import BLANK, chunk, draw, sequence
+from scripts.mini.sequences import BLANK, SHARES, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
 from scripts.mini.train_language import Gradients, Training, rate_at, read_weights
@@ -99,13 +100,26 @@ def test_the_unconditional_line_is_the_unconditional_prompt_and_the_picture_bloc
 
 
 def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder: Path) -> None:
-    one, two, other = chunk((5, 60, folder)), chunk((5, 60, folder)), chunk((6, 60, folder))
+    one, two, other = (chunk((seed, 60, folder, SHARES)) for seed in (5, 5, 6))
     assert one.ids.tolist() == two.ids.tolist()
     assert one.ids.tolist() != other.ids.tolist()
     assert sum(one.lengths) == len(one.ids) == len(one.learn)
     visual = Tokenizer.load(folder).ids.visual
     assert int((one.ids >= visual + BLANK).sum()) == one.blanks
     assert sum(len(batch.head) for batch, _ in one.scenes.values()) > 60
+
+
+def test_shares_say_which_tasks_are_drawn(folder: Path) -> None:
+    only = encode.shares('{"explore": 2, "vla": 0}')
+    rng = Random(3)
+    assert {draw(rng, only)[0].task for _ in range(20)} == {"explore"}
+    assert {draw(rng, SHARES)[0].task for _ in range(200)} == set(SHARES)
+
+
+@pytest.mark.parametrize("text", ['{"fly": 1}', '{"t2i": -1}', '{"t2i": 0.5}', '{"t2i": true}', "{}", "[1]"])
+def test_wrong_shares_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="t2i, x2i, howto, story, explore, vla"):
+        encode.shares(text)
 
 
 class _Numbered:
@@ -120,13 +134,13 @@ def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
     """Lines are rebuilt one by one, from the same seed, and compared with what the bulk way wrote."""
     count, seed, words = 25, 8, Tokenizer.load(folder)
     visual = words.ids.visual
-    part = chunk((seed, count, folder))
+    part = chunk((seed, count, folder, SHARES))
     ids = encode.fill(part, _Numbered(), visual)  # type: ignore[arg-type]
     assert ids.max() < visual + CODES
 
     rng, begin = Random(seed), 0
     for length in part.lengths:
-        made, final, with_text, _ = draw(rng)
+        made, final, with_text, _ = draw(rng, SHARES)
         line, learn = sequence(made, words, final, 0, with_text=with_text)
         cells = final[0] * final[1]
         scenes = [*made.references, *made.pictures]

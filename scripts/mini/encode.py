@@ -23,7 +23,7 @@ from emu_cog.vision import IBQ, load_vision_tokenizer
 from scripts.mini.fused import fuse
 from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
-from scripts.mini.sequences import BLANK, Chunk, chunk, tokenizer
+from scripts.mini.sequences import BLANK, SHARES, Chunk, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are filled up to one of these."""
@@ -153,6 +153,15 @@ def parts(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
         yield group
 
 
+def shares(text: str) -> dict[str, int]:
+    """The option's JSON: whole numbers by task; argparse tells what is wrong."""
+    given = json.loads(text)
+    wrong = not isinstance(given, dict) or any(type(n) is not int or n < 0 for n in given.values())
+    if wrong or not set(given) <= set(SHARES) or not sum(given.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an object of whole numbers for {', '.join(SHARES)}")
+    return given
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vision", type=Path, required=True, help="folder of the vision tokenizer")
@@ -161,6 +170,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further part after this wall time")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--shares",
+        type=shares,
+        default=SHARES,
+        help=f"how often each task is drawn, as JSON; default {json.dumps(SHARES)}. The held-out samples keep to that",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the drawing")
     args = parser.parse_args()
     started = time.time()
@@ -168,7 +183,7 @@ def main() -> None:
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_A_CHUNK, args.samples)
-    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary) for i in range(-(-args.samples // size))]
+    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, args.shares) for i in range(-(-args.samples // size))]
     there = parts_there(args.out, args.seed)
     jobs = jobs[there * CHUNKS_A_PART :]
     if not jobs:
@@ -181,7 +196,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
-    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary)), encoder, visual)
+    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary, SHARES)), encoder, visual)
     write(args.out / HELD_OUT, held, pad)
     ready = time.time()
 
@@ -206,6 +221,7 @@ def main() -> None:
         "setup_seconds": round(ready - started, 1),
         "waiting_seconds": round(time.time() - ready - working, 1),
         "seed": args.seed,
+        "shares": args.shares,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     with (args.out / LOG).open("a") as log:

@@ -5,6 +5,7 @@ Pictures are not known to the process that writes the text; it leaves numbered b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
 from scripts.mini.world import Scene
 
 SHARES = {"t2i": 36, "x2i": 36, "howto": 7, "story": 7, "explore": 7, "vla": 7}
-"""How often each task is drawn, of 100."""
+"""How often each task is drawn, of 100, where nothing else is asked for."""
 WITHOUT_TEXT = 0.12
 """Share of samples that become the unconditional stream: no words, the pictures alone."""
 AGAIN = 0.15
@@ -66,9 +67,9 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def chunk(job: tuple[int, int, Path]) -> Chunk:
-    """`job` is (seed, samples, folder of the tokenizer files)."""
-    seed, count, folder = job
+def chunk(job: tuple[int, int, Path, Mapping[str, int]]) -> Chunk:
+    """`job` is (seed, samples, folder of the tokenizer files, how often each task is drawn)."""
+    seed, count, folder, shares = job
     rng, words = Random(seed), tokenizer(folder)
     ids: list[int] = []
     learn: list[int] = []
@@ -76,7 +77,7 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     pictures: dict[tuple[Size, Size, bool], list[tuple[Scene, int]]] = {}
     blanks = 0
     for _ in range(count):
-        made, final, with_text, again = draw(rng)
+        made, final, with_text, again = draw(rng, shares)
         line, mask = sequence(made, words, final, blanks, with_text=with_text)
         for i, scene in enumerate((*made.references, *made.pictures)):
             key = (scene.rows, scene.columns), final, again and i < len(made.references)
@@ -92,10 +93,10 @@ def chunk(job: tuple[int, int, Path]) -> Chunk:
     return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
 
 
-def draw(rng: Random) -> tuple[Sample, Size, bool, bool]:
+def draw(rng: Random, shares: Mapping[str, int]) -> tuple[Sample, Size, bool, bool]:
     """A sample of any task, the size of its pictures in tokens after the resize of references, whether its words are
     told, and whether its references have been through the vision tokenizer before."""
-    task = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    task = rng.choices(tuple(shares), tuple(shares.values()))[0]
     drawn = draw_size(rng, task)
     made = sample(rng, task, *drawn)
     final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
