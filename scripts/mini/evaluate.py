@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from emu_cog import pictures, prompts, tasks
 from emu_cog.config import Request
-from emu_cog.jobs import Ended, Job, Tokens
+from emu_cog.jobs import Ended, Job, Rules, Tokens
 from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.quantize import FORMATS
 from emu_cog.segments import ImageCodes, Reader, Text
@@ -50,17 +50,23 @@ def request(made: Sample, seed: int, guidance: float | None) -> Request:
     )
 
 
-@torch.inference_mode()
-def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
-    """All requests of one task and size in one batch, step by step as `Pipeline.stream` takes one."""
-    plans = [tasks.plan(r, pipeline.defaults) for r in requests]
+def jobs_of(pipeline: Pipeline, requests: Sequence[Request]) -> tuple[list[Job], Rules]:
+    """Requests of one task and size as one batch for the engine, by the steps `Pipeline.stream` takes with one."""
+    plan = tasks.plan(requests[0], pipeline.defaults)
+    known: dict[int, tuple[tuple[int, ...], ...]] = {}  # requests that differ in their seed alone share their pictures
     jobs = []
-    for r, plan in zip(requests, plans, strict=True):
-        codes = [pictures.encode(image, plan.image_area, pipeline.vision) for image in r.images]
-        prompt = prompts.build(plan.task, r.prompt, codes, pipeline.tokenizer)
+    for r in requests:
+        for image in r.images:
+            if id(image) not in known:
+                known[id(image)] = pictures.encode(image, plan.image_area, pipeline.vision)
+        prompt = prompts.build(plan.task, r.prompt, [known[id(image)] for image in r.images], pipeline.tokenizer)
         jobs.append(Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=r.seed or 0))
-    plan = plans[0]
-    rules = replace(rules_of(plan), max_new_tokens=plan.max_new_tokens or 1500)
+    return jobs, replace(rules_of(plan), max_new_tokens=plan.max_new_tokens or 1500)
+
+
+@torch.inference_mode()
+def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answer]:
+    """What the engine gives for the jobs, all in one batch."""
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
     given = [Answer() for _ in jobs]
     for event in pipeline.engine.generate(jobs, rules):
@@ -68,6 +74,7 @@ def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
             given[event.job].whole = event.reason != "limit"
             segments = list(readers[event.job].finish())
         elif isinstance(event, Tokens):
+            given[event.job].ids += event.ids
             segments = list(readers[event.job].feed(event.ids))
         else:
             continue
@@ -109,7 +116,7 @@ def evaluate(
     for begin in tqdm(range(0, count, batch), desc=task, mininterval=10):
         numbers = order[begin : begin + batch]
         asked = [request(made[i], SEED + i, guidance) for i in numbers]
-        for i, answer in zip(numbers, answers(pipeline, asked), strict=True):
+        for i, answer in zip(numbers, answers(pipeline, *jobs_of(pipeline, asked)), strict=True):
             given[i] = answer
             found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
     results = {i: found[i].result() for i in order}

@@ -151,6 +151,10 @@ class LanguageModel(nn.Module):
             x = self._after(x, flat, w["o"], w["post_norm"], w["gate"], w["up"], w["down"])
         return x
 
+    def logits(self, hidden: Tensor, *, first: int) -> Tensor:
+        """(N, hidden) before the last norm to fp32 scores of the tokens from `first` on."""
+        return F.linear(_norm(hidden, self.norm), self.head[first:].to(hidden.dtype)).float()
+
     def loss(self, tokens: Tensor, learn: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the tokens marked in (B, T) `learn`, and the (B, T) single ones."""
         targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).reshape(-1)

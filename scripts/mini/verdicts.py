@@ -25,9 +25,10 @@ AGREE = 0.03
 
 @dataclass
 class Answer:
-    """What the model gave for one sample: texts and pictures in reading order."""
+    """What the model gave for one sample: texts and pictures in reading order, and the token ids they came from."""
 
     parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     reasoned: bool = False
     whole: bool = False
 
