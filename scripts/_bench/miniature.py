@@ -16,11 +16,11 @@ from _bench import machine
 from _bench.report import Report, Row
 from emu_cog import prompts, quality, tasks
 from emu_cog.config import InputError, Request
-from emu_cog.jobs import Job
-from emu_cog.outputs import Picture
-from emu_cog.pipeline import Pipeline
+from emu_cog.jobs import Job, Tokens
+from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.quality import Codes
 from emu_cog.quantize import FORMATS, check_format
+from emu_cog.segments import ImageCodes, Reader
 from emu_cog.steps import Steps
 from emu_cog.weights import MINIATURE
 
@@ -43,12 +43,9 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
         return
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
-    jobs, grids = [], []
-    for seed, words in enumerate(PROMPTS):
-        drawn = plain.stream(Request(prompt=words, seed=seed))
-        grids.append(next(event.codes for event in drawn if isinstance(event, Picture)))
-        prompt = prompts.build(plan.task, words, [], plain.tokenizer)
-        jobs.append(Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed))
+    built = [prompts.build(plan.task, words, [], plain.tokenizer) for words in PROMPTS]
+    jobs = [Job(conditional=p.conditional, unconditional=p.unconditional, seed=i) for i, p in enumerate(built)]
+    grids = _drawn(plain, jobs, plan)
     exact = [
         list(quality.by_passes(plain.lm, job, grid, guidance=plan.guidance))
         for job, grid in zip(jobs, grids, strict=True)
@@ -83,6 +80,18 @@ def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline
         compile=compile,
         max_outputs=len(PROMPTS),
     )
+
+
+def _drawn(pipeline: Pipeline, jobs: list[Job], plan: tasks.Plan) -> list[Codes]:
+    """The jobs' pictures as codes; nothing is decoded to pixels, which on a GPU would compile the decoder first."""
+    found: dict[int, Codes] = {}
+    readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
+    for event in pipeline.engine.generate(jobs, rules_of(plan)):
+        if isinstance(event, Tokens):
+            for segment in readers[event.job].feed(event.ids):
+                if isinstance(segment, ImageCodes):
+                    found[event.job] = segment.codes
+    return [found[i] for i in range(len(jobs))]
 
 
 def _batched(pipeline: Pipeline, jobs: list[Job], grids: list[Codes], plan: tasks.Plan) -> list[list[Tensor]]:

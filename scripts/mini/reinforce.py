@@ -43,7 +43,7 @@ OUTSIDE = 6.0
 STATE = "reinforcement.pt"
 LOG = "reinforce.log"
 """A JSON line for every start that came to its end, with the share of right answers update by update."""
-PROMPTS = {"t2i": 16, "x2i": 12, "explore": 4}
+PROMPTS = {"t2i": 64, "x2i": 32, "explore": 16}
 """A batch, of each task."""
 
 
@@ -199,6 +199,12 @@ class Reinforcement:
         unfinished.rename(self.out / STATE)
 
 
+def begin_judging() -> None:
+    """A judge's beginning. Whoever interrupts means the training, which still wants the judges' words."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def packs(made: Sequence[Attempt], tokens: int) -> Iterator[list[int]]:
     """The attempts' numbers, alike lengths together, in passes of at most `tokens` tokens with their padding."""
     group: list[int] = []
@@ -234,14 +240,14 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4, help="answers to a prompt, at least 2")
     parser.add_argument("--batch", type=int, default=32, help="answers drawn side by side")
     parser.add_argument("--tokens", type=int, default=8192, help="of one pass with gradients")
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group must be at least 2: an answer is measured against the others to its prompt")
     started = time.time()
     fork = multiprocessing.get_context("fork")  # before the model is loaded: CUDA does not outlive a fork
-    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as judges:
+    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=begin_judging) as judges:
         judges.submit(int).result()
         pipeline = Pipeline.load(args.model, args.vision, max_outputs=args.batch)
         device = pipeline.lm.device
