@@ -26,7 +26,7 @@ from scripts.mini.pool import SQUARE
 from scripts.mini.reinforce import Course, Reinforcement, advantages, packs, rate_at
 from scripts.mini.tasks import sample
 from scripts.mini.train_language import read_weights
-from scripts.mini.verdicts import Answer
+from scripts.mini.verdicts import Answer, Verdict
 
 pytestmark = pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
 
@@ -170,6 +170,7 @@ def test_one_that_was_cut_off_goes_on(
 
 def test_an_edit_that_changes_the_rest_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
     made = sample(Random(1), "x2i", *SQUARE)
-    for found, expected in (((None, 2.0), 1.0), ((None, 7.0), 0.0), (("no", 1.0), 0.0), ((None, None), 1.0)):
+    for wrong, outside, expected in ((None, 2.0, 1.0), (None, 7.0, 0.0), ("no", 1.0, 0.0), (None, None, 1.0)):
+        found = Verdict(wrong, outside)
         monkeypatch.setattr(reinforce, "verdict", lambda *_, found=found: found)
         assert reinforce.worth(made, Answer()) == expected

@@ -143,6 +143,21 @@ def test_a_perfect_answer_passes_and_its_pictures_in_another_order_do_not(task: 
     assert refused >= count - 1  # two views of a path may be alike
 
 
+def test_single_moves_of_a_walk_are_counted() -> None:
+    rng = Random(4)
+    made = next(m for m in (sample(rng, "explore", *SQUARE) for _ in range(99)) if len(m.references) == 1)
+    answer, asked = truth(made), len(made.pictures)
+    assert verdicts.verdict(made, answer) == verdicts.Verdict(None, None, (asked, asked))
+    last = answer.parts[-1]
+    assert not isinstance(last, str)
+    spoilt = replace(answer, parts=[*answer.parts[:-1], 255 - last])
+    assert verdicts.verdict(made, spoilt).moves == (asked - 1, asked)
+    assert verdicts.verdict(made, replace(answer, parts=answer.parts[:2])).moves == (1, asked)
+    turned = ["The camera moves nowhere.", *answer.parts[1:]]
+    assert verdicts.verdict(made, replace(answer, parts=turned)).moves[0] < asked
+    assert verdicts.verdict(made, Answer()).moves == (0, asked)
+
+
 def test_an_answer_without_text_or_end_is_no_answer() -> None:
     made = sample(Random(2), "story", *SQUARE)
     answer = truth(made)

@@ -33,7 +33,7 @@ from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.verdicts import Answer, verdict
+from scripts.mini.verdicts import Answer, Verdict, verdict
 from scripts.mini.wish import complaint
 
 Result = TypeVar("Result")
@@ -112,7 +112,7 @@ def evaluate(
     # Alike lengths go together, so that no request of a batch waits long for another.
     order = sorted(range(count), key=lambda i: (len(made[i].references), len(made[i].pictures)))
     given: dict[int, Answer] = {}
-    found: dict[int, Future[tuple[str | None, float | None]]] = {}
+    found: dict[int, Future[Verdict]] = {}
     for begin in tqdm(range(0, count, batch), desc=task, mininterval=10):
         numbers = order[begin : begin + batch]
         asked = [request(made[i], SEED + i, guidance) for i in numbers]
@@ -120,23 +120,26 @@ def evaluate(
             given[i] = answer
             found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
     results = {i: found[i].result() for i in order}
-    apart = [difference for _, difference in results.values() if difference is not None]
+    apart = [r.outside for r in results.values() if r.outside is not None]
+    moves = [sum(r.moves[i] for r in results.values()) for i in range(2)]
     figures: dict[str, float | int | str] = {
-        "right": round(sum(wrong is None for wrong, _ in results.values()) / count, 4),
+        "right": round(sum(r.wrong is None for r in results.values()) / count, 4),
         "prompts": count,
         "reasoned": round(sum(a.reasoned for a in given.values()) / count, 3),
         "seconds": round(time.time() - started, 1),
     }
     if apart:
         figures["outside_difference"] = round(float(np.mean(apart)), 2)
-    failed = [i for i in order if results[i][0]]
+    if moves[1]:
+        figures |= {"moves_right": round(moves[0] / moves[1], 4), "moves": moves[1]}
+    failed = [i for i in order if results[i].wrong]
     for i in failed[:12]:
-        print(f"    {made[i].question} -> {results[i][0]}")
+        print(f"    {made[i].question} -> {results[i].wrong}")
     if gallery:
         gallery.mkdir(parents=True, exist_ok=True)
         for name, numbers in ((task, sorted(order)), (f"{task}_wrong", failed)):
             if numbers:
-                sheet([(made[i], given[i], results[i][0]) for i in numbers[:24]]).save(
+                sheet([(made[i], given[i], results[i].wrong) for i in numbers[:24]]).save(
                     gallery / f"{name}.jpg", quality=85
                 )
     return figures

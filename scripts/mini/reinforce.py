@@ -58,8 +58,8 @@ class Course:
 
 def worth(made: Sample, answer: Answer) -> float:
     """1 for an answer that is right, else 0."""
-    wrong, apart = verdict(made, answer)
-    return float(wrong is None and (apart is None or apart < OUTSIDE))
+    found = verdict(made, answer)
+    return float(found.wrong is None and (found.outside is None or found.outside < OUTSIDE))
 
 
 def advantages(worths: Sequence[float], group: int) -> list[float]:

@@ -97,11 +97,25 @@ def judge_explore(made: Sample, answer: Answer) -> str | None:
     asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
     if moves != asked:
         return f"moves {moves}, not {asked}"
-    for number, (before, after, move) in enumerate(zip(views, views[1:], moves, strict=False), 1):
-        apart = disagreement(before, after, move)
+    for number, apart in enumerate(overlaps(views, moves), 1):
         if apart > AGREE:
             return f"move {number}: {apart:.1%} of the overlap differs"
     return None
+
+
+def overlaps(views: Sequence[NDArray[np.uint8]], moves: Sequence[str]) -> list[float]:
+    """Move by move, the share of pixels that differ where the views before and after it overlap."""
+    return [disagreement(*views[i : i + 2], move) for i, move in enumerate(moves[: len(views) - 1])]
+
+
+def moves_right(made: Sample, answer: Answer) -> tuple[int, int]:
+    """How many of the moves asked for were made with views that agree, and how many were asked for."""
+    views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
+    told = [m for m in map(reading.move, answer.texts) if m]
+    asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
+    found = overlaps(views, told)
+    good = sum(t == a and apart <= AGREE for t, a, apart in zip(told, asked, found, strict=False))
+    return good, len(asked)
 
 
 def disagreement(before: NDArray[np.uint8], after: NDArray[np.uint8], move: str) -> float:
@@ -167,10 +181,21 @@ def _same_spot(a: Thing, b: Thing) -> bool:
     return abs(a.x - b.x) <= 12 and abs(a.y - b.y) <= 12
 
 
-def verdict(made: Sample, answer: Answer) -> tuple[str | None, float | None]:
-    """(what is wrong or None, for x2i the difference where nothing was to change)."""
-    apart = None
+@dataclass(frozen=True)
+class Verdict:
+    """`wrong` says what is, or None. For x2i `outside` is the difference where nothing was to change; for explore
+    `moves` are those whose views agree, and all."""
+
+    wrong: str | None
+    outside: float | None = None
+    moves: tuple[int, int] = (0, 0)
+
+
+def verdict(made: Sample, answer: Answer) -> Verdict:
+    outside, moves = None, (0, 0)
     if made.task == "x2i" and answer.pictures:
         last = answer.pictures[-1]
-        apart = outside_difference(made, last, (last.shape[1], last.shape[0]))
-    return JUDGES[made.task](made, answer), apart
+        outside = outside_difference(made, last, (last.shape[1], last.shape[0]))
+    if made.task == "explore":
+        moves = moves_right(made, answer)
+    return Verdict(JUDGES[made.task](made, answer), outside, moves)
