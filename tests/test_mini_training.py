@@ -23,7 +23,7 @@ from scripts.mini.examples import Data
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.muon import orthogonal
 from scripts.mini.render import Batch
-from scripts.mini.sequences import BLANK, SHARES, chunk, draw, sequence
+from scripts.mini.sequences import BLANK, SHARES, Mix, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
 from scripts.mini.train_language import Gradients, Training, rate_at, read_weights
@@ -100,7 +100,7 @@ def test_the_unconditional_line_is_the_unconditional_prompt_and_the_picture_bloc
 
 
 def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder: Path) -> None:
-    one, two, other = (chunk((seed, 60, folder, SHARES)) for seed in (5, 5, 6))
+    one, two, other = (chunk((seed, 60, folder, Mix())) for seed in (5, 5, 6))
     assert one.ids.tolist() == two.ids.tolist()
     assert one.ids.tolist() != other.ids.tolist()
     assert sum(one.lengths) == len(one.ids) == len(one.learn)
@@ -112,8 +112,19 @@ def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder:
 def test_shares_say_which_tasks_are_drawn(folder: Path) -> None:
     only = encode.shares('{"explore": 2, "vla": 0}')
     rng = Random(3)
-    assert {draw(rng, only)[0].task for _ in range(20)} == {"explore"}
-    assert {draw(rng, SHARES)[0].task for _ in range(200)} == set(SHARES)
+    assert {draw(rng, Mix(only))[0].task for _ in range(20)} == {"explore"}
+    assert {draw(rng, Mix())[0].task for _ in range(200)} == set(SHARES)
+
+
+def test_a_part_of_t2i_is_hard() -> None:
+    def things(many: float) -> list[int]:
+        rng = Random(3)
+        return [len(draw(rng, Mix({"t2i": 1}, many))[0].wishes[-1].wanted) for _ in range(150)]
+
+    assert min(things(1.0)) >= 3
+    shares = [sum(count >= 3 for count in things(many)) / 150 for many in (0.0, 0.5)]
+    assert 0.2 < shares[0] < 0.55
+    assert shares[0] + 0.15 < shares[1] < 0.95
 
 
 @pytest.mark.parametrize("text", ['{"fly": 1}', '{"t2i": -1}', '{"t2i": 0.5}', '{"t2i": true}', "{}", "[1]"])
@@ -134,13 +145,13 @@ def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
     """Lines are rebuilt one by one, from the same seed, and compared with what the bulk way wrote."""
     count, seed, words = 25, 8, Tokenizer.load(folder)
     visual = words.ids.visual
-    part = chunk((seed, count, folder, SHARES))
+    part = chunk((seed, count, folder, Mix()))
     ids = encode.fill(part, _Numbered(), visual)  # type: ignore[arg-type]
     assert ids.max() < visual + CODES
 
     rng, begin = Random(seed), 0
     for length in part.lengths:
-        made, final, with_text, _ = draw(rng, SHARES)
+        made, final, with_text, _ = draw(rng, Mix())
         line, learn = sequence(made, words, final, 0, with_text=with_text)
         cells = final[0] * final[1]
         scenes = [*made.references, *made.pictures]

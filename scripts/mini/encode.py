@@ -23,7 +23,7 @@ from emu_cog.vision import IBQ, load_vision_tokenizer
 from scripts.mini.fused import fuse
 from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
-from scripts.mini.sequences import BLANK, SHARES, Chunk, chunk, tokenizer
+from scripts.mini.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are filled up to one of these."""
@@ -176,14 +176,20 @@ def main() -> None:
         default=SHARES,
         help=f"how often each task is drawn, as JSON; default {json.dumps(SHARES)}. The held-out samples keep to that",
     )
+    parser.add_argument(
+        "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the drawing")
     args = parser.parse_args()
+    if not 0 <= args.many <= 1:
+        parser.error(f"--many is a part, 0 to 1, not {args.many}")
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_A_CHUNK, args.samples)
-    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, args.shares) for i in range(-(-args.samples // size))]
+    mix = Mix(args.shares, args.many)
+    jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, mix) for i in range(-(-args.samples // size))]
     there = parts_there(args.out, args.seed)
     jobs = jobs[there * CHUNKS_A_PART :]
     if not jobs:
@@ -196,7 +202,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
-    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary, SHARES)), encoder, visual)
+    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary, Mix())), encoder, visual)
     write(args.out / HELD_OUT, held, pad)
     ready = time.time()
 
@@ -222,6 +228,7 @@ def main() -> None:
         "waiting_seconds": round(time.time() - ready - working, 1),
         "seed": args.seed,
         "shares": args.shares,
+        "many": args.many,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     with (args.out / LOG).open("a") as log:
