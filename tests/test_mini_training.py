@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -367,3 +368,31 @@ def test_the_fused_norm_computes_what_the_modules_do() -> None:
             found.append((out.detach(), given.grad, norm.weight.grad.clone(), norm.bias.grad.clone()))
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_weights_are_blended_with_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the command: what is put together lies between the two, a quarter of the way."""
+    shape = Shape(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    for name, value in (("late", 1.0), ("early", 3.0)):
+        made = LanguageModel(shape, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.fill_(value)
+        made.save(tmp_path / name)
+    seen = {}
+
+    def copy(vision: Path, vocabulary: Path, language: Path, *_: Any) -> int:
+        seen.update(read_weights(language))
+        assert json.loads((language / "config.json").read_text())["hidden_size"] == 32
+        return 1
+
+    monkeypatch.setattr(export, "copy", copy)
+    arguments = ["export", "--vision", "v", "--vocabulary", "w", "--language", str(tmp_path / "late"), "--out", "o"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--blend", str(tmp_path / "early"), "--blend-share", "0.25"])
+    export.main()
+    assert seen
+    assert all((value == 1.5).all() for value in seen.values())
+
+    LanguageModel(replace(shape, hidden_size=16), dtype=torch.float32).save(tmp_path / "early")
+    with pytest.raises(SystemExit, match="other tensors"):
+        export.main()

@@ -7,11 +7,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
 
 from emu_cog.pipeline import Pipeline
 from emu_cog.tasks import DEFAULTS_FILE
 from emu_cog.tokenizer import RANKS_FILE, VISION_FILE
+from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import AREA
+from scripts.mini.train_language import read_weights
 
 LIMIT = 40 * 10**6
 """Bytes the two folders may take together."""
@@ -44,6 +49,18 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
     return sum(p.stat().st_size for p in (*model_folder.iterdir(), *vision_folder.iterdir()))
 
 
+def blend(language: Path, other: Path, share: float, out: Path) -> None:
+    """Write to `out` the weights of `language`, `share` of each of them from `other`: an earlier state of the same
+    training, which takes back a little of what was learnt by heart."""
+    ours, theirs = read_weights(language), read_weights(other)
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise SystemExit(f"{other} holds other tensors than {language}: only weights of one shape can be blended")
+    sizes = json.loads((language / "config.json").read_text())
+    model = LanguageModel(Shape(**{name: sizes[name] for name in Shape.__dataclass_fields__}), dtype=torch.float32)
+    model.load_released({k: (1 - share) * ours[k].float() + share * theirs[k].float() for k in ours})
+    model.save(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vision", type=Path, required=True)
@@ -56,8 +73,16 @@ def main() -> None:
         default={},
         help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
     )
+    parser.add_argument("--blend", type=Path, help="folder of earlier weights of the same training, to be mixed in")
+    parser.add_argument("--blend-share", type=float, default=0.2, help="how much of them, 0 to 1")
     args = parser.parse_args()
-    size = copy(args.vision, args.vocabulary, args.language, args.out, args.defaults)
+    if not 0 <= args.blend_share <= 1:
+        parser.error(f"--blend-share is a part, 0 to 1, not {args.blend_share}")
+    with TemporaryDirectory() as folder:
+        if args.blend:
+            blend(args.language, args.blend, args.blend_share, Path(folder))
+        language = Path(folder) if args.blend else args.language
+        size = copy(args.vision, args.vocabulary, language, args.out, args.defaults)
     print(json.dumps({"bytes": size}))
     if size > LIMIT:
         raise SystemExit(f"the miniature takes {size} bytes, more than the {LIMIT} it may")
