@@ -54,7 +54,7 @@ DEMOS: tuple[Demo, ...] = (
     Demo("tall", "wide", "t2i", "a red heart above a blue square on a white background", 8, "9:16"),
     Demo("recolour", "x2i", "x2i", "Make the blue circle green.", 1, reference="stars"),
     Demo("add", "x2i", "x2i", "add a small white heart in the bottom left corner", 2, reference="recolour"),
-    Demo("ground", "x2i", "x2i", "change the background to purple", 3, reference="add"),
+    Demo("ground", "x2i", "x2i", "change the background to purple", 4, reference="add"),
     Demo("remove", "x2i", "x2i", "remove the heart", 4, reference="ground"),
     Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue "
          "background?", 1),
@@ -62,7 +62,7 @@ DEMOS: tuple[Demo, ...] = (
          "and a white moon.", 2),
     Demo("explore", "explore", "explore", "explore a green world with red hearts and white stars: go right, down, left",
          3),
-    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 9),
+    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 12),
     Demo("vla", "vla", "vla", "Put the red ball above the blue box.", 4, reference="start"),
 )  # fmt: skip
 
