@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from _bench import machine
 from _bench.report import Report, Row
@@ -35,20 +36,23 @@ PROMPTS = (
     "a small black square, a red fish and a white star",
 )
 
+ROUNDS = 3
+"""Each a picture of every prompt, all in one batch; in one round alone chance moves the share by 0.3 points."""
+Drawn = list[tuple[Job, Codes]]
+
 
 def measure(report: Report, device: torch.device, *, compile: bool) -> None:
-    """Full precision and every 8-bit format that the device has, along pictures of PROMPTS, all in one batch."""
+    """Full precision and every 8-bit format that the device has, along ROUNDS pictures of each of PROMPTS."""
     if not (MINIATURE / "model").is_dir():
         report.not_measured("mini", "this package holds no trained miniature")
         return
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
-    built = [prompts.build(plan.task, words, [], plain.tokenizer) for words in PROMPTS]
-    jobs = [Job(conditional=p.conditional, unconditional=p.unconditional, seed=i) for i, p in enumerate(built)]
-    grids = _drawn(plain, jobs, plan)
+    rounds = [_drawn(plain, _jobs(plain, plan, first), plan) for first in range(0, ROUNDS * len(PROMPTS), len(PROMPTS))]
     exact = [
         list(quality.by_passes(plain.lm, job, grid, guidance=plan.guidance))
-        for job, grid in zip(jobs, grids, strict=True)
+        for drawn in rounds
+        for job, grid in tqdm(drawn, desc="two passes a token", leave=False)
     ]
     steps = plain.engine.steps
     what = "recorded steps" if steps else "their twin in plain torch"
@@ -56,7 +60,7 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
         report,
         f"emu-mini: {what} against two passes a token through the modules",
         exact,
-        _batched(plain, jobs, grids, plan),
+        _batched(plain, rounds, plan),
         plan,
     )
     for name in FORMATS:
@@ -67,7 +71,7 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
             continue
         machine.free_bytes(device)
         small = _load(device, name, compile)
-        _tell(report, f"emu-mini in {name} against bfloat16", exact, _batched(small, jobs, grids, plan), plan)
+        _tell(report, f"emu-mini in {name} against bfloat16", exact, _batched(small, rounds, plan), plan)
 
 
 def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline:
@@ -82,8 +86,14 @@ def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline
     )
 
 
-def _drawn(pipeline: Pipeline, jobs: list[Job], plan: tasks.Plan) -> list[Codes]:
-    """The jobs' pictures as codes; nothing is decoded to pixels, which on a GPU would compile the decoder first."""
+def _jobs(pipeline: Pipeline, plan: tasks.Plan, first: int) -> list[Job]:
+    """One job a prompt, with seeds from `first` on."""
+    built = [prompts.build(plan.task, words, [], pipeline.tokenizer) for words in PROMPTS]
+    return [Job(conditional=p.conditional, unconditional=p.unconditional, seed=first + i) for i, p in enumerate(built)]
+
+
+def _drawn(pipeline: Pipeline, jobs: list[Job], plan: tasks.Plan) -> Drawn:
+    """The jobs with their pictures as codes; nothing is decoded to pixels, which on a GPU would compile the decoder."""
     found: dict[int, Codes] = {}
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
     for event in pipeline.engine.generate(jobs, rules_of(plan)):
@@ -91,14 +101,17 @@ def _drawn(pipeline: Pipeline, jobs: list[Job], plan: tasks.Plan) -> list[Codes]
             for segment in readers[event.job].feed(event.ids):
                 if isinstance(segment, ImageCodes):
                     found[event.job] = segment.codes
-    return [found[i] for i in range(len(jobs))]
+    return [(job, found[i]) for i, job in enumerate(jobs)]
 
 
-def _batched(pipeline: Pipeline, jobs: list[Job], grids: list[Codes], plan: tasks.Plan) -> list[list[Tensor]]:
-    """Scores by job and row, all jobs side by side through the steps."""
+def _batched(pipeline: Pipeline, rounds: list[Drawn], plan: tasks.Plan) -> list[list[Tensor]]:
+    """Scores by job and row, all jobs of a round side by side through the steps."""
     steps = pipeline.engine.steps or Steps(pipeline.lm, twin=True)
-    rows = quality.by_steps(steps, jobs, grids, guidance=plan.guidance)
-    return [list(job) for job in zip(*rows, strict=True)]
+    scores: list[list[Tensor]] = []
+    for drawn in rounds:
+        rows = quality.by_steps(steps, [job for job, _ in drawn], [grid for _, grid in drawn], guidance=plan.guidance)
+        scores += [list(job) for job in zip(*rows, strict=True)]
+    return scores
 
 
 def _tell(report: Report, what: str, exact: list[list[Tensor]], other: list[list[Tensor]], plan: tasks.Plan) -> None:
@@ -112,6 +125,6 @@ def _tell(report: Report, what: str, exact: list[list[Tensor]], other: list[list
             what=f"{what}: the same likeliest token",
             value=100 * found.top1,
             unit=f"% of {found.steps}",
-            note=f"KL {found.kl_mean:.5f} nats on average, {found.kl_max:.4f} at most; {len(exact)} side by side",
+            note=f"KL {found.kl_mean:.5f} nats on average, {found.kl_max:.4f} at most; {len(PROMPTS)} side by side",
         )
     )
