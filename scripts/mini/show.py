@@ -40,7 +40,9 @@ class Demo:
         inputs += [] if self.aspect_ratio == "auto" else [f"aspect_ratio={self.aspect_ratio}"]
         inputs += [] if self.reference is None else [f"reference_image=@{self.reference}.0.png"]
         inputs.append(f"seed={self.seed}")
-        return " ".join(["scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {self.name}.png"])
+        # Cog gives every file the suffix that is named here: none where texts come with the pictures.
+        target = f"{self.name}.png" if self.task in ("t2i", "x2i") else self.name
+        return " ".join(["scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {target}"])
 
 
 DEMOS: tuple[Demo, ...] = (
