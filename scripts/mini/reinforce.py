@@ -125,7 +125,7 @@ class Reinforcement:
                 kept = time.time()
         bar.close()
         self.save()
-        return {"finished": not self.stopped, **asdict(course)}
+        return {"finished": course.updates >= updates or course.seconds >= seconds, **asdict(course)}
 
     def update(self, progress: float) -> tuple[dict[str, float], float]:
         """Draw, judge, learn: the shares of right answers by task, and the gradient's length."""
