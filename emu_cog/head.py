@@ -23,5 +23,4 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
     if head.is_cuda:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     wide, rows = hidden.float(), max(1, SLICE // head.shape[1])
-    parts = [cpu_linear.linear(wide, part.float()) for part in head.split(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return torch.cat([cpu_linear.linear(wide, part.float()) for part in head.split(rows)], dim=-1)

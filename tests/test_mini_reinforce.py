@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -47,8 +46,7 @@ def pipeline() -> Pipeline:
 
 @pytest.fixture
 def model() -> LanguageModel:
-    sizes = json.loads((MINIATURE / "model" / "config.json").read_text())
-    found = LanguageModel(Shape(**{name: sizes[name] for name in Shape.__dataclass_fields__}), dtype=torch.float32)
+    found = LanguageModel(Shape.read(MINIATURE / "model"), dtype=torch.float32)
     found.load_released(read_weights(MINIATURE / "model"))
     return found
 

@@ -23,6 +23,7 @@ from emu_cog.vision import IBQ, load_vision_tokenizer
 from scripts.mini.fused import fuse
 from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
+from scripts.mini.runs import device_name, tell
 from scripts.mini.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
@@ -229,11 +230,9 @@ def main() -> None:
         "seed": args.seed,
         "shares": args.shares,
         "many": args.many,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
     }
-    with (args.out / LOG).open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record), flush=True)
+    tell(record, args.out / LOG)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -28,6 +30,7 @@ from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.quantize import FORMATS
 from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.vision import IBQ
+from emu_cog.weights import MINIATURE
 from scripts.mini.judge import look
 from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
@@ -88,6 +91,37 @@ def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answe
     return given
 
 
+def answered(
+    pipeline: Pipeline, made: Sequence[Sample], ask: Callable[[int], Request], batch: int
+) -> Iterator[tuple[int, Job, Rules, Answer]]:
+    """The answers to `ask(i)` for every sample i of one task, in batches: i, what went to the engine, what came back.
+
+    Alike lengths go together, so that no request of a batch waits long for another.
+    """
+    order = sorted(range(len(made)), key=lambda i: (len(made[i].references), len(made[i].pictures)))
+    for begin in range(0, len(order), batch):
+        numbers = order[begin : begin + batch]
+        jobs, rules = jobs_of(pipeline, [ask(i) for i in numbers])
+        for i, job, answer in zip(numbers, jobs, answers(pipeline, jobs, rules), strict=True):
+            yield i, job, rules, answer
+
+
+@contextmanager
+def judging() -> Iterator[Executor]:
+    """Processes that judge beside the generation; to be begun before the model is loaded: CUDA does not outlive a
+    fork."""
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=_begin_judging) as judges:
+        judges.submit(int).result()
+        yield judges
+
+
+def _begin_judging() -> None:
+    """Whoever interrupts means the run, which may still want the judges' words."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def held_out_samples(task: str, count: int) -> list[Sample]:
     """The `count` samples every evaluation of `task` uses."""
     rng = Random(f"{SEED} {task}")
@@ -109,17 +143,13 @@ def evaluate(
     `judges` judge beside the generation, else it is done in turn.
     """
     made, started = held_out_samples(task, count), time.time()
-    # Alike lengths go together, so that no request of a batch waits long for another.
-    order = sorted(range(count), key=lambda i: (len(made[i].references), len(made[i].pictures)))
     given: dict[int, Answer] = {}
     found: dict[int, Future[Verdict]] = {}
-    for begin in tqdm(range(0, count, batch), desc=task, mininterval=10):
-        numbers = order[begin : begin + batch]
-        asked = [request(made[i], SEED + i, guidance) for i in numbers]
-        for i, answer in zip(numbers, answers(pipeline, *jobs_of(pipeline, asked)), strict=True):
-            given[i] = answer
-            found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
-    results = {i: found[i].result() for i in order}
+    told = answered(pipeline, made, lambda i: request(made[i], SEED + i, guidance), batch)
+    for i, _, _, answer in tqdm(told, total=count, desc=task, mininterval=10):
+        given[i] = answer
+        found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
+    results = {i: found[i].result() for i in given}
     apart = [r.outside for r in results.values() if r.outside is not None]
     moves = [sum(r.moves[i] for r in results.values()) for i in range(2)]
     figures: dict[str, float | int | str] = {
@@ -132,12 +162,12 @@ def evaluate(
         figures["outside_difference"] = round(float(np.mean(apart)), 2)
     if moves[1]:
         figures |= {"moves_right": round(moves[0] / moves[1], 4), "moves": moves[1]}
-    failed = [i for i in order if results[i].wrong]
+    failed = [i for i in given if results[i].wrong]
     for i in failed[:12]:
         print(f"    {made[i].question} -> {results[i].wrong}")
     if gallery:
         gallery.mkdir(parents=True, exist_ok=True)
-        for name, numbers in ((task, sorted(order)), (f"{task}_wrong", failed)):
+        for name, numbers in ((task, sorted(given)), (f"{task}_wrong", failed)):
             if numbers:
                 sheet([(made[i], given[i], results[i].wrong) for i in numbers[:24]]).save(
                     gallery / f"{name}.jpg", quality=85
@@ -185,10 +215,9 @@ def sheet(shown: Sequence[tuple[Sample, Answer, str | None]]) -> Image.Image:
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parents[2] / "emu_cog" / "mini"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=here / "model")
-    parser.add_argument("--vision", type=Path, default=here / "vision")
+    parser.add_argument("--model", type=Path, default=MINIATURE / "model")
+    parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
     parser.add_argument("--tokenizer", action="store_true", help="measure the vision tokenizer by itself, too")
     parser.add_argument("--tasks", nargs="*", default=list(MAKERS), choices=list(MAKERS))
     parser.add_argument("--prompts", type=int, default=200, help="a task")
@@ -198,9 +227,7 @@ def main() -> None:
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    fork = multiprocessing.get_context("fork")  # before the model is loaded: CUDA does not outlive a fork
-    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as judges:
-        judges.submit(int).result()
+    with judging() as judges:
         pipeline = Pipeline.load(args.model, args.vision, quantize=args.quantize)
         record: dict[str, object] = {
             "guidance": args.guidance or "default",

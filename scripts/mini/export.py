@@ -14,6 +14,7 @@ import torch
 from emu_cog.pipeline import Pipeline
 from emu_cog.tasks import DEFAULTS_FILE
 from emu_cog.tokenizer import RANKS_FILE, VISION_FILE
+from emu_cog.weights import MINIATURE
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import AREA
 from scripts.mini.train_language import read_weights
@@ -55,8 +56,7 @@ def blend(language: Path, other: Path, share: float, out: Path) -> None:
     ours, theirs = read_weights(language), read_weights(other)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise SystemExit(f"{other} holds other tensors than {language}: only weights of one shape can be blended")
-    sizes = json.loads((language / "config.json").read_text())
-    model = LanguageModel(Shape(**{name: sizes[name] for name in Shape.__dataclass_fields__}), dtype=torch.float32)
+    model = LanguageModel(Shape.read(language), dtype=torch.float32)
     model.load_released({k: (1 - share) * ours[k].float() + share * theirs[k].float() for k in ours})
     model.save(out)
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, required=True)
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--language", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "emu_cog" / "mini")
+    parser.add_argument("--out", type=Path, default=MINIATURE)
     parser.add_argument(
         "--defaults",
         type=json.loads,

@@ -34,6 +34,12 @@ class Shape:
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
 
+    @classmethod
+    def read(cls, folder: Path) -> Shape:
+        """Of the weights in `folder`, from its config.json."""
+        sizes = json.loads((folder / "config.json").read_text())
+        return cls(**{name: sizes[name] for name in cls.__dataclass_fields__})
+
 
 NAMES = {
     "input_norm": "input_layernorm.weight",

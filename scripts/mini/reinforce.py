@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -27,12 +25,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from emu_cog.config import Request
 from emu_cog.pipeline import Pipeline
+from emu_cog.weights import MINIATURE
 from scripts.mini.attempts import Attempt, attempt, log_likelihoods
 from scripts.mini.encode import shares
-from scripts.mini.evaluate import answers, jobs_of, request
+from scripts.mini.evaluate import answered, judging, request
 from scripts.mini.language_model import LanguageModel, Shape
-from scripts.mini.pool import SQUARE, workers
+from scripts.mini.pool import SQUARE
+from scripts.mini.runs import device_name, keep, stop_when_told, tell
 from scripts.mini.tasks import sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.train_language import read_weights
@@ -145,26 +146,20 @@ class Reinforcement:
     def draw(self, task: str, count: int) -> tuple[list[Attempt], list[float]]:
         """`count` prompts of `task`, each answered `group` times, and what the answers are worth."""
         rng = Random(f"{self.seed} {self.course.updates} {task}")
-        asked: list[tuple[Sample, int]] = []
+        made: list[Sample] = []
+        asked: list[Request] = []
         for _ in range(count):
-            asked += [(sample(rng, task, *SQUARE), rng.randrange(2**31))] * self.group
-        order = sorted(range(len(asked)), key=lambda i: (len(asked[i][0].references), len(asked[i][0].pictures)))
+            one, seed = sample(rng, task, *SQUARE), rng.randrange(2**31)
+            first = request(one, seed, None)
+            made += [one] * self.group
+            asked += [replace(first, seed=seed + i) for i in range(self.group)]
         attempts: dict[int, Attempt] = {}
         worths = {}
-        for at in range(0, len(order), self.batch):
-            numbers = order[at : at + self.batch]
-            requests = {id(asked[i][0]): request(asked[i][0], 0, None) for i in numbers}
-            jobs, rules = jobs_of(
-                self.pipeline,
-                [replace(requests[id(asked[i][0])], seed=(asked[i][1] + i % self.group) % 2**32) for i in numbers],
-            )
-            given = answers(self.pipeline, jobs, rules)
-            for i, job, answer in zip(numbers, jobs, given, strict=True):
-                worths[i] = self.judges.submit(worth, asked[i][0], answer)
-                attempts[i] = attempt(
-                    job, answer.ids, self.pipeline.tokenizer.ids, guidance=rules.guidance, sampling=rules.image
-                )
-        return [attempts[i] for i in range(len(asked))], [worths[i].result() for i in range(len(asked))]
+        ids = self.pipeline.tokenizer.ids
+        for i, job, rules, answer in answered(self.pipeline, made, asked.__getitem__, self.batch):
+            worths[i] = self.judges.submit(worth, made[i], answer)
+            attempts[i] = attempt(job, answer.ids, ids, guidance=rules.guidance, sampling=rules.image)
+        return [attempts[i] for i in range(len(made))], [worths[i].result() for i in range(len(made))]
 
     def learn(self, made: Sequence[Attempt], weights: Sequence[float], progress: float) -> float:
         """One step uphill along the weighted log-likelihood of a token; the gradient's length before it is cut."""
@@ -194,15 +189,7 @@ class Reinforcement:
             "optimizer": self.optim.state_dict(),
             "course": asdict(self.course),
         }
-        unfinished = (self.out / STATE).with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.rename(self.out / STATE)
-
-
-def begin_judging() -> None:
-    """A judge's beginning. Whoever interrupts means the training, which still wants the judges' words."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+        keep(state, self.out / STATE)
 
 
 def packs(made: Sequence[Attempt], tokens: int) -> Iterator[list[int]]:
@@ -227,10 +214,11 @@ def rate_at(progress: float, update: int, rate: float) -> float:
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parents[2] / "emu_cog" / "mini"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=here / "model", help="folder of the whole model to begin with")
-    parser.add_argument("--vision", type=Path, default=here / "vision", help="folder of the vision tokenizer")
+    parser.add_argument(
+        "--model", type=Path, default=MINIATURE / "model", help="folder of the whole model to begin with"
+    )
+    parser.add_argument("--vision", type=Path, default=MINIATURE / "vision", help="folder of the vision tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
     parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="over all starts, setup left out")
@@ -246,14 +234,10 @@ def main() -> None:
     if args.group < 2:
         parser.error("--group must be at least 2: an answer is measured against the others to its prompt")
     started = time.time()
-    fork = multiprocessing.get_context("fork")  # before the model is loaded: CUDA does not outlive a fork
-    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=begin_judging) as judges:
-        judges.submit(int).result()
+    with judging() as judges:
         pipeline = Pipeline.load(args.model, args.vision, max_outputs=args.batch)
         device = pipeline.lm.device
-        sizes = json.loads((args.model / "config.json").read_text())
-        shape = Shape(**{name: sizes[name] for name in Shape.__dataclass_fields__})
-        model = LanguageModel(shape, dtype=pipeline.lm.dtype).to(device)
+        model = LanguageModel(Shape.read(args.model), dtype=pipeline.lm.dtype).to(device)
         model.load_released(read_weights(args.model))
         training = Reinforcement(
             model,
@@ -267,21 +251,18 @@ def main() -> None:
             rate=args.rate,
             seed=args.seed,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, training.stop)
+        stop_when_told(training.stop)
         record = training.run(updates=args.updates, seconds=args.seconds)
     record |= {
         "wall_seconds": round(time.time() - started, 1),
         "answers": record["updates"] * args.group * sum(args.prompts.values()),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "rate": args.rate,
         "seed": args.seed,
         "prompts": args.prompts,
         "group": args.group,
     }
-    with (args.out / LOG).open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record), flush=True)
+    tell(record, args.out / LOG)
 
 
 if __name__ == "__main__":

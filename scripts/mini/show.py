@@ -15,6 +15,7 @@ from emu_cog.config import Request
 from emu_cog.outputs import Picture
 from emu_cog.pipeline import Pipeline
 from emu_cog.segments import Text
+from emu_cog.weights import MINIATURE
 
 CELL, GAP, LINE = 192, 12, 16
 """Pixels: a picture's side, the space between pictures, a line of words."""
@@ -106,11 +107,10 @@ def strip(cells: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Im
 
 
 def main() -> None:
-    root = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=root / "emu_cog" / "mini" / "model")
-    parser.add_argument("--vision", type=Path, default=root / "emu_cog" / "mini" / "vision")
-    parser.add_argument("--out", type=Path, default=root / "docs")
+    parser.add_argument("--model", type=Path, default=MINIATURE / "model")
+    parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="strips to make")
     args = parser.parse_args()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from scripts.mini.encode import HELD_OUT, LENGTHS
 from scripts.mini.examples import Data, read
 from scripts.mini.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.muon import Muon
+from scripts.mini.runs import device_name, keep, stop_when_told, tell
 from scripts.mini.sequences import tokenizer
 
 TOKENS = 40320
@@ -121,10 +121,7 @@ class Course:
     """The least held-out loss on pictures so far, whose weights lie in the folder."""
 
     def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.rename(path)
+        keep({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path)
 
     @classmethod
     def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
@@ -280,22 +277,19 @@ def main() -> None:
         visual=words.ids.visual,
         seed=args.seed,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, training.stop)
+    stop_when_told(training.stop)
     record = training.run(steps=args.steps, seconds=args.seconds)
     record |= {
         "seconds": round(time.time() - started, 1),
         "samples": data.samples,
         "tokens": record["steps"] * args.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "seed": args.seed,
         "rate": args.rate,
         "shape": asdict(shape),
     }
-    with (args.out / "train.log").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    tell(record, args.out / "train.log")
 
 
 if __name__ == "__main__":

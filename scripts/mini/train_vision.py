@@ -24,6 +24,7 @@ from tqdm import tqdm
 from emu_cog.vision import IBQ, VisionConfig, load_vision_tokenizer
 from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
+from scripts.mini.runs import device_name
 from scripts.mini.tasks import sample
 from scripts.mini.vision_steps import LENGTH, Codes, Working
 from scripts.mini.world import Scene
@@ -164,7 +165,7 @@ def main() -> None:
         "steps": steps,
         "batch": args.batch,
         "seconds": round(time.time() - started, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": args.seed,
         **{k: {"db": round(v[0], 2), "codes": v[1]} for k, v in quality.items()},

@@ -90,32 +90,43 @@ def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
 
 def judge_explore(made: Sample, answer: Answer) -> str | None:
     """Neighbouring views agree where they overlap, and the moves are those asked for."""
-    views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
+    return stumble(made, answer, Walk.of(made, answer))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The moves that the answer tells of, those asked for, and for every move made the share of pixels that differ
+    where the views before and after it overlap."""
+
+    told: list[str]
+    asked: list[str]
+    apart: list[float]
+
+    @classmethod
+    def of(cls, made: Sample, answer: Answer) -> Walk:
+        views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
+        told = [m for m in map(reading.move, answer.texts) if m]
+        asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
+        apart = [disagreement(*views[i : i + 2], move) for i, move in enumerate(told[: len(views) - 1])]
+        return cls(told, asked, apart)
+
+    @property
+    def right(self) -> tuple[int, int]:
+        """How many of the moves asked for were made with views that agree, and how many were asked for."""
+        steps = zip(self.told, self.asked, self.apart, strict=False)
+        return sum(told == asked and apart <= AGREE for told, asked, apart in steps), len(self.asked)
+
+
+def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
+    """The first thing that is wrong with a walk."""
     if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
         return f"{len(answer.pictures)} views, not {len(made.pictures)}"
-    moves = [m for m in map(reading.move, answer.texts) if m]
-    asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
-    if moves != asked:
-        return f"moves {moves}, not {asked}"
-    for number, apart in enumerate(overlaps(views, moves), 1):
+    if walk.told != walk.asked:
+        return f"moves {walk.told}, not {walk.asked}"
+    for number, apart in enumerate(walk.apart, 1):
         if apart > AGREE:
             return f"move {number}: {apart:.1%} of the overlap differs"
     return None
-
-
-def overlaps(views: Sequence[NDArray[np.uint8]], moves: Sequence[str]) -> list[float]:
-    """Move by move, the share of pixels that differ where the views before and after it overlap."""
-    return [disagreement(*views[i : i + 2], move) for i, move in enumerate(moves[: len(views) - 1])]
-
-
-def moves_right(made: Sample, answer: Answer) -> tuple[int, int]:
-    """How many of the moves asked for were made with views that agree, and how many were asked for."""
-    views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
-    told = [m for m in map(reading.move, answer.texts) if m]
-    asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
-    found = overlaps(views, told)
-    good = sum(t == a and apart <= AGREE for t, a, apart in zip(told, asked, found, strict=False))
-    return good, len(asked)
 
 
 def disagreement(before: NDArray[np.uint8], after: NDArray[np.uint8], move: str) -> float:
@@ -192,10 +203,11 @@ class Verdict:
 
 
 def verdict(made: Sample, answer: Answer) -> Verdict:
-    outside, moves = None, (0, 0)
+    if made.task == "explore":
+        walk = Walk.of(made, answer)
+        return Verdict(stumble(made, answer, walk), moves=walk.right)
+    outside = None
     if made.task == "x2i" and answer.pictures:
         last = answer.pictures[-1]
         outside = outside_difference(made, last, (last.shape[1], last.shape[0]))
-    if made.task == "explore":
-        moves = moves_right(made, answer)
-    return Verdict(JUDGES[made.task](made, answer), outside, moves)
+    return Verdict(JUDGES[made.task](made, answer), outside)
