@@ -131,7 +131,12 @@ def encode(image: Image.Image, area: int, vision: IBQ) -> tuple[tuple[int, ...],
 @torch.inference_mode()
 def decode(codes: Sequence[Sequence[int]], vision: IBQ) -> Image.Image:
     """The picture of `codes[row][column]`: (y + 1) * 127.5, clamped to 0..255 and truncated, as upstream."""
-    grid = torch.tensor(codes, device=vision.device)[None]
-    pixels = vision.decode(grid)[0].float()
+    return decode_alike([codes], vision)[0]
+
+
+@torch.inference_mode()
+def decode_alike(grids: Sequence[Sequence[Sequence[int]]], vision: IBQ) -> list[Image.Image]:
+    """`decode` for several grids of one size in one pass."""
+    pixels = vision.decode(torch.tensor(grids, device=vision.device)).float()
     pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -6,6 +6,7 @@ Uses the package's own pipeline, several requests to a batch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import signal
@@ -20,6 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ from emu_cog.jobs import Ended, Job, Rules, Tokens
 from emu_cog.pipeline import Pipeline, rules_of
 from emu_cog.quantize import FORMATS
 from emu_cog.segments import ImageCodes, Reader, Text
+from emu_cog.steps import Steps
 from emu_cog.vision import IBQ
 from emu_cog.weights import MINIATURE
 from scripts.mini.judge import look
@@ -40,7 +43,10 @@ from scripts.mini.verdicts import Answer, Verdict, verdict
 from scripts.mini.wish import complaint
 
 Result = TypeVar("Result")
+Grid = Sequence[Sequence[int]]
 SEED = 20_260
+DECODED = 32
+"""Pictures decoded in one pass: enough for a GPU, little memory."""
 
 
 def request(made: Sample, seed: int, guidance: float | None) -> Request:
@@ -72,6 +78,8 @@ def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answe
     """What the engine gives for the jobs, all in one batch."""
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
     given = [Answer() for _ in jobs]
+    drawn: list[ImageCodes] = []
+    places: list[tuple[int, int]] = []
     for event in pipeline.engine.generate(jobs, rules):
         if isinstance(event, Ended):
             given[event.job].whole = event.reason != "limit"
@@ -83,12 +91,35 @@ def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answe
             continue
         for segment in segments:
             if isinstance(segment, ImageCodes):
-                given[event.job].parts.append(np.asarray(pictures.decode(segment.codes, pipeline.vision)))
+                drawn.append(segment)
+                places.append((event.job, len(given[event.job].parts)))
+                given[event.job].parts.append("")  # its pixels come below
             elif isinstance(segment, Text) and segment.kind == "text":
                 given[event.job].parts.append(segment.text)
             else:
                 given[event.job].reasoned = True
+    for (job, place), pixels in zip(places, _pixels([d.codes for d in drawn], pipeline.vision), strict=True):
+        given[job].parts[place] = pixels
     return given
+
+
+def _pixels(grids: Sequence[Grid], vision: IBQ) -> list[NDArray[np.uint8]]:
+    """The pictures of `grids`, in their order, decoded side by side where they are of one size."""
+    found: dict[int, NDArray[np.uint8]] = {}
+    order = sorted(range(len(grids)), key=lambda i: (len(grids[i]), len(grids[i][0])))
+    for _, alike in itertools.groupby(order, key=lambda i: (len(grids[i]), len(grids[i][0]))):
+        numbers = list(alike)
+        for n in range(0, len(numbers), DECODED):
+            some = numbers[n : n + DECODED]
+            images = pictures.decode_alike([grids[i] for i in some], vision)
+            found |= {i: np.asarray(image) for i, image in zip(some, images, strict=True)}
+    return [found[i] for i in range(len(grids))]
+
+
+def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:
+    """A pipeline to answer `batch` requests side by side. More than a recorded step holds go through the modules, and
+    then nothing is worth compiling."""
+    return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= Steps.MAX_ROWS)
 
 
 def answered(
@@ -122,9 +153,9 @@ def _begin_judging() -> None:
     torch.set_num_threads(1)
 
 
-def held_out_samples(task: str, count: int) -> list[Sample]:
-    """The `count` samples every evaluation of `task` uses."""
-    rng = Random(f"{SEED} {task}")
+def held_out_samples(task: str, count: int, seed: int = SEED) -> list[Sample]:
+    """The `count` samples every evaluation of `task` uses; others with another seed."""
+    rng = Random(f"{seed} {task}")
     return [sample(rng, task, *SQUARE, unseen=True) for _ in range(count)]
 
 
@@ -137,15 +168,16 @@ def evaluate(
     guidance: float | None = None,
     gallery: Path | None = None,
     judges: Executor | None = None,
+    seed: int = SEED,
 ) -> dict[str, float | int | str]:
     """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers.
 
     `judges` judge beside the generation, else it is done in turn.
     """
-    made, started = held_out_samples(task, count), time.time()
+    made, started = held_out_samples(task, count, seed), time.time()
     given: dict[int, Answer] = {}
     found: dict[int, Future[Verdict]] = {}
-    told = answered(pipeline, made, lambda i: request(made[i], SEED + i, guidance), batch)
+    told = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
     for i, _, _, answer in tqdm(told, total=count, desc=task, mininterval=10):
         given[i] = answer
         found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
@@ -222,17 +254,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(MAKERS), choices=list(MAKERS))
     parser.add_argument("--prompts", type=int, default=200, help="a task")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="another asks for other prompts than the examination's, to develop with"
+    )
     parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
     parser.add_argument("--quantize", choices=FORMATS, help="the layers' weights in 8 bits")
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     with judging() as judges:
-        pipeline = Pipeline.load(args.model, args.vision, quantize=args.quantize)
+        pipeline = load(args.model, args.vision, batch=args.batch, quantize=args.quantize)
         record: dict[str, object] = {
             "guidance": args.guidance or "default",
             "quantize": args.quantize or "off",
             "device": str(pipeline.lm.device),
+            "seed": args.seed,
         }
         if args.tokenizer:
             record["vision"] = through_codes(pipeline.vision, args.prompts)
@@ -246,6 +282,7 @@ def main() -> None:
                 guidance=args.guidance,
                 gallery=args.gallery,
                 judges=judges,
+                seed=args.seed,
             )
             print(task, record[task], flush=True)
             if args.out:

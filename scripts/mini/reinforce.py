@@ -30,11 +30,11 @@ from emu_cog.pipeline import Pipeline
 from emu_cog.weights import MINIATURE
 from scripts.mini.attempts import Attempt, attempt, log_likelihoods
 from scripts.mini.encode import shares
-from scripts.mini.evaluate import answered, judging, request
+from scripts.mini.evaluate import answered, judging, load, request
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import SQUARE
 from scripts.mini.runs import device_name, keep, stop_when_told, tell
-from scripts.mini.tasks import sample
+from scripts.mini.sequences import MANY, draw_sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.train_language import read_weights
 from scripts.mini.verdicts import Answer, verdict
@@ -89,10 +89,11 @@ class Reinforcement:
         tokens: int,
         rate: float,
         seed: int,
+        many: float = 0.0,
     ) -> None:
         self.model, self.pipeline, self.out, self.judges = model, pipeline, out, judges
         self.prompts, self.group, self.batch, self.tokens = prompts, group, batch, tokens
-        self.rate, self.seed = rate, seed
+        self.rate, self.seed, self.many = rate, seed, many
         self.optim = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0)
         self.course = Course()
         self.stopped = False
@@ -149,7 +150,7 @@ class Reinforcement:
         made: list[Sample] = []
         asked: list[Request] = []
         for _ in range(count):
-            one, seed = sample(rng, task, *SQUARE), rng.randrange(2**31)
+            one, seed = draw_sample(rng, task, SQUARE, self.many), rng.randrange(2**31)
             first = request(one, seed, None)
             made += [one] * self.group
             asked += [replace(first, seed=seed + i) for i in range(self.group)]
@@ -225,6 +226,9 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=shares, default=PROMPTS, help=f"a batch, by task, as JSON; default {json.dumps(PROMPTS)}"
     )
+    parser.add_argument(
+        "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to ask for {MANY} things or more"
+    )
     parser.add_argument("--group", type=int, default=4, help="answers to a prompt, at least 2")
     parser.add_argument("--batch", type=int, default=32, help="answers drawn side by side")
     parser.add_argument("--tokens", type=int, default=8192, help="of one pass with gradients")
@@ -233,9 +237,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group must be at least 2: an answer is measured against the others to its prompt")
+    if not 0 <= args.many <= 1:
+        parser.error(f"--many is a part, 0 to 1, not {args.many}")
     started = time.time()
     with judging() as judges:
-        pipeline = Pipeline.load(args.model, args.vision, max_outputs=args.batch)
+        pipeline = load(args.model, args.vision, batch=args.batch)
         device = pipeline.lm.device
         model = LanguageModel(Shape.read(args.model), dtype=pipeline.lm.dtype).to(device)
         model.load_released(read_weights(args.model))
@@ -250,6 +256,7 @@ def main() -> None:
             tokens=args.tokens,
             rate=args.rate,
             seed=args.seed,
+            many=args.many,
         )
         stop_when_told(training.stop)
         record = training.run(updates=args.updates, seconds=args.seconds)
@@ -261,6 +268,7 @@ def main() -> None:
         "seed": args.seed,
         "prompts": args.prompts,
         "group": args.group,
+        "many": args.many,
     }
     tell(record, args.out / LOG)
 

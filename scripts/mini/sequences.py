@@ -109,12 +109,18 @@ def draw(rng: Random, mix: Mix) -> tuple[Sample, Size, bool, bool]:
     told, and whether its references have been through the vision tokenizer before."""
     task = rng.choices(tuple(mix.shares), tuple(mix.shares.values()))[0]
     drawn = draw_size(rng, task)
-    made = sample(rng, task, *drawn)
-    if task == "t2i" and mix.many and rng.random() < mix.many:
-        while len(made.wishes[-1].wanted) < MANY:
-            made = sample(rng, task, *drawn)
+    made = draw_sample(rng, task, drawn, mix.many)
     final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
     return made, final, rng.random() >= WITHOUT_TEXT, drawn == SQUARE and rng.random() < AGAIN
+
+
+def draw_sample(rng: Random, task: str, size: Size, many: float) -> Sample:
+    """An example of `task` with pictures of `size`; `many` as in Mix."""
+    made = sample(rng, task, *size)
+    if task == "t2i" and many and rng.random() < many:
+        while len(made.wishes[-1].wanted) < MANY:
+            made = sample(rng, task, *size)
+    return made
 
 
 def draw_size(rng: Random, task: str) -> Size:
