@@ -23,9 +23,12 @@ from scripts.mini.evaluate import answers, jobs_of, request
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import SQUARE
 from scripts.mini.reinforce import Course, Reinforcement, advantages, packs, rate_at
+from scripts.mini.render import picture
 from scripts.mini.tasks import sample
+from scripts.mini.tasks.sample import TEXT, Said
 from scripts.mini.train_language import read_weights
 from scripts.mini.verdicts import Answer, Verdict
+from scripts.mini.world import Scene
 
 pytestmark = pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
 
@@ -97,13 +100,18 @@ def test_sampling_that_cuts_tokens_off_is_refused(pipeline: Pipeline) -> None:
 
 
 def test_an_answer_is_measured_against_the_others_to_its_prompt() -> None:
-    assert advantages([1, 1, 1, 1, 0, 0, 0, 0], 4) == [0.0] * 8
-    assert advantages([1, 0, 0, 0], 4) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
-    assert np.sum(advantages([1, 0, 0, 1, 1, 0], 3)) == pytest.approx(0)
+    def single(worths: list[float], group: int) -> list[float]:
+        return [each for (each,) in advantages([(worth,) for worth in worths], group)]
+
+    assert single([1, 1, 1, 1, 0, 0, 0, 0], 4) == [0.0] * 8
+    assert single([1, 0, 0, 0], 4) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert np.sum(single([1, 0, 0, 1, 1, 0], 3)) == pytest.approx(0)
+    # Picture by picture; one that is missing counts as wrong, and has no tokens to teach.
+    assert advantages([(1, 0), (1, 1), (1,)], 3) == [[0, -0.5], [0, 1], [0]]
 
 
 def test_passes_hold_all_attempts_and_keep_to_their_room() -> None:
-    made = [Attempt((0,) * n, (0,) * 5, (), (), 1.0, 1.0) for n in (30, 10, 20, 7, 100)]
+    made = [Attempt((0,) * n, (0,) * 5, (), (), (), 1.0, 1.0) for n in (30, 10, 20, 7, 100)]
     groups = list(packs(made, 90))
     assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4]
     assert groups == [[3, 1, 2][:2], [2], [0], [4]]
@@ -128,10 +136,10 @@ def test_what_was_right_becomes_likelier_and_the_pipeline_learns_it(
 ) -> None:
     """The judge's word is replaced: the first answer to each prompt is right, the second is not."""
     turn = iter(range(100))
-    monkeypatch.setattr(reinforce, "worth", lambda made, answer: float(next(turn) % 2 == 0))
+    monkeypatch.setattr(reinforce, "worth", lambda made, answer: (float(next(turn) % 2 == 0),))
     learner = training(model, pipeline, tmp_path)
     attempts, worths = learner.draw("t2i", 2)
-    assert worths == [1, 0, 1, 0]
+    assert worths == [(1,), (0,), (1,), (0,)]
     assert len({a.drawn for a in attempts}) == 4
     visual = pipeline.tokenizer.ids.visual
 
@@ -153,7 +161,7 @@ def test_one_that_was_cut_off_goes_on(
     model: LanguageModel, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = iter(range(100))
-    monkeypatch.setattr(reinforce, "worth", lambda made, answer: float(next(turn) % 2 == 0))
+    monkeypatch.setattr(reinforce, "worth", lambda made, answer: (float(next(turn) % 2 == 0),))
     first = training(model, pipeline, tmp_path, prompts={"t2i": 1})
     first.run(updates=1, seconds=1000)
     learnt = {name: value.clone() for name, value in model.state_dict().items()}
@@ -168,7 +176,37 @@ def test_one_that_was_cut_off_goes_on(
 
 def test_an_edit_that_changes_the_rest_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
     made = sample(Random(1), "x2i", *SQUARE)
+    answer = Answer(parts=[np.zeros((192, 192, 3), np.uint8)])
     for wrong, outside, expected in ((None, 2.0, 1.0), (None, 7.0, 0.0), ("no", 1.0, 0.0), (None, None, 1.0)):
         found = Verdict(wrong, outside)
         monkeypatch.setattr(reinforce, "verdict", lambda *_, found=found: found)
-        assert reinforce.worth(made, Answer()) == expected
+        assert reinforce.worth(made, answer) == (expected,)
+        assert reinforce.worth(made, Answer()) == ()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_walk_is_worth_its_views_one_by_one(given: bool) -> None:
+    """Drawn truth agrees; a view in inverted colours agrees with neither neighbour; wrong moves are worth nothing."""
+    rng = Random(4)
+    made = sample(rng, "explore", *SQUARE)
+    while bool(made.references) != given or len(made.pictures) != 3 + (not given):
+        made = sample(rng, "explore", *SQUARE)
+
+    def answer() -> Answer:
+        parts = [np.asarray(picture(p)) if isinstance(p, Scene) else p.text for p in made.answer if _kept(p)]
+        return Answer(parts=parts, whole=True)
+
+    truth = answer()
+    count = len(truth.pictures)
+    assert reinforce.worth(made, truth) == (1.0,) * count
+    middle = [i for i, part in enumerate(truth.parts) if not isinstance(part, str)][count - 2]
+    truth.parts[middle] = 255 - truth.parts[middle]  # type: ignore[operator]
+    assert reinforce.worth(made, truth) == (*(1.0,) * (count - 2), 0.0, 0.0)
+    assert reinforce.worth(made, Answer(parts=answer().parts[:-2], whole=True)) == (0.0,) * (count - 1)
+    told = answer()
+    told.parts[-2] = "We go up." if "up" not in str(told.parts[-2]) else "We go down."
+    assert reinforce.worth(made, told) == (0.0,) * count
+
+
+def _kept(part: Said | Scene) -> bool:
+    return isinstance(part, Scene) or part.kind == TEXT

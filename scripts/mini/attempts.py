@@ -18,12 +18,14 @@ from scripts.mini.language_model import LanguageModel
 @dataclass(frozen=True)
 class Attempt:
     """One answer as the engine drew it. `drawn` are the visual tokens, in order; `conditional` and `unconditional`
-    the two streams, prompts included, and `places` where each drawn token stands in both."""
+    the two streams, prompts included, `places` where each drawn token stands in both, `numbers` which of the answer's
+    pictures it is part of."""
 
     conditional: tuple[int, ...]
     unconditional: tuple[int, ...]
     drawn: tuple[int, ...]
     places: tuple[tuple[int, int], ...]
+    numbers: tuple[int, ...]
     guidance: float
     temperature: float
 
@@ -36,16 +38,26 @@ def attempt(job: Job, answer: Sequence[int], ids: TokenIds, *, guidance: float, 
     if sampling.top_p < 1 or 0 < sampling.top_k < ids.visual_count:
         raise ValueError(f"{sampling} cuts some of the {ids.visual_count} visual tokens off")
     streams = list(job.conditional), list(job.unconditional)
-    drawn, places, inside = [], [], False
+    drawn, places, numbers, inside, number = [], [], [], False, -1
     for token in answer:
         inside = inside or token == ids.boi
+        number += token == ids.boi
         for stream in streams if inside else streams[:1]:
             stream.append(token)
         if token >= ids.visual:
             drawn.append(token)
             places.append((len(streams[0]) - 1, len(streams[1]) - 1))
+            numbers.append(number)
         inside = inside and token != ids.eoi
-    return Attempt(tuple(streams[0]), tuple(streams[1]), tuple(drawn), tuple(places), guidance, sampling.temperature)
+    return Attempt(
+        conditional=tuple(streams[0]),
+        unconditional=tuple(streams[1]),
+        drawn=tuple(drawn),
+        places=tuple(places),
+        numbers=tuple(numbers),
+        guidance=guidance,
+        temperature=sampling.temperature,
+    )
 
 
 def log_likelihoods(model: LanguageModel, made: Sequence[Attempt], visual: int) -> list[Tensor]:

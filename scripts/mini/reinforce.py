@@ -1,10 +1,10 @@
 """Makes a trained language model do what it is asked more often: it draws, the judge looks, and what was right becomes
 likelier, what was wrong less likely.
 
-Every prompt is answered several times. An answer counts by how much better it did than its prompt's other answers, so
-that prompts whose answers were all right, or all wrong, teach nothing (REINFORCE with a group's mean as its baseline:
-Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019). Likelihoods are those of the guided
-distribution the tokens were drawn from. Only combinations that training may see are asked for.
+Every prompt is answered several times. A picture counts by how much better it did than those of its prompt's other
+answers, so that prompts whose answers were all right, or all wrong, teach nothing (REINFORCE with a group's mean as
+its baseline: Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019). Likelihoods are those of the
+guided distribution the tokens were drawn from. Only combinations that training may see are asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from scripts.mini.runs import device_name, keep, stop_when_told, tell
 from scripts.mini.sequences import MANY, draw_sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.train_language import read_weights
-from scripts.mini.verdicts import Answer, verdict
+from scripts.mini.verdicts import AGREE, Answer, Walk, verdict
 
 OUTSIDE = 6.0
 """An edit is not right that changes the rest by more, a mean absolute difference of 255."""
@@ -57,17 +57,32 @@ class Course:
     right: list[dict[str, float]] = field(default_factory=list)
 
 
-def worth(made: Sample, answer: Answer) -> float:
-    """1 for an answer that is right, else 0."""
+Worths = tuple[float, ...]
+"""What an answer's pictures are worth, one by one: 1 for one that is right, else 0."""
+
+
+def worth(made: Sample, answer: Answer) -> Worths:
+    """explore's views by themselves, each by whether it agrees with the one before; others are right together."""
+    count = len(answer.pictures)
+    if made.task == "explore":
+        walk = Walk.of(made, answer)
+        if count != len(made.pictures) or not answer.in_steps or walk.told != walk.asked:
+            return (0.0,) * count
+        views = [float(apart <= AGREE) for apart in walk.apart]
+        return tuple(views if made.references else [1.0, *views])
     found = verdict(made, answer)
-    return float(found.wrong is None and (found.outside is None or found.outside < OUTSIDE))
+    return (float(found.wrong is None and (found.outside is None or found.outside < OUTSIDE)),) * count
 
 
-def advantages(worths: Sequence[float], group: int) -> list[float]:
-    """How much better each answer did than the others to its prompt; answers to a prompt stand side by side."""
-    table = np.asarray(worths, float).reshape(-1, group)
+def advantages(worths: Sequence[Worths], group: int) -> list[list[float]]:
+    """How much better each answer's pictures did than the others' to its prompt, picture by picture; answers to a
+    prompt stand side by side. A picture that is missing is worth nothing."""
+    longest = max(map(len, worths))
+    padded = [[*each, *[0.0] * (longest - len(each))] for each in worths]
+    table = np.asarray(padded, float).reshape(-1, group, longest)
     others = (table.sum(axis=1, keepdims=True) - table) / (group - 1)
-    return (table - others).reshape(-1).tolist()
+    better = (table - others).reshape(-1, longest).tolist()
+    return [line[: len(each)] for line, each in zip(better, worths, strict=True)]
 
 
 class Reinforcement:
@@ -132,19 +147,19 @@ class Reinforcement:
     def update(self, progress: float) -> tuple[dict[str, float], float]:
         """Draw, judge, learn: the shares of right answers by task, and the gradient's length."""
         made: list[Attempt] = []
-        weights: list[float] = []
+        weights: list[list[float]] = []
         right = {}
         for task, count in self.prompts.items():
             attempts, worths = self.draw(task, count)
-            right[task] = sum(worths) / len(worths)
+            right[task] = sum(bool(each) and all(each) for each in worths) / len(worths)
             for one, weight in zip(attempts, advantages(worths, self.group), strict=True):
-                if weight and one.drawn:
+                if any(weight) and one.drawn:
                     made.append(one)
                     weights.append(weight)
         length = self.learn(made, weights, progress) if made else 0.0
         return right, length
 
-    def draw(self, task: str, count: int) -> tuple[list[Attempt], list[float]]:
+    def draw(self, task: str, count: int) -> tuple[list[Attempt], list[Worths]]:
         """`count` prompts of `task`, each answered `group` times, and what the answers are worth."""
         rng = Random(f"{self.seed} {self.course.updates} {task}")
         made: list[Sample] = []
@@ -162,14 +177,18 @@ class Reinforcement:
             attempts[i] = attempt(job, answer.ids, ids, guidance=rules.guidance, sampling=rules.image)
         return [attempts[i] for i in range(len(made))], [worths[i].result() for i in range(len(made))]
 
-    def learn(self, made: Sequence[Attempt], weights: Sequence[float], progress: float) -> float:
+    def learn(self, made: Sequence[Attempt], weights: Sequence[Sequence[float]], progress: float) -> float:
         """One step uphill along the weighted log-likelihood of a token; the gradient's length before it is cut."""
         visual = self.pipeline.tokenizer.ids.visual
         total = sum(len(a.drawn) for a in made)
         self.optim.zero_grad()
         for numbers in packs(made, self.tokens):
             found = log_likelihoods(self.model, [made[i] for i in numbers], visual)
-            loss: Tensor = -sum(weights[i] * each.sum() for i, each in zip(numbers, found, strict=True)) / total
+            gains = [
+                (each * each.new_tensor([weights[i][n] for n in made[i].numbers])).sum()
+                for i, each in zip(numbers, found, strict=True)
+            ]
+            loss: Tensor = -torch.stack(gains).sum() / total
             loss.backward()
         length = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         for group in self.optim.param_groups:
