@@ -351,6 +351,19 @@ def test_a_miniature_over_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch, 
     assert json.loads(capsys.readouterr().out) == {"bytes": export.LIMIT + 1}
 
 
+def test_export_changes_nothing_where_a_file_is_missing(tmp_path: Path) -> None:
+    held = tmp_path / "mini/model/config.json"
+    held.parent.mkdir(parents=True)
+    held.write_text("{}")
+    (tmp_path / "language").mkdir()
+    with pytest.raises(
+        SystemExit, match=r"nothing was changed: .*model\.ckpt.*model\.safetensors\.index\.json.* missing"
+    ):
+        export.copy(tmp_path / "vision", tmp_path / "words", tmp_path / "language", tmp_path / "mini", {})
+    assert [p.name for p in (tmp_path / "mini").rglob("*")] == ["model", "config.json"]
+    assert held.read_text() == "{}"
+
+
 @pytest.mark.gpu
 def test_the_fused_norm_computes_what_the_modules_do() -> None:
     torch.manual_seed(3)

@@ -31,23 +31,39 @@ DEFAULTS = {
 
 
 def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults: Mapping[str, object]) -> int:
-    """Fill `target`/model and `target`/vision, load them once, and give their size in bytes."""
-    model_folder, vision_folder = target / "model", target / "vision"
-    for folder in (model_folder, vision_folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    for name in ("config.yaml", "model.ckpt"):
-        shutil.copy(vision / name, vision_folder / name)
-    for name in (RANKS_FILE, VISION_FILE):
-        shutil.copy(vocabulary / name, model_folder / name)
-    for path in (language / "config.json", language / "model.safetensors.index.json", *language.glob("*.safetensors")):
-        shutil.copy(path, model_folder / path.name)
-    (model_folder / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
-    for path in (*model_folder.iterdir(), *vision_folder.iterdir()):
-        path.chmod(0o644)
-    Pipeline.load(model_folder, vision_folder)
-    return sum(p.stat().st_size for p in (*model_folder.iterdir(), *vision_folder.iterdir()))
+    """Fill `target`/model and `target`/vision, and give their size in bytes.
+
+    All is put together and loaded once beside them; what was there goes only when that has worked. SystemExit for
+    a file that is missing.
+    """
+    shards = sorted(language.glob("*.safetensors")) or [language / "model.safetensors"]
+    sources = {
+        "vision": [vision / "config.yaml", vision / "model.ckpt"],
+        "model": [
+            vocabulary / RANKS_FILE,
+            vocabulary / VISION_FILE,
+            language / "config.json",
+            language / "model.safetensors.index.json",
+            *shards,
+        ],
+    }
+    if missing := [str(path) for paths in sources.values() for path in paths if not path.is_file()]:
+        raise SystemExit(f"nothing was changed: {', '.join(missing)} missing")
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target, prefix=".export") as folder:
+        fresh = Path(folder)
+        for name, paths in sources.items():
+            (fresh / name).mkdir()
+            for path in paths:
+                shutil.copy(path, fresh / name / path.name)
+                (fresh / name / path.name).chmod(0o644)
+        (fresh / "model" / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
+        Pipeline.load(fresh / "model", fresh / "vision")
+        for name in sources:
+            if (target / name).exists():
+                (target / name).rename(fresh / f"old-{name}")
+            (fresh / name).rename(target / name)
+    return sum(path.stat().st_size for name in sources for path in (target / name).iterdir())
 
 
 def blend(language: Path, other: Path, share: float, out: Path) -> None:
