@@ -157,3 +157,13 @@ def test_codes_survive_the_way_to_pixels_and_back_in_shape(pipelines: Pipelines)
     assert (len(codes), len(codes[0])) == (5, 7)
     image = pictures.decode(codes, vision)
     assert (image.mode, image.size) == ("RGB", (112, 80))
+
+
+def test_pictures_of_one_size_are_decoded_side_by_side_as_alone(pipelines: Pipelines) -> None:
+    vision = pipelines("picture").vision
+    grids = [pictures.encode(photo(seed, 200, 150), 96 * 96, vision) for seed in (1, 2, 3)]
+    together = pictures.decode_alike(grids, vision)
+    assert len({image.tobytes() for image in together}) == 3
+    for grid, image in zip(grids, together, strict=True):
+        alone = np.asarray(pictures.decode(grid, vision)).astype(int)
+        assert np.abs(alone - np.asarray(image)).max() <= 1  # the order of sums may change with the batch

@@ -46,6 +46,8 @@ class Encoder:
 
     COUNT, FEW = 256, 128
     """Pictures a batch, of the commonest and of other sizes: always as many, since each new shape is set up anew."""
+    CPU_COUNT = 8
+    """On a CPU: larger batches spend their time on getting memory."""
     MOST = 10
     """Things in a picture that compiled code draws; the rare fuller ones are drawn step by step."""
 
@@ -64,6 +66,7 @@ class Encoder:
         the pictures that come back from their codes."""
         found = []
         step = self.COUNT if (batch.rows, batch.columns) == SQUARE else self.FEW
+        step = step if self.device.type == "cuda" else self.CPU_COUNT
         for i in range(0, len(batch.head), step):
             head, things = batch.head[i : i + step], batch.things[i : i + step]
             if self.device.type == "cuda":
@@ -180,16 +183,24 @@ def main() -> None:
     parser.add_argument(
         "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
     )
+    parser.add_argument(
+        "--reworded", type=float, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
+    )
+    parser.add_argument("--wordings", type=int, default=1, help="ways each sample is asked in, over the same pictures")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="samples kept to measure with, at most")
     parser.add_argument("--compile", action="store_true", help="compile the drawing")
     args = parser.parse_args()
-    if not 0 <= args.many <= 1:
-        parser.error(f"--many is a part, 0 to 1, not {args.many}")
+    for name in ("many", "reworded"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is a part, 0 to 1, not {getattr(args, name)}")
+    if args.wordings < 1 or args.held_out < 1:
+        parser.error("--wordings and --held-out count from 1")
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_A_CHUNK, args.samples)
-    mix = Mix(args.shares, args.many)
+    mix = Mix(args.shares, args.many, args.reworded, args.wordings)
     jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, mix) for i in range(-(-args.samples // size))]
     there = parts_there(args.out, args.seed)
     jobs = jobs[there * CHUNKS_A_PART :]
@@ -203,7 +214,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
-    sort_in(held, chunk((900_000_000, min(size, HELD_OUT_SAMPLES), args.vocabulary, Mix())), encoder, visual)
+    sort_in(held, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
     write(args.out / HELD_OUT, held, pad)
     ready = time.time()
 
@@ -230,6 +241,8 @@ def main() -> None:
         "seed": args.seed,
         "shares": args.shares,
         "many": args.many,
+        "reworded": args.reworded,
+        "wordings": args.wordings,
         "device": device_name(device),
     }
     tell(record, args.out / LOG)

@@ -34,9 +34,11 @@ from emu_cog.segments import ImageCodes, Reader, Text
 from emu_cog.steps import Steps
 from emu_cog.vision import IBQ
 from emu_cog.weights import MINIATURE
+from scripts.mini import handwritten
 from scripts.mini.judge import look
 from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
+from scripts.mini.rewording import reworded
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.verdicts import Answer, Verdict, verdict
@@ -45,6 +47,7 @@ from scripts.mini.wish import complaint
 Result = TypeVar("Result")
 Grid = Sequence[Sequence[int]]
 SEED = 20_260
+WORDS = ("grammar", "reworded", "handwritten")
 DECODED = 32
 """Pictures decoded in one pass: enough for a GPU, little memory."""
 
@@ -159,6 +162,17 @@ def held_out_samples(task: str, count: int, seed: int = SEED) -> list[Sample]:
     return [sample(rng, task, *SQUARE, unseen=True) for _ in range(count)]
 
 
+def asked_in(words: str, task: str, count: int, seed: int) -> list[Sample]:
+    """`count` samples whose questions are in the "grammar"'s words, "reworded", or "handwritten": of those there are
+    a few, asked again and again."""
+    if words == "handwritten":
+        return list(itertools.islice(itertools.cycle(handwritten.samples(task, *SQUARE)), count))
+    made = held_out_samples(task, count, seed)
+    if words == "reworded":
+        return [replace(one, question=reworded(Random(f"{seed} {i}"), one)) for i, one in enumerate(made)]
+    return made
+
+
 def evaluate(
     pipeline: Pipeline,
     task: str,
@@ -169,12 +183,13 @@ def evaluate(
     gallery: Path | None = None,
     judges: Executor | None = None,
     seed: int = SEED,
+    words: str = "grammar",
 ) -> dict[str, float | int | str]:
     """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers.
 
-    `judges` judge beside the generation, else it is done in turn.
+    `judges` judge beside the generation, else it is done in turn. `words` as `asked_in` takes them.
     """
-    made, started = held_out_samples(task, count, seed), time.time()
+    made, started = asked_in(words, task, count, seed), time.time()
     given: dict[int, Answer] = {}
     found: dict[int, Future[Verdict]] = {}
     told = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
@@ -257,11 +272,20 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=SEED, help="another asks for other prompts than the examination's, to develop with"
     )
+    parser.add_argument(
+        "--words",
+        choices=WORDS,
+        default=WORDS[0],
+        help="the questions as the grammar words them, the same in other words (rewording.py), or such as a person "
+        "wrote by hand (handwritten.json; t2i and x2i only)",
+    )
     parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
     parser.add_argument("--quantize", choices=FORMATS, help="the layers' weights in 8 bits")
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
+    if args.words == "handwritten" and not set(args.tasks) <= set(handwritten.TASKS):
+        parser.error(f"--words handwritten knows --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
     with judging() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch, quantize=args.quantize)
         record: dict[str, object] = {
@@ -269,6 +293,7 @@ def main() -> None:
             "quantize": args.quantize or "off",
             "device": str(pipeline.lm.device),
             "seed": args.seed,
+            "words": args.words,
         }
         if args.tokenizer:
             record["vision"] = through_codes(pipeline.vision, args.prompts)
@@ -283,6 +308,7 @@ def main() -> None:
                 gallery=args.gallery,
                 judges=judges,
                 seed=args.seed,
+                words=args.words,
             )
             print(task, record[task], flush=True)
             if args.out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from scripts.mini.tasks.explore import MOVES
@@ -17,23 +18,24 @@ _RELATION = {word: name for name, words in RELATION_WORDS.items() for word in wo
 _TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
 
 
-def _any(words: dict[str, str]) -> str:
+def any_of(words: Iterable[str]) -> str:
+    """A pattern for one of the words, the longest that fits."""
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
 _THING = re.compile(
-    rf"\b(?:(?P<number>an?|the|one|two|three|four|[1-4]) )?(?:(?P<size>{_any(_SIZE)}) )?"
-    rf"(?:(?P<colour>{_any(_COLOUR)}) )?(?P<shape>{_any(_SHAPE)})\b"
+    rf"\b(?:(?P<number>an?|the|one|two|three|four|[1-4]) )?(?:(?P<size>{any_of(_SIZE)}) )?"
+    rf"(?:(?P<colour>{any_of(_COLOUR)}) )?(?P<shape>{any_of(_SHAPE)})\b"
 )
 _GROUND = re.compile(
-    rf"(?:(?P<t1>{_any(_TEXTURE)}) |plain )?(?P<colour>{_any(_COLOUR)}) (?:(?P<t2>{_any(_TEXTURE)}) )?background"
+    rf"(?:(?P<t1>{any_of(_TEXTURE)}) |plain )?(?P<colour>{any_of(_COLOUR)}) (?:(?P<t2>{any_of(_TEXTURE)}) )?background"
 )
-_SKY = re.compile(rf"(?:sky|everything around|land) is (?P<colour>{_any(_COLOUR)})")
+_SKY = re.compile(rf"(?:sky|everything around|land) is (?P<colour>{any_of(_COLOUR)})")
 _PLACE = re.compile(
     r"\b(?:in|at|on) the "
     r"(top[ -]left|top[ -]right|bottom[ -]left|bottom[ -]right|top|bottom|left|right|cent(?:re|er)|middle)\b"
 )
-_SIDE = re.compile(rf"\b({_any(_RELATION)}) the (?:({_any(_COLOUR)}) )?({_any(_SHAPE)})\b")
+_SIDE = re.compile(rf"\b({any_of(_RELATION)}) the (?:({any_of(_COLOUR)}) )?({any_of(_SHAPE)})\b")
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,11 @@ class Reinforcement:
         rate: float,
         seed: int,
         many: float = 0.0,
+        reworded: float = 0.0,
     ) -> None:
         self.model, self.pipeline, self.out, self.judges = model, pipeline, out, judges
         self.prompts, self.group, self.batch, self.tokens = prompts, group, batch, tokens
-        self.rate, self.seed, self.many = rate, seed, many
+        self.rate, self.seed, self.many, self.reworded = rate, seed, many, reworded
         self.optim = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0)
         self.course = Course()
         self.stopped = False
@@ -165,7 +166,7 @@ class Reinforcement:
         made: list[Sample] = []
         asked: list[Request] = []
         for _ in range(count):
-            one, seed = draw_sample(rng, task, SQUARE, self.many), rng.randrange(2**31)
+            one, seed = draw_sample(rng, task, SQUARE, self.many, self.reworded), rng.randrange(2**31)
             first = request(one, seed, None)
             made += [one] * self.group
             asked += [replace(first, seed=seed + i) for i in range(self.group)]
@@ -248,6 +249,9 @@ def main() -> None:
     parser.add_argument(
         "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to ask for {MANY} things or more"
     )
+    parser.add_argument(
+        "--reworded", type=float, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
+    )
     parser.add_argument("--group", type=int, default=4, help="answers to a prompt, at least 2")
     parser.add_argument("--batch", type=int, default=32, help="answers drawn side by side")
     parser.add_argument("--tokens", type=int, default=8192, help="of one pass with gradients")
@@ -256,8 +260,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group must be at least 2: an answer is measured against the others to its prompt")
-    if not 0 <= args.many <= 1:
-        parser.error(f"--many is a part, 0 to 1, not {args.many}")
+    for name in ("many", "reworded"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is a part, 0 to 1, not {getattr(args, name)}")
     started = time.time()
     with judging() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch)
@@ -276,6 +281,7 @@ def main() -> None:
             rate=args.rate,
             seed=args.seed,
             many=args.many,
+            reworded=args.reworded,
         )
         stop_when_told(training.stop)
         record = training.run(updates=args.updates, seconds=args.seconds)
@@ -288,6 +294,7 @@ def main() -> None:
         "prompts": args.prompts,
         "group": args.group,
         "many": args.many,
+        "reworded": args.reworded,
     }
     tell(record, args.out / LOG)
 

@@ -5,8 +5,8 @@ Pictures are not known to the process that writes the text; it leaves numbered b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from emu_cog.tasks import TABLE
 from emu_cog.tokenizer import Tokenizer
 from scripts.mini.pool import AREA, SQUARE
 from scripts.mini.render import Batch
+from scripts.mini.rewording import reworded
 from scripts.mini.tasks import sample
 from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
 from scripts.mini.world import Scene
@@ -51,10 +52,13 @@ SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 
 @dataclass(frozen=True)
 class Mix:
-    """What is drawn: `shares` say how often each task, `many` which part of t2i is drawn anew until it is hard."""
+    """What is drawn: `shares` say how often each task, `many` which part of t2i is drawn anew until it is hard,
+    `reworded` which part of the questions is put in other words, `wordings` how many ways each sample is asked in."""
 
     shares: Mapping[str, int] = field(default_factory=lambda: SHARES)
     many: float = 0.0
+    reworded: float = 0.0
+    wordings: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,15 @@ def chunk(job: tuple[int, int, Path, Mix]) -> Chunk:
     blanks = 0
     for _ in range(count):
         made, final, with_text, again = draw(rng, mix)
-        line, mask = sequence(made, words, final, blanks, with_text=with_text)
+        for asked in _asked(rng, made, mix, with_text=with_text):
+            line, mask = sequence(asked, words, final, blanks, with_text=with_text)
+            ids += line
+            learn += mask
+            lengths.append(len(line))
         for i, scene in enumerate((*made.references, *made.pictures)):
             key = (scene.rows, scene.columns), final, again and i < len(made.references)
             pictures.setdefault(key, []).append((scene, blanks))
             blanks += final[0] * final[1]
-        ids += line
-        learn += mask
-        lengths.append(len(line))
     scenes = {
         key: (Batch.of([scene for scene, _ in group]), np.array([first for _, first in group]))
         for key, group in pictures.items()
@@ -104,22 +109,31 @@ def chunk(job: tuple[int, int, Path, Mix]) -> Chunk:
     return Chunk(np.array(ids, np.int32), np.array(learn, np.uint8), np.array(lengths, np.int32), scenes, blanks)
 
 
+def _asked(rng: Random, made: Sample, mix: Mix, *, with_text: bool) -> Iterator[Sample]:
+    """The sample as it was drawn, and in further wordings over the same pictures; without text there is but one."""
+    yield made
+    for _ in range(mix.wordings - 1 if with_text else 0):
+        yield replace(made, question=reworded(rng, made))
+
+
 def draw(rng: Random, mix: Mix) -> tuple[Sample, Size, bool, bool]:
     """A sample of any task, the size of its pictures in tokens after the resize of references, whether its words are
     told, and whether its references have been through the vision tokenizer before."""
     task = rng.choices(tuple(mix.shares), tuple(mix.shares.values()))[0]
     drawn = draw_size(rng, task)
-    made = draw_sample(rng, task, drawn, mix.many)
+    made = draw_sample(rng, task, drawn, mix.many, mix.reworded)
     final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
     return made, final, rng.random() >= WITHOUT_TEXT, drawn == SQUARE and rng.random() < AGAIN
 
 
-def draw_sample(rng: Random, task: str, size: Size, many: float) -> Sample:
-    """An example of `task` with pictures of `size`; `many` as in Mix."""
+def draw_sample(rng: Random, task: str, size: Size, many: float, share_reworded: float) -> Sample:
+    """An example of `task` with pictures of `size`; the rest as in Mix."""
     made = sample(rng, task, *size)
     if task == "t2i" and many and rng.random() < many:
         while len(made.wishes[-1].wanted) < MANY:
             made = sample(rng, task, *size)
+    if share_reworded and rng.random() < share_reworded:
+        made = replace(made, question=reworded(rng, made))
     return made
 
 

@@ -1,0 +1,89 @@
+"""Prompts and edits written by hand, in whatever words came to mind: an examination that no grammar has worded.
+
+handwritten.json holds them beside what must be seen, in short. "2 small red star, blue circle" are things: number,
+size, colour, shape; what is left out is open. `how` is how the first stand to the second, or where they are. An edit's
+things have a centre in pixels where they must have kept theirs, "@top-right" or "^above" (the first thing) where they
+are new.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from scripts.mini.tasks.sample import Sample
+from scripts.mini.wish import BETWEEN, REGIONS, Relation, Wanted, Wish
+from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
+
+TASKS = ("t2i", "x2i")
+TEXT = Path(__file__).with_suffix(".json")
+
+
+def samples(task: str, rows: int, columns: int) -> list[Sample]:
+    """All there are of one of TASKS."""
+    makers = {"t2i": _picture, "x2i": partial(_edit, rows=rows, columns=columns)}
+    return [makers[task](**line) for line in json.loads(TEXT.read_text())[task]]
+
+
+def thing(words: str) -> Wanted:
+    """ "small red star" as something wanted; "@top-right" says where, "56 48" the centre it has."""
+    size = colour = shape = region = None
+    centre: list[int] = []
+    for word in words.split():
+        if word in SIDES:
+            size = word
+        elif word in COLOURS:
+            colour = word
+        elif word in SHAPES:
+            shape = word
+        elif word.startswith("@"):
+            region = word[1:].replace("-", " ")
+        elif word.isdigit():
+            centre.append(int(word))
+        elif not word.startswith("^"):
+            raise ValueError(f"{word!r} in {words!r} is no word of the world's")
+    if shape is None or (region and region not in REGIONS):
+        raise ValueError(f"{words!r} is no thing")
+    return Wanted(shape, colour, size, near=(centre[0], centre[1]) if centre else None, region=region)
+
+
+def _picture(prompt: str, things: str, how: str, ground: str) -> Sample:
+    wanted: list[Wanted] = []
+    groups: list[tuple[int, ...]] = []
+    for words in things.split(", "):
+        first, _, rest = words.partition(" ")
+        count = int(first) if first.isdigit() else 1
+        one = thing(rest if first.isdigit() else words)
+        groups.append(tuple(range(len(wanted), len(wanted) + count)))
+        wanted += [replace(one, region=how if how in REGIONS else None)] * count
+    relations = (Relation(how, *groups[: 3 if how == BETWEEN else 2]),) if how and how not in REGIONS else ()
+    texture, _, colour = ground.rpartition(" ")
+    wish = Wish(tuple(wanted), relations, colour or None, texture or ("plain" if colour else None))
+    return Sample("t2i", prompt, (), (), (wish,), prompt)
+
+
+def _edit(before: str, prompt: str, things: str, ground: str, *, rows: int, columns: int) -> Sample:
+    shown, _, old = before.partition("; ")
+    base = Scene(rows, columns, old, "plain", tuple(map(_placed, shown.split(", "))), 1)
+    goals = things.split(", ")
+    goal = replace(base, background=ground, things=tuple(_placed(words) for words in goals if words[-1].isdigit()))
+    relations = tuple(
+        Relation(words.partition("^")[2].replace("-", " "), (i,), (0,)) for i, words in enumerate(goals) if "^" in words
+    )
+    wish = Wish(tuple(map(_seen, goals)), relations, ground, "plain")
+    return Sample("x2i", prompt, (base,), (goal,), (wish,), prompt)
+
+
+def _placed(words: str) -> Thing:
+    one = thing(words)
+    assert one.near
+    assert one.colour
+    return Thing(one.shape, one.colour, one.size or "medium", *one.near)
+
+
+def _seen(words: str) -> Wanted:
+    """What stays, or changes where it stands, is of a size: medium unless another is told."""
+    one = thing(words)
+    return Wanted(one.shape, one.colour, one.size or ("medium" if one.near else None), one.near, one.region)

@@ -1,0 +1,443 @@
+"""The same question in other words: what the grammar's sentences mean, as people might put it.
+
+The tasks' makers word their questions by one grammar each; a model that learnt those alone stumbles over "one red star"
+or ", blue background". Here a finished question is taken apart and put together anew, its meaning kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from scripts.mini.reading import any_of
+from scripts.mini.tasks.sample import Sample
+from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
+from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
+from scripts.mini.world import COLOURS
+
+MORE_NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
+    "circle": (("dot", "dots"), ("disk", "disks")),
+    "cross": (("plus sign", "plus signs"),),
+    "moon": (("crescent moon", "crescent moons"), ("half moon", "half moons")),
+    "house": (("cottage", "cottages"), ("hut", "huts")),
+    "star": (("five-pointed star", "five-pointed stars"),),
+    "heart": (("heart shape", "heart shapes"),),
+    "fish": (("fish", "fishes"),),
+}
+MORE_SIZES = {
+    "small": ("small", "little", "tiny", "mini"),
+    "medium": ("medium", "medium-sized", "medium sized", "mid-sized"),
+    "large": ("large", "big", "huge", "giant", "enormous"),
+}
+MORE_TEXTURES = {
+    "fading": ("fading", "gradient"),
+    "striped": ("striped", "stripy"),
+    "checked": ("checked", "checkered", "chequered"),
+}
+MORE_RELATIONS = {
+    ABOVE: ("above", "over", "on top of", "higher than"),
+    BELOW: ("below", "under", "beneath", "underneath", "lower than"),
+    LEFT: ("to the left of", "left of", "on the left of", "on the left side of"),
+    RIGHT: ("to the right of", "right of", "on the right of", "on the right side of"),
+    BESIDE: ("next to", "beside", "by", "close to", "near"),
+}
+INVERSE = {ABOVE: BELOW, BELOW: ABOVE, LEFT: RIGHT, RIGHT: LEFT, BESIDE: BESIDE}
+CORNERS = {"top": "upper", "bottom": "lower"}
+
+_SHAPE = {form: shape for shape, nouns in NOUNS.items() for pair in nouns for form in pair}
+_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
+_RELATION = {word: name for name, words in RELATION_WORDS.items() for word in words}
+_TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
+_HUES = any_of([*COLOURS, "gray"])
+
+_THING = re.compile(
+    rf"^(?P<number>an?|the|two|three|four|[2-4])(?: (?P<size>{any_of(_SIZE)}))?(?: (?P<colour>{_HUES}))?"
+    rf" (?P<noun>{any_of(_SHAPE)})$"
+)
+_OPENING = re.compile(r"^(?:a picture of|an image of|draw|show me|please draw|I want) ", re.IGNORECASE)
+_GROUND = re.compile(r" (?:on|against|with) an? (?P<words>[a-z ]+) background$")
+_GROUND_TOLD = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
+_SIDED = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(_RELATION)}) (?P<b>.+)$")
+_BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
+_PLACE = re.compile(
+    r"^(?P<a>.+) (?P<words>(?:in|at|on) the (?:top|bottom|left|right|cent(?:re|er)|middle)[a-z -]*)$",
+)
+_POLITE = re.compile(r"^(?:please |can you |edit the picture: )", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A phrase taken apart. `number` counts; 0 is "the"."""
+
+    number: int
+    size: str | None
+    colour: str | None
+    noun: str
+
+    @classmethod
+    def read(cls, phrase: str) -> Thing | None:
+        found = _THING.match(phrase)
+        if not found:
+            return None
+        word = found["number"]
+        number = {"a": 1, "an": 1, "the": 0}.get(word) if not word.isdigit() else int(word)
+        return cls(NUMBERS.index(word) if number is None else number, found["size"], found["colour"], found["noun"])
+
+
+class Rewording:
+    """One way of putting things, kept for a whole question."""
+
+    def __init__(self, rng: Random, *, own_nouns: bool = True) -> None:
+        self.rng, self.own_nouns = rng, own_nouns
+        self.gray = rng.random() < 0.5
+        self.nouns: dict[str, tuple[str, str]] = {}
+
+    # -- 1. phrases ------------------------------------------------------------------------------------------
+
+    def thing(self, phrase: str) -> str:
+        """ "one tiny red star" for "a small red star"; what is no such phrase stays as it is."""
+        found = Thing.read(phrase)
+        return phrase if found is None else self._thing(found)
+
+    def _thing(self, thing: Thing) -> str:
+        rng = self.rng
+        colour = self.colour(thing.colour)
+        size = thing.size and rng.choice(MORE_SIZES[_SIZE[thing.size]])
+        noun = self.noun(thing.noun, plural=thing.number > 1)
+        if size and colour:
+            words = rng.choices((f"{size} {colour} {noun}", f"{colour} {size} {noun}", f"{size}, {colour} {noun}"),
+                                (10, 1, 1))[0]  # fmt: skip
+        elif colour and thing.number and rng.random() < 0.06:
+            words = rng.choice((f"{noun} in {colour}", f"{colour}-colored {noun}", f"{colour}-coloured {noun}"))
+        else:
+            words = " ".join(w for w in (size, colour, noun) if w)
+        return f"{self._count(thing.number, words)} {words}"
+
+    def _count(self, number: int, words: str) -> str:
+        rng = self.rng
+        if number == 0:
+            return "the"
+        if number == 1:
+            return rng.choices((_a(words), "one", "a single", "1"), (12, 4, 1, 1))[0]
+        if number == 2 and rng.random() < 0.15:
+            return rng.choice(("a pair of", "a couple of"))
+        return NUMBERS[number] if rng.random() < 0.75 else str(number)
+
+    def colour(self, word: str | None) -> str | None:
+        return ("gray" if self.gray else "grey") if word in ("grey", "gray") else word
+
+    def noun(self, noun: str, *, plural: bool) -> str:
+        """One word for a shape throughout a question."""
+        shape = _SHAPE[noun]
+        if shape not in self.nouns:
+            known = next(pair for pair in NOUNS[shape] if noun in pair)
+            more = MORE_NOUNS.get(shape, ()) if self.own_nouns else ()
+            self.nouns[shape] = self.rng.choice(more) if more and self.rng.random() < 0.3 else known
+        return self.nouns[shape][plural]
+
+    def ground(self, words: str) -> str:
+        """ "blue", "striped blue", "blue striped" of "plain blue", "striped and blue" and the like."""
+        parts = [w for w in words.split() if w not in ("plain", "and")]
+        colour = next(w for w in parts if w in COLOURS or w == "gray")
+        pattern = [self.rng.choice(MORE_TEXTURES[_TEXTURE[w]]) for w in parts if w in _TEXTURE]
+        told = [self.colour(colour) or "", *pattern]
+        return " ".join(told if self.rng.random() < 0.5 else told[::-1])
+
+    def relation(self, word: str, *, inverse: bool = False) -> str:
+        name = _RELATION[word]
+        return self.rng.choice(MORE_RELATIONS[INVERSE[name] if inverse else name])
+
+    def place(self, words: str) -> str:
+        """ "in the upper left corner of the picture" for "at the top left"."""
+        rng = self.rng
+        for plain, other in CORNERS.items():
+            if re.search(rf"{plain}[ -](?:left|right)", words) and rng.random() < 0.35:
+                words = words.replace(plain, other)
+        if words.startswith("at the") and rng.random() < 0.3:
+            words = words.replace("at the", "near the", 1)
+        if "corner" not in words and rng.random() < 0.25:
+            words += rng.choice((" of the picture", " of the image"))
+        return words
+
+    # -- 2. words to a picture -------------------------------------------------------------------------------
+
+    def t2i(self, text: str) -> str:
+        ground = None
+        for pattern in (_GROUND, _GROUND_TOLD):
+            if found := pattern.search(text):
+                ground, text = self.ground(found["words"]), text[: found.start()]
+        body = _lower(_OPENING.sub("", text))
+        many = not body.startswith(("a ", "an "))
+        body, fronted = self.body(body)
+        opened = body if fronted else self._opened(body, many)
+        if ground is None:
+            return opened
+        an = _a(ground)
+        is_are = "are" if many else "is"
+        if not fronted and self.rng.random() < 0.3:
+            return self.rng.choice(
+                (
+                    f"on {an} {ground} background, {body}",
+                    f"on {an} {ground} background: {body}",
+                    f"{an} {ground} background with {body}",
+                    f"{ground} background, {body}",
+                    f"{ground} background with {body}",
+                    f"on {an} {ground} background there {is_are} {body}",
+                )
+            )
+        ending = self.rng.choice(
+            (
+                f" on {an} {ground} background",
+                f" on {an} {ground} background",
+                f", {ground} background",
+                f", {ground} background",
+                f", on {an} {ground} background",
+                f", with {an} {ground} background",
+                f" in front of {an} {ground} background",
+                f" on {an} {ground} backdrop",
+                f" on {ground}",
+                f", background: {ground}",
+                f", the background is {ground}",
+                f". The background should be {ground}",
+                f". {ground[0].upper()}{ground[1:]} background",
+            )
+        )
+        return opened + ending
+
+    def body(self, text: str) -> tuple[str, bool]:
+        """What is to be seen, the background left out, and whether that begins with where it is."""
+        rng = self.rng
+        if found := _BETWEEN.match(text):
+            a, b, c = (self.thing(found[name]) for name in "abc")
+            return rng.choice(
+                (
+                    (f"{a} between {b} and {c}", False),
+                    (f"{a} in between {b} and {c}", False),
+                    (f"{b} and {c} with {a} between them", False),
+                    (f"{b} and {c}, and {a} between them", False),
+                    (f"between {b} and {c}, {a}", True),
+                )
+            )
+        if found := _PLACE.match(text):
+            a, place = self.thing(found["a"]), self.place(found["words"])
+            return rng.choice(
+                ((f"{a} {place}", False), (f"{a} {place}", False), (f"{a}, {place}", False), (f"{place}, {a}", True))
+            )
+        if found := _SIDED.match(text):
+            return self.sided(found["a"], found["relation"], found["b"])
+        things = [self.thing(phrase) for phrase in re.split(r", | and ", text)]
+        if len(things) == 1:
+            return things[0], False
+        last = rng.choice((" and ", ", and ", ", ", " and also ", " plus ") if len(things) > 2 else
+                          (" and ", " and ", ", ", " with ", " plus ", " and also "))  # fmt: skip
+        return ", ".join(things[:-1]) + last + things[-1], False
+
+    def sided(self, first: str, relation: str, second: str) -> tuple[str, bool]:
+        rng = self.rng
+        a, b = self.thing(first), self.thing(second)
+        over, under = self.relation(relation), self.relation(relation, inverse=True)
+        them = "it" if second.startswith(("a ", "an ")) else "them"
+        is_are = "is" if first.startswith(("a ", "an ")) else "are"
+        if rng.random() < 0.12:
+            return f"{over} {b}, {a}", True
+        forms = (
+            f"{a} {over} {b}",
+            f"{b} {under} {a}",
+            f"{b} with {a} {over} {them}",
+            f"{a} that {is_are} {over} {b}",
+            f"{b} and, {over} {them}, {a}",
+        )
+        return rng.choices(forms, (4, 2, 2, 1, 1))[0], False
+
+    def _opened(self, body: str, many: bool) -> str:
+        is_are = "are" if many else "is"
+        form = self.rng.choice(
+            (
+                "{}",
+                "{}",
+                "{}",
+                "{}",
+                "a picture of {}",
+                "an image of {}",
+                "a drawing of {}",
+                "an illustration of {}",
+                "a simple picture with {}",
+                "a scene with {}",
+                "draw {}",
+                "paint {}",
+                "show {}",
+                "show me {}",
+                "create {}",
+                "create an image of {}",
+                "generate {}",
+                "make a picture of {}",
+                "please draw {}",
+                "please make an image with {}",
+                "can you draw {}",
+                "could you paint {}",
+                "I want {}",
+                "I want to see {}",
+                "I would like {}",
+                "I'd like a picture of {}",
+                f"there {is_are} {{}}",
+                f"there {is_are} {{}}",
+                "we see {}",
+            )
+        )
+        return form.format(body)
+
+    # -- 3. edits --------------------------------------------------------------------------------------------
+
+    def x2i(self, text: str) -> str:
+        order = _lower(_POLITE.sub("", text)).rstrip("?")
+        for pattern, forms in EDITS:
+            if found := re.match(pattern, order):
+                parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
+                parts |= {f"a_{k}": f"{_a(v)} {v}" for k, v in parts.items() if v}
+                order = self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
+                break
+        plain = order.split(" ")[0] in IMPERATIVES
+        form = self.rng.choice(
+            ("{}", "{}", "{}", "{}", "please {}", "can you {}", "could you {}", "I want you to {}", "now {}") if plain
+            else ("{}", "{}", "in this picture, {}", "now {}")
+        )  # fmt: skip
+        return form.format(order)
+
+    def _part(self, name: str, words: str) -> str:
+        if name in ("what", "new"):
+            return self.thing(words)
+        if name == "hue":
+            return self.colour(words) or ""
+        if name == "ground":
+            return self.ground(words)
+        if name == "where" and (found := re.match(rf" (?P<relation>{any_of(_RELATION)}) (?P<b>.+)$", words)):
+            return f" {self.relation(found['relation'])} {self.thing(found['b'])}"
+        return words
+
+    # -- 4. the other tasks ----------------------------------------------------------------------------------
+
+    def lightly(self, text: str) -> str:
+        """Another opening where the question has one that is known here."""
+        low = _lower(text)
+        for opening, others in OPENINGS:
+            if low.startswith(opening):
+                return self.rng.choice((opening, *others)) + low[len(opening) :]
+        return low
+
+
+def _a(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"
+
+
+def _lower(text: str) -> str:
+    return text if text.startswith(("I ", "I'")) else text[:1].lower() + text[1:]
+
+
+IMPERATIVES = frozenset(
+    ("make", "turn", "paint", "change", "color", "colour", "recolor", "recolour", "replace", "swap", "exchange", "put",
+     "enlarge", "shrink", "increase", "decrease", "add", "insert", "include", "draw", "place", "remove", "delete",
+     "erase", "take", "get", "move", "shift", "slide", "bring", "set", "give", "use", "copy")
+)  # fmt: skip
+_WHAT = r"(?P<what>the [a-z -]+?)"
+EDITS: Sequence[tuple[str, Sequence[str]]] = (
+    (
+        rf"(?:make|turn|paint|recolou?r) {_WHAT} (?P<hue>{_HUES})$",
+        ("make {what} {hue}", "change {what} to {hue}", "{what} should be {hue}", "I want {what} to be {hue}",
+         "color {what} {hue}", "colour {what} {hue}", "give {what} {a_hue} color", "turn {what} {hue}"),
+    ),
+    (
+        rf"change the colou?r of {_WHAT} to (?P<hue>{_HUES})$",
+        ("change {what}'s color to {hue}", "change {what}'s colour to {hue}", "change the color of {what} to {hue}",
+         "make {what} {hue} instead", "set the color of {what} to {hue}"),
+    ),
+    (
+        rf"(?:replace|turn|swap) {_WHAT} (?:with|into|for) (?P<new>an? .+)$",
+        ("replace {what} with {new}", "replace {what} by {new}", "change {what} into {new}", "change {what} to {new}",
+         "put {new} in place of {what}", "{what} should become {new}", "exchange {what} for {new}",
+         "turn {what} into {new}", "instead of {what}, draw {new}"),
+    ),
+    (
+        rf"make {_WHAT} (?:larger|bigger)$",
+        ("enlarge {what}", "make {what} bigger", "make {what} larger", "increase the size of {what}",
+         "{what} should be bigger", "I want {what} to be larger"),
+    ),
+    (
+        rf"make {_WHAT} smaller$",
+        ("shrink {what}", "make {what} smaller", "decrease the size of {what}", "{what} should be smaller",
+         "I want {what} to be smaller"),
+    ),
+    (
+        r"(?:add|put|draw|place) (?P<new>an? [a-z -]+?)"
+        r"(?P<where>(?: (?:in|at|on|above|over|below|under|beneath|to|left|right|next|beside)\b.*)?)$",
+        ("add {new}{where}", "insert {new}{where}", "put {new}{where}", "draw {new}{where}", "paint {new}{where}",
+         "place {new}{where}", "I want {new}{where}", "there should be {new}{where}"),
+    ),
+    (
+        rf"(?:remove|delete|erase|take) {_WHAT}(?: away)?$",
+        ("remove {what}", "delete {what}", "get rid of {what}", "take {what} away", "take away {what}",
+         "erase {what}", "remove {what} from the picture", "make {what} disappear", "{what} should disappear",
+         "{what} should go"),
+    ),
+    (
+        rf"(?:move|put|shift) {_WHAT}(?P<where> (?:in|at|on|to|above|over|below|under|beneath|left|right|next|beside)\b"
+        r"(?!.*\bpicture\b)(?!.*\bimage\b).*)$",
+        ("move {what}{where}", "shift {what}{where}", "put {what}{where}", "slide {what}{where}", "bring {what}{where}",
+         "{what} should be{where}"),
+    ),
+    (
+        r"(?:change the background to|use) an? (?P<ground>[a-z ]+) background$",
+        ("change the background to {ground}", "the background should be {ground}", "I want {a_ground} background",
+         "give it {a_ground} background", "make the background {ground}", "set the background to {ground}"),
+    ),
+    (
+        rf"(?:make|turn) the background (?P<ground>[a-z ]*\b(?:{_HUES})\b[a-z ]*)$",
+        ("make the background {ground}", "the background should be {ground}", "change the background to {ground}",
+         "use {a_ground} background", "put it all on {a_ground} background"),
+    ),
+    (
+        rf"(?:put|add|place) {_WHAT} from the (?P<from>[a-z]+) (?P<noun>picture|image) into the (?P<into>[a-z]+)"
+        r" (?:picture|image)(?:, (?P<where>.*))?$",
+        ("take {what} from the {from} {noun} and put {it} into the {into} {noun} {where}",
+         "take {what} from the {from} {noun} and put {it} in the {into} {noun} {where}",
+         "copy {what} from the {from} {noun} to the {into} {noun} {where}",
+         "put {what} of the {from} {noun} into the {into} {noun} {where}",
+         "add {what} from the {from} {noun} to the {into} {noun} {where}"),
+    ),
+)  # fmt: skip
+"""Orders by what they ask for, the first that fits, and other ways to say so."""
+OPENINGS: Sequence[tuple[str, Sequence[str]]] = (
+    ("how do I draw ", ("how can I draw ", "how would I draw ", "how does one draw ")),
+    ("how to draw ", ("tutorial: how to draw ", "how to paint ", "steps to draw ")),
+    ("show me step by step how to draw ", ("show me how to draw ", "show step by step how to draw ")),
+    ("teach me to draw ", ("teach me how to draw ", "help me draw ", "I want to learn to draw ")),
+    ("explain how to draw ", ("tell me how to draw ", "explain step by step how to draw ")),
+    ("tell me a story about ", ("make up a story about ", "tell the story of ", "I want a story about ")),
+    ("tell a story about ", ("create a story about ", "illustrate a story about ")),
+    ("a story about ", ("the story of ", "a picture story about ", "a short story about ")),
+    ("write a story about ", ("write a short story about ", "please write a story about ")),
+    ("explore ", ("look around ", "let us explore ")),
+    ("walk ", ("wander ", "please walk ", "take a walk ")),
+    ("go ", ("head ", "please go ", "let us go ")),
+    ("move ", ("please move ", "now move ")),
+    ("put ", ("please put ", "set ", "can you put ")),
+    ("place ", ("please place ", "set ")),
+    ("pick up ", ("please pick up ", "take ", "grab ")),
+)
+
+
+def reworded(rng: Random, made: Sample) -> str:
+    """The sample's question in other words."""
+    ends_in = made.question[-1] if made.question[-1] in "?." else ""
+    text = made.question.rstrip(".")
+    rewording = Rewording(rng, own_nouns=made.task in ("t2i", "x2i"))
+    ways: dict[str, Callable[[str], str]] = {"t2i": rewording.t2i, "x2i": rewording.x2i}
+    text = " ".join(ways.get(made.task, rewording.lightly)(text).split())
+    if text.startswith(("can you", "could you")):
+        ends_in = rng.choice(("?", ""))
+    elif made.task in ways:
+        ends_in = "." if ". " in text or rng.random() < 0.4 else ""
+    if rng.random() < 0.5:
+        text = text[0].upper() + text[1:]
+    return text.rstrip("?") + ends_in

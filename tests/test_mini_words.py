@@ -1,0 +1,132 @@
+"""Questions in other words: what they mean stays, by any rule; and those that were written by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+
+from emu_cog.weights import MINIATURE
+from scripts.mini import evaluate, handwritten
+from scripts.mini.judge import look
+from scripts.mini.pool import SQUARE
+from scripts.mini.render import picture
+from scripts.mini.rewording import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES, MORE_TEXTURES, Rewording, reworded
+from scripts.mini.sequences import Mix, chunk
+from scripts.mini.tasks import sample
+from scripts.mini.wish import BESIDE, complaint
+from scripts.mini.words import NOUNS, NUMBERS
+from scripts.mini.world import COLOURS
+
+SHAPE = {
+    form: shape for table in (NOUNS, MORE_NOUNS) for shape, nouns in table.items() for pair in nouns for form in pair
+}
+SIZE = {word: size for size, words in MORE_SIZES.items() for word in words}
+TEXTURE = {word: name for name, words in MORE_TEXTURES.items() for word in words}
+COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
+COUNT = {**{word: n for n, word in enumerate(NUMBERS[:5])}, **{str(n): n for n in (2, 3, 4)}, "pair": 2, "couple": 2}
+
+
+def told(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int]:
+    """How often a text names each thing of a table, the longest words first."""
+    found: Counter[str | int] = Counter()
+    text = text.lower()
+    for word in sorted(words, key=len, reverse=True):
+        text, count = re.subn(rf"\b{re.escape(word)}\b", "#", text)
+        found[words[word]] += count
+    return +found
+
+
+@pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "explore", "vla"])
+def test_other_words_mean_the_same_things(task: str) -> None:
+    rng, changed = Random(task), 0
+    for _ in range(300):
+        made = sample(rng, task, *SQUARE)
+        text = reworded(rng, made)
+        changed += text.lower() != made.question.lower()
+        for table in (SHAPE, SIZE, TEXTURE, COLOUR):
+            if task == "x2i" and table is SIZE:
+                continue  # "bigger" and "enlarge" are not sizes, "a small" may be
+            assert told(text, table) == told(made.question, table), (made.question, text)
+        if task == "t2i":
+            numbers = {n: c for n, c in told(text, COUNT).items() if n != 1}
+            assert numbers == {n: c for n, c in told(made.question, COUNT).items() if n != 1}, (made.question, text)
+        assert not re.search(r"\ba [aeiou](?!ne\b)", text.lower()), text
+        assert not re.search(r"\ban [^aeiou]", text.lower()), text
+        assert "  " not in text
+        assert "{" not in text
+    assert changed > (250 if task in ("t2i", "x2i") else 80)
+
+
+@pytest.mark.parametrize("relation", [name for name in INVERSE if name != BESIDE])
+def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) -> None:
+    forms = set()
+    for seed in range(200):
+        text, fronted = Rewording(Random(seed)).sided("a red tree", relation, "two blue triangles")
+        red, blue = text.index("tree"), text.index("triangle")
+        between = text[min(red, blue) : max(red, blue)]
+        around = text if fronted or "them" in text else between
+        right, wrong = (
+            any(f" {word} " in f" {around} ".replace(",", " ") for word in MORE_RELATIONS[name])
+            for name in (relation, INVERSE[relation])
+        )
+        swapped = blue < red and not fronted and "them" not in text
+        assert (right, wrong) == (not swapped, swapped), text
+        forms.add((fronted, swapped, "them" in text))
+    assert len(forms) == 4
+
+
+def test_the_same_dice_give_the_same_words() -> None:
+    made = sample(Random(1), "t2i", *SQUARE)
+    assert reworded(Random(5), made) == reworded(Random(5), made)
+    assert len({reworded(Random(n), made) for n in range(20)}) > 10
+
+
+@pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
+def test_a_sample_is_asked_in_several_wordings_over_the_same_pictures() -> None:
+    job = (3, 40, MINIATURE / "model")
+    once, thrice = chunk((*job, Mix({"t2i": 1}))), chunk((*job, Mix({"t2i": 1}, wordings=3)))
+    assert len(once.lengths) == 40
+    assert 100 < len(thrice.lengths) <= 120  # one wording where the words are left out
+    pictures = sum(len(firsts) for _, firsts in thrice.scenes.values())
+    assert pictures == 40
+    ends = np.cumsum(thrice.lengths)
+    lines = [thrice.ids[end - n : end] for end, n in zip(ends, thrice.lengths, strict=True)]
+    blanks = [int(line.max()) for line in lines]  # a picture's last
+    assert len(set(blanks)) == 40
+    assert max(Counter(blanks).values()) == 3
+
+
+@pytest.mark.parametrize("task", handwritten.TASKS)
+def test_what_was_written_by_hand_can_be_read(task: str) -> None:
+    made = handwritten.samples(task, *SQUARE)
+    assert len(made) == len({(m.question, m.references) for m in made}) >= 20
+    for one in made:
+        if task == "x2i" and len(one.pictures[0].things) == len(one.wishes[0].wanted):
+            assert complaint(look(np.asarray(picture(one.pictures[0]))), one.wishes[0]) is None, one.question
+            assert complaint(look(np.asarray(picture(one.references[0]))), one.wishes[0]) is not None, one.question
+
+
+def test_words_of_no_meaning_are_refused() -> None:
+    for words in ("small rde star", "small red", "red star @somewhere"):
+        with pytest.raises(ValueError, match="no "):
+            handwritten.thing(words)
+
+
+def test_the_examination_can_be_worded_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plain = evaluate.asked_in("grammar", "t2i", 8, 5)
+    other = evaluate.asked_in("reworded", "t2i", 8, 5)
+    assert [m.wishes for m in plain] == [m.wishes for m in other]
+    assert sum(a.question != b.question for a, b in zip(plain, other, strict=True)) > 5
+    by_hand = evaluate.asked_in("handwritten", "t2i", 90, 5)
+    assert len(by_hand) == 90
+    assert by_hand[0].question == by_hand[40].question
+    monkeypatch.setattr("sys.argv", ["evaluate", "--words", "handwritten", "--tasks", "t2i", "story"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "knows --tasks t2i x2i" in capsys.readouterr().err
