@@ -51,13 +51,13 @@ DEMOS: tuple[Demo, ...] = (
     Demo("fish", "t2i", "t2i", "a large orange fish on a blue background", 2),
     Demo("houses", "t2i", "t2i", "three brown houses on a green background", 3),
     Demo("moon", "t2i", "t2i", "a white moon in the top right corner on a black background", 4),
-    Demo("tree", "t2i", "t2i", "a green tree between a red house and a yellow house on a striped grey background", 5),
-    Demo("heart", "t2i", "t2i", "a big pink heart next to a small purple star", 6),
+    Demo("tree", "t2i", "t2i", "a green tree between a red house and a yellow house on a striped grey background", 7),
+    Demo("heart", "t2i", "t2i", "a big pink heart next to a small purple star", 7),
     Demo("wide", "wide", "t2i", "a yellow moon to the right of a white house on a purple background", 7, "16:9"),
-    Demo("tall", "wide", "t2i", "a red heart above a blue square on a white background", 8, "9:16"),
+    Demo("tall", "wide", "t2i", "a red heart above a blue square on a white background", 3, "9:16"),
     Demo("recolour", "x2i", "x2i", "Make the blue circle green.", 1, reference="stars"),
     Demo("add", "x2i", "x2i", "add a small white heart in the bottom left corner", 2, reference="recolour"),
-    Demo("ground", "x2i", "x2i", "change the background to purple", 4, reference="add"),
+    Demo("ground", "x2i", "x2i", "change the background to purple", 2, reference="add"),
     Demo("remove", "x2i", "x2i", "remove the heart", 4, reference="ground"),
     Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue "
          "background?", 1),
@@ -65,7 +65,7 @@ DEMOS: tuple[Demo, ...] = (
          "and a white moon.", 2),
     Demo("explore", "explore", "explore", "explore a green world with red hearts and white stars: go right, down, left",
          3),
-    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 12),
+    Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 2),
     Demo("vla", "vla", "vla", "Put the red ball above the blue box.", 4, reference="start"),
 )  # fmt: skip
 
