@@ -12,9 +12,10 @@ import pytest
 from emu_cog.weights import MINIATURE
 from scripts.mini import evaluate, handwritten
 from scripts.mini.judge import look
+from scripts.mini.phrases import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES, MORE_TEXTURES
 from scripts.mini.pool import SQUARE
 from scripts.mini.render import picture
-from scripts.mini.rewording import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES, MORE_TEXTURES, Rewording, reworded
+from scripts.mini.rewording import Rewording, reworded
 from scripts.mini.sequences import Mix, chunk
 from scripts.mini.tasks import sample
 from scripts.mini.wish import BESIDE, complaint
