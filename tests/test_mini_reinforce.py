@@ -24,6 +24,7 @@ from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import SQUARE
 from scripts.mini.reinforce import Course, Reinforcement, advantages, packs, rate_at
 from scripts.mini.render import picture
+from scripts.mini.sequences import Mix
 from scripts.mini.tasks import sample
 from scripts.mini.tasks.sample import TEXT, Said
 from scripts.mini.train_language import read_weights
@@ -127,7 +128,7 @@ def test_the_rate_climbs_stays_and_falls() -> None:
 
 
 def training(model: LanguageModel, pipeline: Pipeline, out: Path, **options: Any) -> Reinforcement:
-    settings = {"prompts": {"t2i": 2}, "group": 2, "batch": 4, "tokens": 2048, "rate": 1e-4, "seed": 1}
+    settings = {"prompts": {"t2i": 2}, "group": 2, "batch": 4, "tokens": 2048, "rate": 1e-4, "seed": 1, "mix": Mix()}
     return Reinforcement(model, pipeline, out, _Now(), **(settings | options))  # type: ignore[arg-type]
 
 

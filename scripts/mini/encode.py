@@ -23,7 +23,7 @@ from emu_cog.vision import IBQ, load_vision_tokenizer
 from scripts.mini.fused import fuse
 from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
-from scripts.mini.runs import device_name, tell
+from scripts.mini.runs import device_name, part, tell
 from scripts.mini.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
@@ -181,18 +181,15 @@ def main() -> None:
         help=f"how often each task is drawn, as JSON; default {json.dumps(SHARES)}. The held-out samples keep to that",
     )
     parser.add_argument(
-        "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
+        "--many", type=part, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
     )
     parser.add_argument(
-        "--reworded", type=float, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
+        "--reworded", type=part, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
     )
     parser.add_argument("--wordings", type=int, default=1, help="ways each sample is asked in, over the same pictures")
     parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="samples kept to measure with, at most")
     parser.add_argument("--compile", action="store_true", help="compile the drawing")
     args = parser.parse_args()
-    for name in ("many", "reworded"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} is a part, 0 to 1, not {getattr(args, name)}")
     if args.wordings < 1 or args.held_out < 1:
         parser.error("--wordings and --held-out count from 1")
     started = time.time()

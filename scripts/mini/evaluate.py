@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,6 +45,7 @@ from scripts.mini.verdicts import Answer, Verdict, verdict
 from scripts.mini.wish import complaint
 
 Result = TypeVar("Result")
+Key = TypeVar("Key")
 Grid = Sequence[Sequence[int]]
 SEED = 20_260
 WORDS = ("grammar", "reworded", "handwritten")
@@ -81,8 +82,7 @@ def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answe
     """What the engine gives for the jobs, all in one batch."""
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
     given = [Answer() for _ in jobs]
-    drawn: list[ImageCodes] = []
-    places: list[tuple[int, int]] = []
+    drawn: dict[tuple[int, int], Grid] = {}  # by job and place among its parts
     for event in pipeline.engine.generate(jobs, rules):
         if isinstance(event, Ended):
             given[event.job].whole = event.reason != "limit"
@@ -94,29 +94,27 @@ def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answe
             continue
         for segment in segments:
             if isinstance(segment, ImageCodes):
-                drawn.append(segment)
-                places.append((event.job, len(given[event.job].parts)))
+                drawn[event.job, len(given[event.job].parts)] = segment.codes
                 given[event.job].parts.append("")  # its pixels come below
             elif isinstance(segment, Text) and segment.kind == "text":
                 given[event.job].parts.append(segment.text)
             else:
                 given[event.job].reasoned = True
-    for (job, place), pixels in zip(places, _pixels([d.codes for d in drawn], pipeline.vision), strict=True):
+    for (job, place), pixels in _decoded(drawn, pipeline.vision):
         given[job].parts[place] = pixels
     return given
 
 
-def _pixels(grids: Sequence[Grid], vision: IBQ) -> list[NDArray[np.uint8]]:
-    """The pictures of `grids`, in their order, decoded side by side where they are of one size."""
-    found: dict[int, NDArray[np.uint8]] = {}
-    order = sorted(range(len(grids)), key=lambda i: (len(grids[i]), len(grids[i][0])))
-    for _, alike in itertools.groupby(order, key=lambda i: (len(grids[i]), len(grids[i][0]))):
-        numbers = list(alike)
-        for n in range(0, len(numbers), DECODED):
-            some = numbers[n : n + DECODED]
-            images = pictures.decode_alike([grids[i] for i in some], vision)
-            found |= {i: np.asarray(image) for i, image in zip(some, images, strict=True)}
-    return [found[i] for i in range(len(grids))]
+def _decoded(grids: Mapping[Key, Grid], vision: IBQ) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
+    """The pictures of `grids`, side by side where they are of one size."""
+    by_size: dict[tuple[int, int], list[Key]] = {}
+    for key, grid in grids.items():
+        by_size.setdefault((len(grid), len(grid[0])), []).append(key)
+    for keys in by_size.values():
+        for n in range(0, len(keys), DECODED):
+            some = keys[n : n + DECODED]
+            images = pictures.decode_alike([grids[key] for key in some], vision)
+            yield from zip(some, map(np.asarray, images), strict=True)
 
 
 def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:

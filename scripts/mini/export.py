@@ -17,6 +17,7 @@ from emu_cog.tokenizer import RANKS_FILE, VISION_FILE
 from emu_cog.weights import MINIATURE
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import AREA
+from scripts.mini.runs import part
 from scripts.mini.train_language import read_weights
 
 LIMIT = 40 * 10**6
@@ -90,10 +91,8 @@ def main() -> None:
         help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
     )
     parser.add_argument("--blend", type=Path, help="folder of earlier weights of the same training, to be mixed in")
-    parser.add_argument("--blend-share", type=float, default=0.2, help="how much of them, 0 to 1")
+    parser.add_argument("--blend-share", type=part, default=0.2, help="how much of them, 0 to 1")
     args = parser.parse_args()
-    if not 0 <= args.blend_share <= 1:
-        parser.error(f"--blend-share is a part, 0 to 1, not {args.blend_share}")
     with TemporaryDirectory() as folder:
         if args.blend:
             blend(args.language, args.blend, args.blend_share, Path(folder))

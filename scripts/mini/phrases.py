@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.mini.reading import any_of
+from scripts.mini.reading import COLOUR, any_of
 from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
-from scripts.mini.world import COLOURS
 
 MORE_NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "circle": (("dot", "dots"), ("disk", "disks")),
@@ -36,7 +35,7 @@ MORE_RELATIONS = {
 }
 INVERSE = {ABOVE: BELOW, BELOW: ABOVE, LEFT: RIGHT, RIGHT: LEFT, BESIDE: BESIDE}
 CORNERS = {"top": "upper", "bottom": "lower"}
-HUES = any_of([*COLOURS, "gray"])
+HUES = any_of(COLOUR)
 
 IMPERATIVES = frozenset(
     ("make", "turn", "paint", "change", "color", "colour", "recolor", "recolour", "replace", "swap", "exchange", "put",

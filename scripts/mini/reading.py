@@ -11,11 +11,11 @@ from scripts.mini.wish import Relation, Wanted, Wish
 from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
 from scripts.mini.world import COLOURS
 
-_SHAPE = {form: shape for shape, nouns in NOUNS.items() for pair in nouns for form in pair}
-_COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
-_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
-_RELATION = {word: name for name, words in RELATION_WORDS.items() for word in words}
-_TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
+SHAPE = {form: shape for shape, nouns in NOUNS.items() for pair in nouns for form in pair}
+COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
+SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
+RELATION = {word: name for name, words in RELATION_WORDS.items() for word in words}
+TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -24,18 +24,18 @@ def any_of(words: Iterable[str]) -> str:
 
 
 _THING = re.compile(
-    rf"\b(?:(?P<number>an?|the|one|two|three|four|[1-4]) )?(?:(?P<size>{any_of(_SIZE)}) )?"
-    rf"(?:(?P<colour>{any_of(_COLOUR)}) )?(?P<shape>{any_of(_SHAPE)})\b"
+    rf"\b(?:(?P<number>an?|the|one|two|three|four|[1-4]) )?(?:(?P<size>{any_of(SIZE)}) )?"
+    rf"(?:(?P<colour>{any_of(COLOUR)}) )?(?P<shape>{any_of(SHAPE)})\b"
 )
 _GROUND = re.compile(
-    rf"(?:(?P<t1>{any_of(_TEXTURE)}) |plain )?(?P<colour>{any_of(_COLOUR)}) (?:(?P<t2>{any_of(_TEXTURE)}) )?background"
+    rf"(?:(?P<t1>{any_of(TEXTURE)}) |plain )?(?P<colour>{any_of(COLOUR)}) (?:(?P<t2>{any_of(TEXTURE)}) )?background"
 )
-_SKY = re.compile(rf"(?:sky|everything around|land) is (?P<colour>{any_of(_COLOUR)})")
+_SKY = re.compile(rf"(?:sky|everything around|land) is (?P<colour>{any_of(COLOUR)})")
 _PLACE = re.compile(
     r"\b(?:in|at|on) the "
     r"(top[ -]left|top[ -]right|bottom[ -]left|bottom[ -]right|top|bottom|left|right|cent(?:re|er)|middle)\b"
 )
-_SIDE = re.compile(rf"\b({any_of(_RELATION)}) the (?:({any_of(_COLOUR)}) )?({any_of(_SHAPE)})\b")
+_SIDE = re.compile(rf"\b({any_of(RELATION)}) the (?:({any_of(COLOUR)}) )?({any_of(SHAPE)})\b")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def mentions(text: str) -> list[Mention]:
     for match in _THING.finditer(text.lower()):
         number = match["number"] or ""
         count = int(number) if number.isdigit() else NUMBERS.index(number) if number in NUMBERS else 1
-        wanted = Wanted(_SHAPE[match["shape"]], _COLOUR.get(match["colour"] or ""), _SIZE.get(match["size"] or ""))
+        wanted = Wanted(SHAPE[match["shape"]], COLOUR.get(match["colour"] or ""), SIZE.get(match["size"] or ""))
         found.append(Mention(count, wanted, number == "the"))
     return found
 
@@ -61,12 +61,12 @@ def mentions(text: str) -> list[Mention]:
 def ground(text: str) -> tuple[str, str] | None:
     """(colour, texture) of the background a text names."""
     match = _GROUND.search(text.lower())
-    return (match and (_COLOUR[match["colour"]], _TEXTURE.get(match["t1"] or match["t2"] or "", "plain"))) or None
+    return (match and (COLOUR[match["colour"]], TEXTURE.get(match["t1"] or match["t2"] or "", "plain"))) or None
 
 
 def sky(text: str) -> str | None:
     match = _SKY.search(text.lower())
-    return (match and _COLOUR[match["colour"]]) or None
+    return (match and COLOUR[match["colour"]]) or None
 
 
 def place(text: str) -> str | None:
@@ -99,10 +99,10 @@ def howto_wishes(texts: list[str]) -> list[Wish] | None:
             region = None
             side = _SIDE.search(text.lower())
             if side:
-                anchors = [i for i, w in enumerate(wanted) if w.shape == _SHAPE[side[3]]]
+                anchors = [i for i, w in enumerate(wanted) if w.shape == SHAPE[side[3]]]
                 if len(anchors) != 1:
                     return None
-                relations = (Relation(_RELATION[side[1]], (len(wanted),), (anchors[0],)),)
+                relations = (Relation(RELATION[side[1]], (len(wanted),), (anchors[0],)),)
             else:
                 region = place(text)
             wanted.append(replace(told[0].wanted, region=region))

@@ -33,11 +33,11 @@ from scripts.mini.encode import shares
 from scripts.mini.evaluate import answered, judging, load, request
 from scripts.mini.language_model import LanguageModel, Shape
 from scripts.mini.pool import SQUARE
-from scripts.mini.runs import device_name, keep, stop_when_told, tell
-from scripts.mini.sequences import MANY, draw_sample
+from scripts.mini.runs import device_name, keep, part, stop_when_told, tell
+from scripts.mini.sequences import MANY, Mix, draw_sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.train_language import read_weights
-from scripts.mini.verdicts import AGREE, Answer, Walk, verdict
+from scripts.mini.verdicts import AGREE, Answer, Walk, astray, verdict
 
 OUTSIDE = 6.0
 """An edit is not right that changes the rest by more, a mean absolute difference of 255."""
@@ -66,7 +66,7 @@ def worth(made: Sample, answer: Answer) -> Worths:
     count = len(answer.pictures)
     if made.task == "explore":
         walk = Walk.of(made, answer)
-        if count != len(made.pictures) or not answer.in_steps or walk.told != walk.asked:
+        if astray(made, answer, walk):
             return (0.0,) * count
         views = [float(apart <= AGREE) for apart in walk.apart]
         return tuple(views if made.references else [1.0, *views])
@@ -104,12 +104,11 @@ class Reinforcement:
         tokens: int,
         rate: float,
         seed: int,
-        many: float = 0.0,
-        reworded: float = 0.0,
+        mix: Mix,
     ) -> None:
         self.model, self.pipeline, self.out, self.judges = model, pipeline, out, judges
         self.prompts, self.group, self.batch, self.tokens = prompts, group, batch, tokens
-        self.rate, self.seed, self.many, self.reworded = rate, seed, many, reworded
+        self.rate, self.seed, self.mix = rate, seed, mix
         self.optim = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0)
         self.course = Course()
         self.stopped = False
@@ -166,7 +165,7 @@ class Reinforcement:
         made: list[Sample] = []
         asked: list[Request] = []
         for _ in range(count):
-            one, seed = draw_sample(rng, task, SQUARE, self.many, self.reworded), rng.randrange(2**31)
+            one, seed = draw_sample(rng, task, SQUARE, self.mix), rng.randrange(2**31)
             first = request(one, seed, None)
             made += [one] * self.group
             asked += [replace(first, seed=seed + i) for i in range(self.group)]
@@ -247,10 +246,10 @@ def main() -> None:
         "--prompts", type=shares, default=PROMPTS, help=f"a batch, by task, as JSON; default {json.dumps(PROMPTS)}"
     )
     parser.add_argument(
-        "--many", type=float, default=0.0, help=f"which part of t2i, 0 to 1, is to ask for {MANY} things or more"
+        "--many", type=part, default=0.0, help=f"which part of t2i, 0 to 1, is to ask for {MANY} things or more"
     )
     parser.add_argument(
-        "--reworded", type=float, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
+        "--reworded", type=part, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
     )
     parser.add_argument("--group", type=int, default=4, help="answers to a prompt, at least 2")
     parser.add_argument("--batch", type=int, default=32, help="answers drawn side by side")
@@ -260,9 +259,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group must be at least 2: an answer is measured against the others to its prompt")
-    for name in ("many", "reworded"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} is a part, 0 to 1, not {getattr(args, name)}")
     started = time.time()
     with judging() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch)
@@ -280,8 +276,7 @@ def main() -> None:
             tokens=args.tokens,
             rate=args.rate,
             seed=args.seed,
-            many=args.many,
-            reworded=args.reworded,
+            mix=Mix(many=args.many, reworded=args.reworded),
         )
         stop_when_told(training.stop)
         record = training.run(updates=args.updates, seconds=args.seconds)

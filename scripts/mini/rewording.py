@@ -23,24 +23,18 @@ from scripts.mini.phrases import (
     MORE_TEXTURES,
     OPENINGS,
 )
-from scripts.mini.reading import any_of
+from scripts.mini.reading import COLOUR, RELATION, SHAPE, SIZE, TEXTURE, any_of
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
-from scripts.mini.world import COLOURS
-
-_SHAPE = {form: shape for shape, nouns in NOUNS.items() for pair in nouns for form in pair}
-_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
-_RELATION = {word: name for name, words in RELATION_WORDS.items() for word in words}
-_TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words}
+from scripts.mini.words import NOUNS, NUMBERS, article
 
 _THING = re.compile(
-    rf"^(?P<number>an?|the|two|three|four|[2-4])(?: (?P<size>{any_of(_SIZE)}))?(?: (?P<colour>{HUES}))?"
-    rf" (?P<noun>{any_of(_SHAPE)})$"
+    rf"^(?P<number>an?|the|two|three|four|[2-4])(?: (?P<size>{any_of(SIZE)}))?(?: (?P<colour>{HUES}))?"
+    rf" (?P<noun>{any_of(SHAPE)})$"
 )
 _OPENING = re.compile(r"^(?:a picture of|an image of|draw|show me|please draw|I want) ", re.IGNORECASE)
 _GROUND = re.compile(r" (?:on|against|with) an? (?P<words>[a-z ]+) background$")
 _GROUND_TOLD = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
-_SIDED = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(_RELATION)}) (?P<b>.+)$")
+_SIDED = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(RELATION)}) (?P<b>.+)$")
 _BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
 _PLACE = re.compile(
     r"^(?P<a>.+) (?P<words>(?:in|at|on) the (?:top|bottom|left|right|cent(?:re|er)|middle)[a-z -]*)$",
@@ -85,7 +79,7 @@ class Rewording:
     def _thing(self, thing: Thing) -> str:
         rng = self.rng
         colour = self.colour(thing.colour)
-        size = thing.size and rng.choice(MORE_SIZES[_SIZE[thing.size]])
+        size = thing.size and rng.choice(MORE_SIZES[SIZE[thing.size]])
         noun = self.noun(thing.noun, plural=thing.number > 1)
         if size and colour:
             words = rng.choices((f"{size} {colour} {noun}", f"{colour} {size} {noun}", f"{size}, {colour} {noun}"),
@@ -101,7 +95,7 @@ class Rewording:
         if number == 0:
             return "the"
         if number == 1:
-            return rng.choices((_a(words), "one", "a single", "1"), (12, 4, 1, 1))[0]
+            return rng.choices((article(words), "one", "a single", "1"), (12, 4, 1, 1))[0]
         if number == 2 and rng.random() < 0.15:
             return rng.choice(("a pair of", "a couple of"))
         return NUMBERS[number] if rng.random() < 0.75 else str(number)
@@ -111,7 +105,7 @@ class Rewording:
 
     def noun(self, noun: str, *, plural: bool) -> str:
         """One word for a shape throughout a question."""
-        shape = _SHAPE[noun]
+        shape = SHAPE[noun]
         if shape not in self.nouns:
             known = next(pair for pair in NOUNS[shape] if noun in pair)
             more = MORE_NOUNS.get(shape, ()) if self.own_nouns else ()
@@ -121,13 +115,13 @@ class Rewording:
     def ground(self, words: str) -> str:
         """ "blue", "striped blue", "blue striped" of "plain blue", "striped and blue" and the like."""
         parts = [w for w in words.split() if w not in ("plain", "and")]
-        colour = next(w for w in parts if w in COLOURS or w == "gray")
-        pattern = [self.rng.choice(MORE_TEXTURES[_TEXTURE[w]]) for w in parts if w in _TEXTURE]
+        colour = next(w for w in parts if w in COLOUR)
+        pattern = [self.rng.choice(MORE_TEXTURES[TEXTURE[w]]) for w in parts if w in TEXTURE]
         told = [self.colour(colour) or "", *pattern]
         return " ".join(told if self.rng.random() < 0.5 else told[::-1])
 
     def relation(self, word: str, *, inverse: bool = False) -> str:
-        name = _RELATION[word]
+        name = RELATION[word]
         return self.rng.choice(MORE_RELATIONS[INVERSE[name] if inverse else name])
 
     def place(self, words: str) -> str:
@@ -155,7 +149,7 @@ class Rewording:
         opened = body if fronted else self._opened(body, many)
         if ground is None:
             return opened
-        an = _a(ground)
+        an = article(ground)
         is_are = "are" if many else "is"
         if not fronted and self.rng.random() < 0.3:
             return self.rng.choice(
@@ -276,7 +270,7 @@ class Rewording:
         for pattern, forms in EDITS:
             if found := re.match(pattern, order):
                 parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
-                parts |= {f"a_{k}": f"{_a(v)} {v}" for k, v in parts.items() if v}
+                parts |= {f"a_{k}": f"{article(v)} {v}" for k, v in parts.items() if v}
                 order = self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
                 break
         plain = order.split(" ")[0] in IMPERATIVES
@@ -293,7 +287,7 @@ class Rewording:
             return self.colour(words) or ""
         if name == "ground":
             return self.ground(words)
-        if name == "where" and (found := re.match(rf" (?P<relation>{any_of(_RELATION)}) (?P<b>.+)$", words)):
+        if name == "where" and (found := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
             return f" {self.relation(found['relation'])} {self.thing(found['b'])}"
         return words
 
@@ -306,10 +300,6 @@ class Rewording:
             if low.startswith(opening):
                 return self.rng.choice((opening, *others)) + low[len(opening) :]
         return low
-
-
-def _a(words: str) -> str:
-    return "an" if words[0] in "aeiou" else "a"
 
 
 def _lower(text: str) -> str:

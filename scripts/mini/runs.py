@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 from collections.abc import Callable, Mapping
@@ -21,6 +22,14 @@ def keep(state: Mapping[str, object], path: Path) -> None:
     unfinished = path.with_suffix(".unfinished")
     torch.save(dict(state), unfinished)
     unfinished.rename(path)
+
+
+def part(text: str) -> float:
+    """An option that is a part of something, 0 to 1; argparse tells what is wrong."""
+    given = float(text)
+    if not 0 <= given <= 1:
+        raise argparse.ArgumentTypeError(f"a part, 0 to 1, is needed, not {text}")
+    return given
 
 
 def device_name(device: torch.device) -> str:

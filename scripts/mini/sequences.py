@@ -121,18 +121,18 @@ def draw(rng: Random, mix: Mix) -> tuple[Sample, Size, bool, bool]:
     told, and whether its references have been through the vision tokenizer before."""
     task = rng.choices(tuple(mix.shares), tuple(mix.shares.values()))[0]
     drawn = draw_size(rng, task)
-    made = draw_sample(rng, task, drawn, mix.many, mix.reworded)
+    made = draw_sample(rng, task, drawn, mix)
     final = reference_size((drawn[1] * 16, drawn[0] * 16), AREA) if made.references else drawn
     return made, final, rng.random() >= WITHOUT_TEXT, drawn == SQUARE and rng.random() < AGAIN
 
 
-def draw_sample(rng: Random, task: str, size: Size, many: float, share_reworded: float) -> Sample:
-    """An example of `task` with pictures of `size`; the rest as in Mix."""
+def draw_sample(rng: Random, task: str, size: Size, mix: Mix) -> Sample:
+    """An example of `task` with pictures of `size`, as hard and in such words as `mix` wants."""
     made = sample(rng, task, *size)
-    if task == "t2i" and many and rng.random() < many:
+    if task == "t2i" and mix.many and rng.random() < mix.many:
         while len(made.wishes[-1].wanted) < MANY:
             made = sample(rng, task, *size)
-    if share_reworded and rng.random() < share_reworded:
+    if mix.reworded and rng.random() < mix.reworded:
         made = replace(made, question=reworded(rng, made))
     return made
 

@@ -117,12 +117,19 @@ class Walk:
         return sum(told == asked and apart <= AGREE for told, asked, apart in steps), len(self.asked)
 
 
-def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
-    """The first thing that is wrong with a walk."""
+def astray(made: Sample, answer: Answer, walk: Walk) -> str | None:
+    """What is wrong with a walk's course, whatever its views show."""
     if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
         return f"{len(answer.pictures)} views, not {len(made.pictures)}"
     if walk.told != walk.asked:
         return f"moves {walk.told}, not {walk.asked}"
+    return None
+
+
+def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
+    """The first thing that is wrong with a walk."""
+    if wrong := astray(made, answer, walk):
+        return wrong
     for number, apart in enumerate(walk.apart, 1):
         if apart > AGREE:
             return f"move {number}: {apart:.1%} of the overlap differs"

@@ -70,7 +70,7 @@ class Speaker:
         words.append(self.noun(shape, plural=count > 1))
         if count > 1:
             return " ".join([NUMBERS[count] if self.rng.random() < 0.85 else str(count), *words])
-        return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+        return " ".join([article(words[0]), *words])
 
     def the(self, shape: str, colour: str | None = None, size: str | None = None, count: int = 1) -> str:
         """ "the red star", "the two red stars"."""
@@ -105,7 +105,12 @@ class Speaker:
 
     def a_ground(self, background: str, texture: str = "plain") -> str:
         phrase = self.ground(background, texture)
-        return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+        return f"{article(phrase)} {phrase}"
+
+
+def article(words: str) -> str:
+    """The one that stands before them."""
+    return "an" if words[0] in "aeiou" else "a"
 
 
 def sentence(text: str) -> str:
