@@ -184,6 +184,12 @@ def main() -> None:
         "--many", type=part, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
     )
     parser.add_argument(
+        "--beyond",
+        type=part,
+        default=0.0,
+        help="which part of t2i and x2i, 0 to 1, asks for more at once: a longer list, two changes",
+    )
+    parser.add_argument(
         "--reworded", type=part, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
     )
     parser.add_argument("--wordings", type=int, default=1, help="ways each sample is asked in, over the same pictures")
@@ -197,7 +203,7 @@ def main() -> None:
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_A_CHUNK, args.samples)
-    mix = Mix(args.shares, args.many, args.reworded, args.wordings)
+    mix = Mix(args.shares, args.many, args.beyond, args.reworded, args.wordings)
     jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, mix) for i in range(-(-args.samples // size))]
     there = parts_there(args.out, args.seed)
     jobs = jobs[there * CHUNKS_A_PART :]
@@ -238,6 +244,7 @@ def main() -> None:
         "seed": args.seed,
         "shares": args.shares,
         "many": args.many,
+        "beyond": args.beyond,
         "reworded": args.reworded,
         "wordings": args.wordings,
         "device": device_name(device),

@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 Key = TypeVar("Key")
 Grid = Sequence[Sequence[int]]
 SEED = 20_260
-WORDS = ("grammar", "reworded", "handwritten")
+WORDS = ("grammar", "reworded", "beyond", *handwritten.SHEETS)
 DECODED = 32
 """Pictures decoded in one pass: enough for a GPU, little memory."""
 
@@ -154,19 +154,19 @@ def _begin_judging() -> None:
     torch.set_num_threads(1)
 
 
-def held_out_samples(task: str, count: int, seed: int = SEED) -> list[Sample]:
+def held_out_samples(task: str, count: int, seed: int = SEED, *, beyond: bool = False) -> list[Sample]:
     """The `count` samples every evaluation of `task` uses; others with another seed."""
     rng = Random(f"{seed} {task}")
-    return [sample(rng, task, *SQUARE, unseen=True) for _ in range(count)]
+    return [sample(rng, task, *SQUARE, unseen=True, beyond=beyond) for _ in range(count)]
 
 
 def asked_in(words: str, task: str, count: int, seed: int) -> list[Sample]:
-    """`count` samples whose questions are in the "grammar"'s words, "reworded", or "handwritten": of those there are
-    a few, asked again and again."""
-    if words == "handwritten":
-        return list(itertools.islice(itertools.cycle(handwritten.samples(task, *SQUARE)), count))
-    made = held_out_samples(task, count, seed)
-    if words == "reworded":
+    """`count` samples whose questions are in the "grammar"'s words, "reworded", go "beyond" what it asks for at once,
+    reworded too, or are those of one of handwritten.SHEETS: of those there are a few, asked again and again."""
+    if words in handwritten.SHEETS:
+        return list(itertools.islice(itertools.cycle(handwritten.samples(task, *SQUARE, sheet=words)), count))
+    made = held_out_samples(task, count, seed, beyond=words == "beyond")
+    if words != "grammar":
         return [replace(one, question=reworded(Random(f"{seed} {i}"), one)) for i, one in enumerate(made)]
     return made
 
@@ -274,16 +274,17 @@ def main() -> None:
         "--words",
         choices=WORDS,
         default=WORDS[0],
-        help="the questions as the grammar words them, the same in other words (rewording.py), or such as a person "
-        "wrote by hand (handwritten.json; t2i and x2i only)",
+        help="the questions as the grammar words them, the same in other words (rewording.py), reworded ones that ask "
+        "for more at once, or such as were written by hand (the JSON files beside this; but for the first two, t2i "
+        "and x2i only)",
     )
     parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
     parser.add_argument("--quantize", choices=FORMATS, help="the layers' weights in 8 bits")
     parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    if args.words == "handwritten" and not set(args.tasks) <= set(handwritten.TASKS):
-        parser.error(f"--words handwritten knows --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
+    if args.words not in WORDS[:2] and not set(args.tasks) <= set(handwritten.TASKS):
+        parser.error(f"--words {args.words} knows --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
     with judging() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch, quantize=args.quantize)
         record: dict[str, object] = {

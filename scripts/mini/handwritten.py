@@ -1,6 +1,7 @@
 """Prompts and edits written by hand, in whatever words came to mind: an examination that no grammar has worded.
 
-handwritten.json holds them beside what must be seen, in short. "2 small red star, blue circle" are things: number,
+handwritten.json and blind.json hold them beside what must be seen, in short; blind.json was written by one who knew the
+world and had seen nothing of its grammar. "2 small red star, blue circle" are things: number,
 size, colour, shape; what is left out is open. `how` is how the first stand to the second, or where they are. An edit's
 things have a centre in pixels where they must have kept theirs, "@top-right" or "^above" (the first thing) where they
 are new.
@@ -18,13 +19,13 @@ from scripts.mini.wish import BETWEEN, REGIONS, Relation, Wanted, Wish
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
 TASKS = ("t2i", "x2i")
-TEXT = Path(__file__).with_suffix(".json")
+SHEETS = ("handwritten", "blind")
 
 
-def samples(task: str, rows: int, columns: int) -> list[Sample]:
-    """All there are of one of TASKS."""
+def samples(task: str, rows: int, columns: int, *, sheet: str = SHEETS[0]) -> list[Sample]:
+    """All there are of one of TASKS on one of SHEETS."""
     makers = {"t2i": _picture, "x2i": partial(_edit, rows=rows, columns=columns)}
-    return [makers[task](**line) for line in json.loads(TEXT.read_text())[task]]
+    return [makers[task](**line) for line in json.loads(Path(__file__).with_name(f"{sheet}.json").read_text())[task]]
 
 
 def thing(words: str) -> Wanted:

@@ -7,13 +7,17 @@ or ", blue background". Here a finished question is taken apart and put together
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
+from scripts.mini import frames
+from scripts.mini.asking import handling, route, steps, tale
 from scripts.mini.phrases import (
     CORNERS,
     EDITS,
+    ELSE,
     HUES,
     IMPERATIVES,
     INVERSE,
@@ -21,7 +25,8 @@ from scripts.mini.phrases import (
     MORE_RELATIONS,
     MORE_SIZES,
     MORE_TEXTURES,
-    OPENINGS,
+    PLAINLY,
+    POLITE,
 )
 from scripts.mini.reading import COLOUR, RELATION, SHAPE, SIZE, TEXTURE, any_of
 from scripts.mini.tasks.sample import Sample
@@ -39,6 +44,7 @@ _BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
 _PLACE = re.compile(
     r"^(?P<a>.+) (?P<words>(?:in|at|on) the (?:top|bottom|left|right|cent(?:re|er)|middle)[a-z -]*)$",
 )
+_TWO = re.compile(rf"(?: and then |, then | and )(?=(?:{any_of(IMPERATIVES)}) )")
 _POLITE = re.compile(r"^(?:please |can you |edit the picture: )", re.IGNORECASE)
 
 
@@ -62,11 +68,12 @@ class Thing:
 
 
 class Rewording:
-    """One way of putting things, kept for a whole question."""
+    """One way of putting things, kept for a whole question. `alone`: the picture to be edited shows one thing."""
 
-    def __init__(self, rng: Random, *, own_nouns: bool = True) -> None:
-        self.rng, self.own_nouns = rng, own_nouns
+    def __init__(self, rng: Random, *, own_nouns: bool = True, alone: bool = False) -> None:
+        self.rng, self.own_nouns, self.alone = rng, own_nouns, alone
         self.gray = rng.random() < 0.5
+        self.terse = rng.random() < 0.08
         self.nouns: dict[str, tuple[str, str]] = {}
 
     # -- 1. phrases ------------------------------------------------------------------------------------------
@@ -81,21 +88,35 @@ class Rewording:
         colour = self.colour(thing.colour)
         size = thing.size and rng.choice(MORE_SIZES[SIZE[thing.size]])
         noun = self.noun(thing.noun, plural=thing.number > 1)
+        after = ""
         if size and colour:
             words = rng.choices((f"{size} {colour} {noun}", f"{colour} {size} {noun}", f"{size}, {colour} {noun}"),
                                 (10, 1, 1))[0]  # fmt: skip
-        elif colour and thing.number and rng.random() < 0.06:
-            words = rng.choice((f"{noun} in {colour}", f"{colour}-colored {noun}", f"{colour}-coloured {noun}"))
         else:
             words = " ".join(w for w in (size, colour, noun) if w)
-        return f"{self._count(thing.number, words)} {words}"
+        if colour and thing.number and rng.random() < 0.09:
+            bare = f"{size} {noun}" if size else noun
+            words, after = rng.choice(
+                (
+                    (bare, f" in {colour}"),
+                    (bare, f" ({colour})"),
+                    (bare, f" which {'are' if thing.number > 1 else 'is'} {colour}"),
+                    (f"{colour}-colored {noun}" if not size else f"{size} {colour}-colored {noun}", ""),
+                    (f"{colour}-coloured {noun}" if not size else f"{size} {colour}-coloured {noun}", ""),
+                )
+            )
+        if thing.number and self.own_nouns and rng.random() < 0.04:
+            words = f"{rng.choice(frames.FILLERS)} {words}"
+        return f"{self._count(thing.number, words)} {words}{after}".strip()
 
     def _count(self, number: int, words: str) -> str:
         rng = self.rng
         if number == 0:
             return "the"
         if number == 1:
-            return rng.choices((article(words), "one", "a single", "1"), (12, 4, 1, 1))[0]
+            if self.terse:
+                return ""
+            return rng.choices((article(words), "one", "a single", "1", "just one"), (12, 4, 1, 1, 0.3))[0]
         if number == 2 and rng.random() < 0.15:
             return rng.choice(("a pair of", "a couple of"))
         return NUMBERS[number] if rng.random() < 0.75 else str(number)
@@ -118,6 +139,8 @@ class Rewording:
         colour = next(w for w in parts if w in COLOUR)
         pattern = [self.rng.choice(MORE_TEXTURES[TEXTURE[w]]) for w in parts if w in TEXTURE]
         told = [self.colour(colour) or "", *pattern]
+        if pattern and self.rng.random() < 0.2:
+            return f"{pattern[0]} {told[0]}" if self.rng.random() < 0.5 else f"{told[0]} and {pattern[0]}"
         return " ".join(told if self.rng.random() < 0.5 else told[::-1])
 
     def relation(self, word: str, *, inverse: bool = False) -> str:
@@ -132,155 +155,123 @@ class Rewording:
                 words = words.replace(plain, other)
         if words.startswith("at the") and rng.random() < 0.3:
             words = words.replace("at the", "near the", 1)
+        if "side" in words and rng.random() < 0.5:
+            words = words.replace("side", "hand side", 1)
         if "corner" not in words and rng.random() < 0.25:
-            words += rng.choice((" of the picture", " of the image"))
+            words += rng.choice((" of the picture", " of the image", " of the frame"))
+        elif self.terse or rng.random() < 0.08:
+            words = re.sub(r"^(?:in|at|on) the ", "", words)
         return words
 
     # -- 2. words to a picture -------------------------------------------------------------------------------
 
     def t2i(self, text: str) -> str:
+        body, many, ground, fronted = self.seen(_OPENING.sub("", text))
+        rng = self.rng
+        if ground and not fronted and rng.random() < 0.25:
+            whole = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
+        else:
+            opened = body if fronted else self._framed(rng.choice(frames.OPENED), body, many)
+            whole = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
+        return whole + rng.choice(frames.ENDED)
+
+    def seen(self, text: str) -> tuple[str, bool, str | None, bool]:
+        """What is to be seen, anew: (the things, whether the first are several, the background, whether the things
+        begin with where they are)."""
         ground = None
         for pattern in (_GROUND, _GROUND_TOLD):
             if found := pattern.search(text):
                 ground, text = self.ground(found["words"]), text[: found.start()]
-        body = _lower(_OPENING.sub("", text))
-        many = not body.startswith(("a ", "an "))
-        body, fronted = self.body(body)
-        opened = body if fronted else self._opened(body, many)
-        if ground is None:
-            return opened
-        an = article(ground)
-        is_are = "are" if many else "is"
-        if not fronted and self.rng.random() < 0.3:
-            return self.rng.choice(
-                (
-                    f"on {an} {ground} background, {body}",
-                    f"on {an} {ground} background: {body}",
-                    f"{an} {ground} background with {body}",
-                    f"{ground} background, {body}",
-                    f"{ground} background with {body}",
-                    f"on {an} {ground} background there {is_are} {body}",
-                )
-            )
-        ending = self.rng.choice(
-            (
-                f" on {an} {ground} background",
-                f" on {an} {ground} background",
-                f", {ground} background",
-                f", {ground} background",
-                f", on {an} {ground} background",
-                f", with {an} {ground} background",
-                f" in front of {an} {ground} background",
-                f" on {an} {ground} backdrop",
-                f" on {ground}",
-                f", background: {ground}",
-                f", the background is {ground}",
-                f". The background should be {ground}",
-                f". {ground[0].upper()}{ground[1:]} background",
-            )
-        )
-        return opened + ending
+        text = _lower(text)
+        body, fronted = self.body(text)
+        return body, not text.startswith(("a ", "an ")), ground, fronted
+
+    def _framed(self, frame: str, body: str, many: bool, ground: str | None = None) -> str:
+        parts = {"{is_are}": "are" if many else "is", "{.}": _upper(body), "{}": body}
+        if ground:
+            parts |= {"{a_ground}": f"{article(ground)} {ground}", "{ground}": ground, "{Ground}": _upper(ground)}
+        return _filled(frame, parts)
 
     def body(self, text: str) -> tuple[str, bool]:
-        """What is to be seen, the background left out, and whether that begins with where it is."""
+        """What is to be seen, the background left out, and whether no opening fits before it."""
         rng = self.rng
         if found := _BETWEEN.match(text):
-            a, b, c = (self.thing(found[name]) for name in "abc")
-            return rng.choice(
-                (
-                    (f"{a} between {b} and {c}", False),
-                    (f"{a} in between {b} and {c}", False),
-                    (f"{b} and {c} with {a} between them", False),
-                    (f"{b} and {c}, and {a} between them", False),
-                    (f"between {b} and {c}, {a}", True),
-                )
-            )
+            parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
+            if rng.random() < 0.15:
+                return _filled(rng.choice(frames.BETWEEN_FRONTED), parts), True
+            frame = _weighed(rng, frames.BETWEEN)
+            return _filled(frame, parts), _whole(frame)
         if found := _PLACE.match(text):
             a, place = self.thing(found["a"]), self.place(found["words"])
             return rng.choice(
-                ((f"{a} {place}", False), (f"{a} {place}", False), (f"{a}, {place}", False), (f"{place}, {a}", True))
-            )
+                ((f"{a} {place}", False), (f"{a} {place}", False), (f"{a}, {place}", False), (f"{place}, {a}", True),
+                 (f"{place} {a}", True), (f"{a} is {place}", True), (f"{a} that is {place}", False))
+            )  # fmt: skip
         if found := _SIDED.match(text):
             return self.sided(found["a"], found["relation"], found["b"])
         things = [self.thing(phrase) for phrase in re.split(r", | and ", text)]
         if len(things) == 1:
             return things[0], False
-        last = rng.choice((" and ", ", and ", ", ", " and also ", " plus ") if len(things) > 2 else
-                          (" and ", " and ", ", ", " with ", " plus ", " and also "))  # fmt: skip
+        links = (" and ", ", and ", ", ", " and also ", " plus ")
+        more = () if len(things) > 2 else (" and ", " with ", " together with ")
+        last = rng.choice((*links, *more, *((". Also ", ". And ") if self.own_nouns else ())))
         return ", ".join(things[:-1]) + last + things[-1], False
 
     def sided(self, first: str, relation: str, second: str) -> tuple[str, bool]:
         rng = self.rng
-        a, b = self.thing(first), self.thing(second)
         over, under = self.relation(relation), self.relation(relation, inverse=True)
-        them = "it" if second.startswith(("a ", "an ")) else "them"
-        is_are = "is" if first.startswith(("a ", "an ")) else "are"
-        if rng.random() < 0.12:
-            return f"{over} {b}, {a}", True
-        forms = (
-            f"{a} {over} {b}",
-            f"{b} {under} {a}",
-            f"{b} with {a} {over} {them}",
-            f"{a} that {is_are} {over} {b}",
-            f"{b} and, {over} {them}, {a}",
-        )
-        return rng.choices(forms, (4, 2, 2, 1, 1))[0], False
-
-    def _opened(self, body: str, many: bool) -> str:
-        is_are = "are" if many else "is"
-        form = self.rng.choice(
-            (
-                "{}",
-                "{}",
-                "{}",
-                "{}",
-                "a picture of {}",
-                "an image of {}",
-                "a drawing of {}",
-                "an illustration of {}",
-                "a simple picture with {}",
-                "a scene with {}",
-                "draw {}",
-                "paint {}",
-                "show {}",
-                "show me {}",
-                "create {}",
-                "create an image of {}",
-                "generate {}",
-                "make a picture of {}",
-                "please draw {}",
-                "please make an image with {}",
-                "can you draw {}",
-                "could you paint {}",
-                "I want {}",
-                "I want to see {}",
-                "I would like {}",
-                "I'd like a picture of {}",
-                f"there {is_are} {{}}",
-                f"there {is_are} {{}}",
-                "we see {}",
-            )
-        )
-        return form.format(body)
+        one, other = (words.startswith(("a ", "an ")) for words in (first, second))
+        parts = {
+            "{a}": self.thing(first),
+            "{b}": self.thing(second),
+            "{over}": over,
+            "{Over}": _upper(over),
+            "{under}": under,
+            "{them}": "it" if other else "them",
+            "{is_are}": "is" if one else "are",
+            "{has_have}": "has" if other else "have",
+        }
+        name = RELATION[relation]
+        if rng.random() < 0.1:
+            return _filled(rng.choice(frames.FRONTED), parts), True
+        if name in frames.ENDS and rng.random() < 0.06:
+            here, there = frames.ENDS[name]
+            return _filled(rng.choice(frames.BY_ENDS), parts | {"{here}": here, "{there}": there}), False
+        frame = _weighed(rng, frames.SIDED)
+        return _filled(frame, parts), _whole(frame)
 
     # -- 3. edits --------------------------------------------------------------------------------------------
 
     def x2i(self, text: str) -> str:
-        order = _lower(_POLITE.sub("", text)).rstrip("?")
+        orders = _TWO.split(_lower(_POLITE.sub("", text)).rstrip("?"))
+        first, *more = [self._order(order) for order in orders]
+        form = self.rng.choice(POLITE if first.split(" ")[0] in IMPERATIVES else PLAINLY)
+        text = form.format(first)
+        for order in more:
+            joint = self.rng.choice(
+                (" and ", ", and ", ", then ", " and then ", " and also ", ". Then ", ". Also, ", "; ")
+            )
+            text += joint + order
+        return text + self.rng.choice(ELSE)
+
+    def _order(self, order: str) -> str:
         for pattern, forms in EDITS:
             if found := re.match(pattern, order):
                 parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
                 parts |= {f"a_{k}": f"{article(v)} {v}" for k, v in parts.items() if v}
-                order = self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
-                break
-        plain = order.split(" ")[0] in IMPERATIVES
-        form = self.rng.choice(
-            ("{}", "{}", "{}", "{}", "please {}", "can you {}", "could you {}", "I want you to {}", "now {}") if plain
-            else ("{}", "{}", "in this picture, {}", "now {}")
-        )  # fmt: skip
-        return form.format(order)
+                return self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
+        return order
 
     def _part(self, name: str, words: str) -> str:
+        if name == "what" and self.alone and self.rng.random() < 0.4:
+            return "it"
+        if (
+            name == "what"
+            and self.own_nouns
+            and self.rng.random() < 0.06
+            and (hue := re.match(rf"the ({HUES}) ", words))
+        ):
+            return f"the {self.colour(hue[1])} {self.rng.choice(('one', 'thing', 'shape', 'object'))}"
         if name in ("what", "new"):
             return self.thing(words)
         if name == "hue":
@@ -288,35 +279,53 @@ class Rewording:
         if name == "ground":
             return self.ground(words)
         if name == "where" and (found := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
-            return f" {self.relation(found['relation'])} {self.thing(found['b'])}"
+            anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(found["b"])
+            return f" {self.relation(found['relation'])} {anchor}"
         return words
-
-    # -- 4. the other tasks ----------------------------------------------------------------------------------
-
-    def lightly(self, text: str) -> str:
-        """Another opening where the question has one that is known here."""
-        low = _lower(text)
-        for opening, others in OPENINGS:
-            if low.startswith(opening):
-                return self.rng.choice((opening, *others)) + low[len(opening) :]
-        return low
 
 
 def _lower(text: str) -> str:
     return text if text.startswith(("I ", "I'")) else text[:1].lower() + text[1:]
 
 
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _filled(frame: str, parts: Mapping[str, str]) -> str:
+    """The frame with its parts put in, all at once."""
+    return re.sub(r"\{[^}]*\}", lambda found: parts[found[0]], frame)
+
+
+def _whole(frame: str) -> bool:
+    """Whether the frame is a sentence, before which no opening fits."""
+    return "{a} {is_are}" in frame and ". " not in frame
+
+
+def _weighed(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
+    return rng.choices([form for form, _ in forms], [weight for _, weight in forms])[0]
+
+
 def reworded(rng: Random, made: Sample) -> str:
     """The sample's question in other words."""
     ends_in = made.question[-1] if made.question[-1] in "?." else ""
     text = made.question.rstrip(".")
-    rewording = Rewording(rng, own_nouns=made.task in ("t2i", "x2i"))
-    ways: dict[str, Callable[[str], str]] = {"t2i": rewording.t2i, "x2i": rewording.x2i}
-    text = " ".join(ways.get(made.task, rewording.lightly)(text).split())
-    if text.startswith(("can you", "could you")):
+    pictures = made.task in ("t2i", "x2i")
+    alone = made.task == "x2i" and len(made.references) == 1 and len(made.references[0].things) == 1
+    rewording = Rewording(rng, own_nouns=pictures, alone=alone)
+    ways: dict[str, Callable[[str], str]] = {
+        "t2i": rewording.t2i,
+        "x2i": rewording.x2i,
+        "howto": partial(steps, rewording),
+        "story": partial(tale, rewording),
+        "explore": partial(route, rewording),
+        "vla": partial(handling, rewording),
+    }
+    text = " ".join(ways[made.task](text).split()).replace(" ,", ",").replace(" .", ".").replace(" ;", ";")
+    if text.startswith(("can ", "could ", "would ", "how ")):
         ends_in = rng.choice(("?", ""))
-    elif made.task in ways:
+    elif pictures or "?" in ends_in:
         ends_in = "." if ". " in text or rng.random() < 0.4 else ""
     if rng.random() < 0.5:
-        text = text[0].upper() + text[1:]
+        text = _upper(text)
     return text.rstrip("?") + ends_in

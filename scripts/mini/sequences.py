@@ -21,7 +21,7 @@ from emu_cog.tokenizer import Tokenizer
 from scripts.mini.pool import AREA, SQUARE
 from scripts.mini.render import Batch
 from scripts.mini.rewording import reworded
-from scripts.mini.tasks import sample
+from scripts.mini.tasks import BEYOND, sample
 from scripts.mini.tasks.sample import GLOBAL, THOUGHT, Said, Sample
 from scripts.mini.world import Scene
 
@@ -53,10 +53,12 @@ SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 @dataclass(frozen=True)
 class Mix:
     """What is drawn: `shares` say how often each task, `many` which part of t2i is drawn anew until it is hard,
-    `reworded` which part of the questions is put in other words, `wordings` how many ways each sample is asked in."""
+    `beyond` which part of t2i and x2i asks for more at once than the examination does, `reworded` which part of the
+    questions is put in other words, `wordings` how many ways each sample is asked in."""
 
     shares: Mapping[str, int] = field(default_factory=lambda: SHARES)
     many: float = 0.0
+    beyond: float = 0.0
     reworded: float = 0.0
     wordings: int = 1
 
@@ -128,7 +130,10 @@ def draw(rng: Random, mix: Mix) -> tuple[Sample, Size, bool, bool]:
 
 def draw_sample(rng: Random, task: str, size: Size, mix: Mix) -> Sample:
     """An example of `task` with pictures of `size`, as hard and in such words as `mix` wants."""
-    made = sample(rng, task, *size)
+    if task in BEYOND and mix.beyond and rng.random() < mix.beyond:
+        made = sample(rng, task, *size, beyond=True)
+    else:
+        made = sample(rng, task, *size)
     if task == "t2i" and mix.many and rng.random() < mix.many:
         while len(made.wishes[-1].wanted) < MANY:
             made = sample(rng, task, *size)

@@ -18,13 +18,17 @@ MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
     "vla": vla.make,
 }
 
+BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": t2i.crowd, "x2i": x2i.twice}
+"""More in one question than the others ask for."""
 
-def sample(rng: Random, task: str, rows: int, columns: int, *, unseen: bool = False) -> Sample:
+
+def sample(rng: Random, task: str, rows: int, columns: int, *, unseen: bool = False, beyond: bool = False) -> Sample:
     """One example of `task` whose pictures have `rows` x `columns` tokens.
 
-    `unseen` gives a combination that training leaves out; otherwise one that it may see.
+    `unseen` gives a combination that training leaves out; otherwise one that it may see. `beyond`: by BEYOND.
     """
+    make = BEYOND[task] if beyond else MAKERS[task]
     while True:
-        made = MAKERS[task](rng, rows, columns)
+        made = make(rng, rows, columns)
         if made is not None and held_out(made.key) == unseen:
             return made

@@ -29,9 +29,14 @@ class Group:
         return [Thing(self.shape, self.colour, self.size, 0, 0)] * self.count
 
 
-def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12) -> Sample | None:
+def crowd(rng: Random, rows: int, columns: int) -> Sample | None:
+    """Three to five things in two or three groups, listed: more than `make` asks for in a list."""
+    return make(rng, rows, columns, kind="crowd")
+
+
+def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: str = "") -> Sample | None:
     """One sample, or None where the dice gave no layout. `thought`: the share that reasons before drawing."""
-    kind = rng.choices(KINDS, WEIGHTS)[0]
+    kind = kind or rng.choices(KINDS, WEIGHTS)[0]
     ground, pattern = colour(rng), texture(rng)
     groups = _groups(rng, kind, ground)
     relation = {"beside": BESIDE, "between": BETWEEN}.get(kind, rng.choice(SIDED) if kind == "sided" else "")
@@ -68,6 +73,8 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12) -> Samp
 
 def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
     """Different groups differ in shape or colour, mostly in both."""
+    if kind == "crowd":
+        return _crowd(rng, ground)
     count = {
         "single": 1,
         "place": 1,
@@ -87,6 +94,16 @@ def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
         group = Group(number, shape(rng), colour(rng, ground), size(rng))
         if number > 2 and group.size == "large":
             continue
+        if all((g.shape, g.colour) != (group.shape, group.colour) for g in groups):
+            groups.append(group)
+    return groups
+
+
+def _crowd(rng: Random, ground: str) -> list[Group]:
+    numbers = rng.choice(((2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (2, 3), (3, 2), (1, 1, 2), (2, 1, 1), (1, 2, 1)))
+    groups: list[Group] = []
+    while len(groups) < len(numbers):
+        group = Group(numbers[len(groups)], shape(rng), colour(rng, ground), rng.choice(("small", "small", "medium")))
         if all((g.shape, g.colour) != (group.shape, group.colour) for g in groups):
             groups.append(group)
     return groups

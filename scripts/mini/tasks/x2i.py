@@ -27,6 +27,9 @@ class Edit:
     wish: Wish
 
 
+FIRST = ("recolour", "reshape", "resize", "remove", "ground")
+"""Operations after which everything has its place, so that a second one may follow."""
+
 Maker = Callable[[Random, Speaker, Scene, bool], Edit | None]
 
 
@@ -48,6 +51,24 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
         else rng.choice(("please {}", "can you {}?", "edit the picture: {}")).format(edit.order)
     )
     return _sample(rng, order, (before,), edit, operation)
+
+
+def twice(rng: Random, rows: int, columns: int) -> Sample | None:
+    """Two changes asked for at once, or None where the dice gave no layout."""
+    before = scene(rng, rows, columns, rng.choice((2, 2, 3)))
+    operations = rng.choice(FIRST), rng.choice(tuple(MAKERS))
+    if before is None or operations[0] == operations[1]:
+        return None
+    speaker = Speaker(rng)
+    first = MAKERS[operations[0]](rng, speaker, before, True)
+    second = first and MAKERS[operations[1]](rng, speaker, first.after, True)
+    if not first or not second:
+        return None
+    new = [t for t in first.after.things if t not in before.things]
+    if operations[1] in ("remove", "recolour", "reshape") and not all(t in second.after.things for t in new):
+        return None  # what was changed just now is undone
+    order = first.order + rng.choice((" and ", " and then ", ", then ")) + second.order
+    return _sample(rng, order, (before,), second, " ".join(operations))
 
 
 def _sample(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit, operation: str) -> Sample:
