@@ -17,6 +17,7 @@ from weights_kit import TAR, WAYS, fill, tar_of
 
 from emu_cog import tiny
 from emu_cog.pipeline import Pipeline
+from emu_cog.torch_settings import exact
 
 ROOT = Path(__file__).resolve().parent.parent
 FAVOURS = {
@@ -36,6 +37,12 @@ FAVOURS = {
 }
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
+
+
+@pytest.fixture(autouse=True)
+def plain_fp32() -> None:
+    """A pipeline on a GPU turns TF32 on for the whole process; no test is to inherit that from the one before it."""
+    exact()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from scripts.mini.phrases import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES
 from scripts.mini.pool import SQUARE
 from scripts.mini.render import picture
 from scripts.mini.rewording import Rewording, reworded
-from scripts.mini.sequences import Mix, chunk
+from scripts.mini.sequences import Mix, chunk, draw
 from scripts.mini.tasks import sample
 from scripts.mini.wish import BESIDE, complaint
 from scripts.mini.words import NOUNS, NUMBERS
@@ -94,6 +94,30 @@ def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) 
         assert fronted or not begins
         forms.add((begins, swapped, aside))
     assert len(forms) == 5
+
+
+def test_a_part_asks_for_more_at_once() -> None:
+    rng = Random(3)
+    asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]
+    assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in asked)
+    assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in asked) == 3
+    for made in (sample(rng, "x2i", *SQUARE, beyond=True) for _ in range(60)):
+        before, after = made.references[0], made.pictures[0]
+        assert complaint(look(np.asarray(picture(after))), made.wishes[0]) is None, made.question
+        changes = len(set(before.things) ^ set(after.things)) + (before.background != after.background)
+        assert changes >= 2, made.question
+        assert re.search(" and |, then ", made.question)
+    assert "explore" in {draw(rng, Mix(beyond=1.0))[0].task for _ in range(99)}
+
+
+def test_two_orders_are_reworded_one_by_one() -> None:
+    rng, order = Random(2), "make the star blue and then remove the red tree"
+    for _ in range(60):
+        text = Rewording(rng).x2i(order).lower()
+        second = re.search(r"tree|red (?:one|thing|shape|object)", text)
+        assert second, text
+        assert "star" in text[: second.start()], text
+        assert "blue" in text[: second.start()], text
 
 
 def test_the_same_dice_give_the_same_words() -> None:

@@ -184,11 +184,12 @@ def test_what_is_kept_for_the_examination_is_never_trained_on(task: str) -> None
     assert all(held_out(made.key) for made in evaluate.held_out_samples(task, 5))
 
 
-def test_what_an_edit_may_change_is_left_out_of_the_difference() -> None:
+@pytest.mark.parametrize("beyond", [False, True])
+def test_what_an_edit_may_change_is_left_out_of_the_difference(beyond: bool) -> None:
     """Perfect edits differ by noise alone outside the edit; a shifted picture does not."""
     rng, small, large = Random(9), [], []
     for _ in range(25):
-        made = sample(rng, "x2i", *SQUARE)
+        made = sample(rng, "x2i", *SQUARE, beyond=beyond)
         after = np.asarray(picture(made.pictures[-1]))
         difference = verdicts.outside_difference(made, after, (192, 192))
         if difference is not None:

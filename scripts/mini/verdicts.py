@@ -165,12 +165,12 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
     None where all of it was.
     """
     goal = made.pictures[-1]
-    base = next(s for s in made.references if _base(s, goal))
+    base = max(made.references, key=lambda scene: _alike(scene, goal))
     before = np.asarray(picture(base).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     keep = np.ones(before.shape[:2], bool)
     if goal.background != base.background or goal.texture != base.texture:
         keep[:] = False
-        for thing in base.things:  # the things stay: their insides
+        for thing in (t for t in base.things if t in goal.things):  # the insides of those that stay
             left, top, right, bottom = thing.box
             inner = np.abs(before[top:bottom, left:right] - np.array(_ground(before))).max(-1) > 60
             keep[top:bottom, left:right] = ndimage.binary_erosion(inner, iterations=3)
@@ -185,10 +185,10 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
     return float(np.abs(before - after.astype(np.float32))[keep].mean()) if keep.any() else None
 
 
-def _base(scene: Scene, goal: Scene) -> bool:
-    """Whether `scene` is the picture the edit began from: most of its things are in the goal, or its ground is."""
-    same_ground = (scene.background, scene.texture) == (goal.background, goal.texture)
-    return same_ground or all(t in goal.things for t in scene.things)
+def _alike(scene: Scene, goal: Scene) -> tuple[int, bool]:
+    """The picture the edit began from comes first: by how many things stay as they are, then by the ground."""
+    kept = sum(thing in goal.things for thing in scene.things)
+    return kept, (scene.background, scene.texture) == (goal.background, goal.texture)
 
 
 def _ground(picture: NDArray[np.float32]) -> list[float]:
