@@ -343,12 +343,20 @@ def test_muons_step_is_near_orthogonal() -> None:
         assert values.max() < 1.4
 
 
-def test_a_miniature_over_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(export, "copy", lambda *_: export.LIMIT + 1)
-    monkeypatch.setattr("sys.argv", ["export", "--vision", "v", "--vocabulary", "w", "--language", "l", "--out", "o"])
-    with pytest.raises(SystemExit, match="more than the"):
-        export.main()
-    assert json.loads(capsys.readouterr().out) == {"bytes": export.LIMIT + 1}
+@pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
+def test_a_miniature_over_its_limit_is_refused_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tmp_path / "model/config.json"
+    held.parent.mkdir()
+    held.write_text("{}")
+    sources = (MINIATURE / "vision", MINIATURE / "model", MINIATURE / "model")
+    monkeypatch.setattr(export, "LIMIT", 10**6)
+    with pytest.raises(SystemExit, match="nothing was changed: .* more than the 1000000 it may"):
+        export.copy(*sources, tmp_path, {})
+    assert list(tmp_path.rglob("*")) == [held.parent, held]
+    monkeypatch.undo()
+    assert export.copy(*sources, tmp_path, {}) == sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_export_changes_nothing_where_a_file_is_missing(tmp_path: Path) -> None:

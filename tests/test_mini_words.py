@@ -101,12 +101,18 @@ def test_a_part_asks_for_more_at_once() -> None:
     asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]
     assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in asked)
     assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in asked) == 3
-    for made in (sample(rng, "x2i", *SQUARE, beyond=True) for _ in range(60)):
+    twice = 0
+    for made in (sample(rng, "x2i", *SQUARE, beyond=True) for _ in range(90)):
         before, after = made.references[0], made.pictures[0]
         assert complaint(look(np.asarray(picture(after))), made.wishes[0]) is None, made.question
+        assert complaint(look(np.asarray(picture(before))), made.wishes[0]) is not None, made.question
+        if len({(t.shape, t.colour) for t in before.things}) < len(before.things):
+            continue  # some are alike
+        twice += 1
         changes = len(set(before.things) ^ set(after.things)) + (before.background != after.background)
         assert changes >= 2, made.question
         assert re.search(" and |, then ", made.question)
+    assert 20 < twice < 70
     assert "explore" in {draw(rng, Mix(beyond=1.0))[0].task for _ in range(99)}
 
 

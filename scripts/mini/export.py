@@ -35,7 +35,7 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
     """Fill `target`/model and `target`/vision, and give their size in bytes.
 
     All is put together and loaded once beside them; what was there goes only when that has worked. SystemExit for
-    a file that is missing.
+    a file that is missing, and for more bytes than LIMIT.
     """
     shards = sorted(language.glob("*.safetensors")) or [language / "model.safetensors"]
     sources = {
@@ -59,12 +59,15 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
                 shutil.copy(path, fresh / name / path.name)
                 (fresh / name / path.name).chmod(0o644)
         (fresh / "model" / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
+        size = sum(path.stat().st_size for name in sources for path in (fresh / name).iterdir())
+        if size > LIMIT:
+            raise SystemExit(f"nothing was changed: the miniature takes {size} bytes, more than the {LIMIT} it may")
         Pipeline.load(fresh / "model", fresh / "vision")
         for name in sources:
             if (target / name).exists():
                 (target / name).rename(fresh / f"old-{name}")
             (fresh / name).rename(target / name)
-    return sum(path.stat().st_size for name in sources for path in (target / name).iterdir())
+    return size
 
 
 def blend(language: Path, other: Path, share: float, out: Path) -> None:
@@ -99,8 +102,6 @@ def main() -> None:
         language = Path(folder) if args.blend else args.language
         size = copy(args.vision, args.vocabulary, language, args.out, args.defaults)
     print(json.dumps({"bytes": size}))
-    if size > LIMIT:
-        raise SystemExit(f"the miniature takes {size} bytes, more than the {LIMIT} it may")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _THING = re.compile(
     rf"^(?P<number>an?|the|two|three|four|[2-4])(?: (?P<size>{any_of(SIZE)}))?(?: (?P<colour>{HUES}))?"
     rf" (?P<noun>{any_of(SHAPE)})$"
 )
+_PLURALS = {more for pairs in NOUNS.values() for one, more in pairs if more != one}
 _OPENING = re.compile(r"^(?:a picture of|an image of|draw|show me|please draw|I want) ", re.IGNORECASE)
 _GROUND = re.compile(r" (?:on|against|with) an? (?P<words>[a-z ]+) background$")
 _GROUND_TOLD = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
@@ -73,7 +74,7 @@ class Rewording:
     def __init__(self, rng: Random, *, own_nouns: bool = True, alone: bool = False) -> None:
         self.rng, self.own_nouns, self.alone = rng, own_nouns, alone
         self.gray = rng.random() < 0.5
-        self.terse = rng.random() < 0.08
+        self.terse = rng.random() < 0.15
         self.nouns: dict[str, tuple[str, str]] = {}
 
     # -- 1. phrases ------------------------------------------------------------------------------------------
@@ -87,7 +88,8 @@ class Rewording:
         rng = self.rng
         colour = self.colour(thing.colour)
         size = thing.size and rng.choice(MORE_SIZES[SIZE[thing.size]])
-        noun = self.noun(thing.noun, plural=thing.number > 1)
+        several = thing.number > 1 or (thing.number == 0 and thing.noun in _PLURALS)
+        noun = self.noun(thing.noun, plural=several)
         after = ""
         if size and colour:
             words = rng.choices((f"{size} {colour} {noun}", f"{colour} {size} {noun}", f"{size}, {colour} {noun}"),

@@ -53,7 +53,7 @@ SQUARE_SHARE = {"t2i": 0.6, "x2i": 0.74}
 @dataclass(frozen=True)
 class Mix:
     """What is drawn: `shares` say how often each task, `many` which part of t2i is drawn anew until it is hard,
-    `beyond` which part of t2i and x2i asks for more at once than the examination does, `reworded` which part of the
+    `beyond` which part of t2i and x2i goes beyond the examination (tasks.BEYOND), `reworded` which part of the
     questions is put in other words, `wordings` how many ways each sample is asked in."""
 
     shares: Mapping[str, int] = field(default_factory=lambda: SHARES)

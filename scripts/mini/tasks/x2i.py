@@ -50,7 +50,7 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
         if rng.random() < 0.7
         else rng.choice(("please {}", "can you {}?", "edit the picture: {}")).format(edit.order)
     )
-    return _sample(rng, order, (before,), edit, operation)
+    return sample_of(rng, order, (before,), edit, operation)
 
 
 def twice(rng: Random, rows: int, columns: int) -> Sample | None:
@@ -68,10 +68,11 @@ def twice(rng: Random, rows: int, columns: int) -> Sample | None:
     if operations[1] in ("remove", "recolour", "reshape") and not all(t in second.after.things for t in new):
         return None  # what was changed just now is undone
     order = first.order + rng.choice((" and ", " and then ", ", then ")) + second.order
-    return _sample(rng, order, (before,), second, " ".join(operations))
+    return sample_of(rng, order, (before,), second, " ".join(operations))
 
 
-def _sample(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit, operation: str) -> Sample:
+def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit, operation: str) -> Sample:
+    """The order with or without a capital and a full stop, and all that belongs to it."""
     if rng.random() < 0.6:
         order = order[0].upper() + order[1:]
     if rng.random() < 0.5 and not order.endswith("?"):
@@ -297,5 +298,5 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
     order = f"{rng.choice(('put', 'add', 'place'))} {' and '.join(told)} into {into}"
     after = replace(base, things=tuple(things), seed=noise_seed(rng))
     wish = Wish(tuple(wanted), tuple(relations), base.background, base.texture)
-    sample = _sample(rng, order, (base,), Edit(order, after, wish), "take two" if two else "take")
+    sample = sample_of(rng, order, (base,), Edit(order, after, wish), "take two" if two else "take")
     return replace(sample, references=references)
