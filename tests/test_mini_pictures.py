@@ -40,6 +40,15 @@ def test_it_does_what_it_is_asked(pipeline: Pipeline, task: str, prompts: int, r
         assert figures["outside_difference"] < 6
 
 
+@needs_model
+@pytest.mark.parametrize(("task", "prompts", "right"), [("t2i", 24, 0.65), ("x2i", 10, 0.6)])
+def test_it_understands_what_was_written_without_its_grammar(
+    pipeline: Pipeline, task: str, prompts: int, right: float
+) -> None:
+    figures = evaluate(pipeline, task, count=prompts, batch=prompts, words="blind")
+    assert figures["right"] >= right, figures
+
+
 def test_its_vision_tokenizer_keeps_pictures() -> None:
     figures = through_codes(load_vision_tokenizer(MINIATURE / "vision"), 12)
     assert figures["psnr_db"] >= 30
@@ -48,11 +57,14 @@ def test_its_vision_tokenizer_keeps_pictures() -> None:
 @needs_model
 @pytest.mark.parametrize(("aspect_ratio", "wide"), [("16:9", True), ("3:4", False)])
 def test_other_shapes_are_filled_as_well(pipeline: Pipeline, aspect_ratio: str, wide: bool) -> None:
-    request = Request(prompt="a red star above a blue circle on a yellow background", aspect_ratio=aspect_ratio, seed=3)
-    image = next(event.image for event in pipeline.stream(request) if isinstance(event, Picture))
-    assert (image.width > image.height) == wide
+    """Four pictures at once; one may go wrong, as one in ten does."""
+    prompt = "a red star above a blue circle on a yellow background"
+    request = Request(prompt=prompt, aspect_ratio=aspect_ratio, seed=3, num_outputs=4)
+    images = [event.image for event in pipeline.stream(request) if isinstance(event, Picture)]
+    assert [(image.width > image.height) == wide for image in images] == [True] * 4
     wish = Wish((Wanted("star", "red"), Wanted("circle", "blue")), (Relation(ABOVE, (0,), (1,)),), background="yellow")
-    assert complaint(look(np.asarray(image)), wish) is None
+    wrong = [complaint(look(np.asarray(image)), wish) for image in images]
+    assert wrong.count(None) >= 3, wrong
 
 
 def test_it_is_as_small_as_promised() -> None:
