@@ -99,8 +99,12 @@ def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) 
 def test_a_part_asks_for_more_at_once() -> None:
     rng = Random(3)
     asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]
-    assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in asked)
-    assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in asked) == 3
+    lists = [made for made in asked if not made.wishes[-1].wanted[0].region]
+    assert 15 < len(lists) < 45
+    assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in lists)
+    assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in lists) == 3
+    for made in asked[:20]:
+        assert complaint(look(np.asarray(picture(made.pictures[0]))), made.wishes[0]) is None, made.question
     twice = 0
     for made in (sample(rng, "x2i", *SQUARE, beyond=True) for _ in range(40)):
         before, after = made.references[0], made.pictures[0]
@@ -114,6 +118,21 @@ def test_a_part_asks_for_more_at_once() -> None:
         assert re.search(" and |, then ", made.question)
     assert 8 < twice < 32
     assert "explore" in {draw(rng, Mix(beyond=1.0))[0].task for _ in range(99)}
+
+
+def test_each_thing_keeps_its_place_in_other_words() -> None:
+    rng = Random(4)
+    for _ in range(60):
+        text, _ = Rewording(rng).body(
+            "a red star at the top left, a blue fish on the right and a white moon in the centre"
+        )
+        star, fish, moon = (re.search(word, text) for word in ("star", "fish", "moon"))
+        assert star
+        assert fish
+        assert moon
+        assert "left" in text[star.end() : fish.start()], text
+        assert "right" in text[fish.end() : moon.start()], text
+        assert "centre" in text[moon.end() :], text
 
 
 def test_two_orders_are_reworded_one_by_one() -> None:

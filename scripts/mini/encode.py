@@ -187,8 +187,8 @@ def main() -> None:
         "--beyond",
         type=part,
         default=0.0,
-        help="which part of t2i and x2i, 0 to 1, goes beyond the examination: longer lists, two changes at once, "
-        "several things alike",
+        help="which part of t2i and x2i, 0 to 1, goes beyond the examination: longer lists, places for several "
+        "things, two changes at once, things alike",
     )
     parser.add_argument(
         "--reworded", type=part, default=0.0, help="which part of the questions, 0 to 1, is put in other words"

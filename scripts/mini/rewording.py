@@ -197,6 +197,9 @@ class Rewording:
     def body(self, text: str) -> tuple[str, bool]:
         """What is to be seen, the background left out, and whether no opening fits before it."""
         rng = self.rng
+        spread = [_PLACE.match(phrase) for phrase in re.split(r", | and ", text)]
+        if len(spread) > 1 and all(spread):
+            return self._listed([f"{self.thing(one['a'])} {self.place(one['words'])}" for one in spread if one]), False
         if found := _BETWEEN.match(text):
             parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
@@ -212,12 +215,13 @@ class Rewording:
         if found := _SIDED.match(text):
             return self.sided(found["a"], found["relation"], found["b"])
         things = [self.thing(phrase) for phrase in re.split(r", | and ", text)]
-        if len(things) == 1:
-            return things[0], False
+        return (things[0] if len(things) == 1 else self._listed(things)), False
+
+    def _listed(self, things: list[str]) -> str:
         links = (" and ", ", and ", ", ", " and also ", " plus ")
         more = () if len(things) > 2 else (" and ", " with ", " together with ")
-        last = rng.choice((*links, *more, *((". Also ", ". And ") if self.own_nouns else ())))
-        return ", ".join(things[:-1]) + last + things[-1], False
+        last = self.rng.choice((*links, *more, *((". Also ", ". And ") if self.own_nouns else ())))
+        return ", ".join(things[:-1]) + last + things[-1]
 
     def sided(self, first: str, relation: str, second: str) -> tuple[str, bool]:
         rng = self.rng

@@ -18,7 +18,7 @@ MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
     "vla": vla.make,
 }
 
-BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": t2i.crowd, "x2i": alike.more}
+BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": t2i.more, "x2i": alike.more}
 """More in one question than the others ask for."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from scripts.mini.layout import halves, in_ninth, put, put_all, whole
-from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture
+from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture, things_apart
 from scripts.mini.wish import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Wanted, Wish, region_of, stands
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
@@ -27,6 +27,38 @@ class Group:
 
     def things(self) -> list[Thing]:
         return [Thing(self.shape, self.colour, self.size, 0, 0)] * self.count
+
+
+def more(rng: Random, rows: int, columns: int) -> Sample | None:
+    """What goes beyond `make`: longer lists, or a place for each of several things."""
+    return rng.choice((crowd, spread))(rng, rows, columns)
+
+
+def spread(rng: Random, rows: int, columns: int) -> Sample | None:
+    """Two or three things, each told its ninth of the picture."""
+    ground, count = colour(rng), rng.choice((2, 2, 3))
+    regions = rng.sample(tuple(REGIONS), count)
+    things: list[Thing] = []
+    for thing, region in zip(things_apart(rng, count, ground), regions, strict=True):
+        placed = in_ninth(rng, thing, region, columns * 16, rows * 16, things)
+        if placed is None:
+            return None
+        things.append(placed)
+    speaker, sized = Speaker(rng), [rng.random() < (0.7 if t.size != "medium" else 0.2) for t in things]
+    phrases = [
+        f"{speaker.a(t.shape, t.colour, t.size if told else None)} {speaker.place(region)}"
+        for t, told, region in zip(things, sized, regions, strict=True)
+    ]
+    tell_ground = rng.random() < 0.75
+    question = _question(rng, speaker, phrases, "", None, (ground, "plain") if tell_ground else None)
+    wanted = tuple(
+        Wanted(t.shape, t.colour, t.size if told else None, region=region)
+        for t, told, region in zip(things, sized, regions, strict=True)
+    )
+    wish = Wish(wanted, background=ground if tell_ground else None, texture="plain" if tell_ground else None)
+    scene = Scene(rows, columns, ground, "plain", tuple(things), noise_seed(rng))
+    key = " ".join(["spread", *(f"{t.colour} {t.shape}" for t in things)])
+    return Sample("t2i", question, (), (scene,), (wish,), key)
 
 
 def crowd(rng: Random, rows: int, columns: int) -> Sample | None:
