@@ -7,7 +7,7 @@ from random import Random
 from typing import Protocol
 
 from scripts.mini.reading import RELATION, any_of
-from scripts.mini.words import article
+from scripts.mini.words import unlisted, with_article
 
 
 class Voice(Protocol):
@@ -151,7 +151,7 @@ def steps(voice: Voice, text: str) -> str:
         return text
     body, _, ground, _ = voice.seen(found["goal"])
     if ground:
-        an = f"{article(ground)} {ground}"
+        an = with_article(ground)
         body += voice.rng.choice((" on {} background", " on {} background", " in front of {} background",
                                   " with {} background", ", on {} background")).format(an)  # fmt: skip
     return voice.rng.choice(LESSONS).format(body)
@@ -165,7 +165,7 @@ def tale(voice: Voice, text: str) -> str:
     who = rng.choice(STORIES).format(voice.thing(found["who"]))
     if found["number"]:
         return f"{who} {rng.choice(LONG).format(found['number'])}"
-    places = [voice.thing(place) for place in re.split(r", | and ", found["places"])]
+    places = [voice.thing(place) for place in unlisted(found["places"])]
     link = rng.choice((", ", ", ", ", then ")) if len(places) > 2 else ", "
     last = rng.choice((" and ", " and ", ", and ", " and then ", ", then ", " and finally "))
     return f"{who} {rng.choice(MEETS)} {link.join(places[:-1])}{last}{places[-1]}"

@@ -30,7 +30,7 @@ from scripts.mini.phrases import (
 )
 from scripts.mini.reading import COLOUR, RELATION, SHAPE, SIZE, TEXTURE, any_of
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.words import NOUNS, NUMBERS, article
+from scripts.mini.words import NOUNS, NUMBERS, article, unlisted, with_article
 
 _THING = re.compile(
     rf"^(?P<number>an?|the|two|three|four|[2-4])(?: (?P<size>{any_of(SIZE)}))?(?: (?P<colour>{HUES}))?"
@@ -191,13 +191,14 @@ class Rewording:
     def _framed(self, frame: str, body: str, many: bool, ground: str | None = None) -> str:
         parts = {"{is_are}": "are" if many else "is", "{.}": _upper(body), "{}": body}
         if ground:
-            parts |= {"{a_ground}": f"{article(ground)} {ground}", "{ground}": ground, "{Ground}": _upper(ground)}
+            parts |= {"{a_ground}": with_article(ground), "{ground}": ground, "{Ground}": _upper(ground)}
         return _filled(frame, parts)
 
     def body(self, text: str) -> tuple[str, bool]:
         """What is to be seen, the background left out, and whether no opening fits before it."""
         rng = self.rng
-        spread = [_PLACE.match(phrase) for phrase in re.split(r", | and ", text)]
+        phrases = unlisted(text)
+        spread = [_PLACE.match(phrase) for phrase in phrases]
         if len(spread) > 1 and all(spread):
             return self._listed([f"{self.thing(one['a'])} {self.place(one['words'])}" for one in spread if one]), False
         if found := _BETWEEN.match(text):
@@ -214,7 +215,7 @@ class Rewording:
             )  # fmt: skip
         if found := _SIDED.match(text):
             return self.sided(found["a"], found["relation"], found["b"])
-        things = [self.thing(phrase) for phrase in re.split(r", | and ", text)]
+        things = [self.thing(phrase) for phrase in phrases]
         return (things[0] if len(things) == 1 else self._listed(things)), False
 
     def _listed(self, things: list[str]) -> str:
@@ -264,21 +265,14 @@ class Rewording:
         for pattern, forms in EDITS:
             if found := re.match(pattern, order):
                 parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
-                parts |= {f"a_{k}": f"{article(v)} {v}" for k, v in parts.items() if v}
+                parts |= {f"a_{k}": with_article(v) for k, v in parts.items() if v}
                 return self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
         return order
 
     def _part(self, name: str, words: str) -> str:
-        if name == "what" and self.alone and self.rng.random() < 0.4:
-            return "it"
-        if (
-            name == "what"
-            and self.own_nouns
-            and self.rng.random() < 0.06
-            and (hue := re.match(rf"the ({HUES}) ", words))
-        ):
-            return f"the {self.colour(hue[1])} {self.rng.choice(('one', 'thing', 'shape', 'object'))}"
-        if name in ("what", "new"):
+        if name == "what":
+            return self._meant(words)
+        if name == "new":
             return self.thing(words)
         if name == "hue":
             return self.colour(words) or ""
@@ -288,6 +282,14 @@ class Rewording:
             anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(found["b"])
             return f" {self.relation(found['relation'])} {anchor}"
         return words
+
+    def _meant(self, words: str) -> str:
+        """A thing that is there already: "it" where it is alone, or by its colour, or by its name."""
+        if self.alone and self.rng.random() < 0.4:
+            return "it"
+        if self.own_nouns and self.rng.random() < 0.06 and (hue := re.match(rf"the ({HUES}) ", words)):
+            return f"the {self.colour(hue[1])} {self.rng.choice(('one', 'thing', 'shape', 'object'))}"
+        return self.thing(words)
 
 
 def _lower(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
@@ -70,7 +71,7 @@ class Speaker:
         words.append(self.noun(shape, plural=count > 1))
         if count > 1:
             return " ".join([NUMBERS[count] if self.rng.random() < 0.85 else str(count), *words])
-        return " ".join([article(words[0]), *words])
+        return with_article(" ".join(words))
 
     def the(self, shape: str, colour: str | None = None, size: str | None = None, count: int = 1) -> str:
         """ "the red star", "the two red stars"."""
@@ -104,13 +105,17 @@ class Speaker:
         return " ".join(words)
 
     def a_ground(self, background: str, texture: str = "plain") -> str:
-        phrase = self.ground(background, texture)
-        return f"{article(phrase)} {phrase}"
+        return with_article(self.ground(background, texture))
 
 
 def article(words: str) -> str:
     """The one that stands before them."""
     return "an" if words[0] in "aeiou" else "a"
+
+
+def with_article(words: str) -> str:
+    """ "an orange fish" of "orange fish"."""
+    return f"{article(words)} {words}"
 
 
 def sentence(text: str) -> str:
@@ -121,3 +126,8 @@ def sentence(text: str) -> str:
 def listing(phrases: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def unlisted(text: str) -> list[str]:
+    """What `listing` has put together, taken apart."""
+    return re.split(r", | and ", text)

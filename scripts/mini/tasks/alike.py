@@ -52,32 +52,32 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
     them = rng.choice((f"the {bare}", f"the {bare}", f"all {bare}", f"the {NUMBERS[count]} {bare}"))
     if count == 2 and rng.random() < 0.3:
         them = f"both {bare}"
-    left, wanted = list(equal), [kept(t) for t in equal]
+    one, left = Wanted(kind.shape, kind.colour, kind.size), list(equal)
+    loose: list[Wanted] | None = None  # where it is open which of them stay, or where one comes
     if operation == "recolour all":
         new = colour(rng, before.background, *(t.colour for t in before.things))
         left = [replace(t, colour=new) for t in equal]
-        wanted = [kept(t) for t in left]
         order = rng.choice(("make {} {}", "turn {} {}", "paint {} {}")).format(them, speaker.colour(new))
     elif operation == "reshape all":
         form = shape(rng, *(t.shape for t in before.things))
         left = [replace(t, shape=form) for t in equal]
-        wanted = [kept(t) for t in left]
         plural = speaker.noun(form, plural=True)
         order = rng.choice(("replace {} with {}", "turn {} into {}", "swap {} for {}")).format(them, plural)
     elif operation == "remove all":
-        left, wanted = [], []
+        left = []
         order = rng.choice(("remove {}", "delete {}", "take {} away", "erase {}")).format(them)
     elif operation == "remove one":
         left.remove(rng.choice(equal))
-        wanted = [Wanted(kind.shape, kind.colour, kind.size)] * len(left)
+        loose = [one] * len(left)
         order = f"{rng.choice(('remove', 'delete', 'erase'))} one of the {bare}"
     else:
         extra = put(rng, kind, before.things, whole(before.width, before.height))
         if extra is None:
             return None
         left.append(extra)
-        wanted.append(Wanted(kind.shape, kind.colour, kind.size))
+        loose = [*map(kept, equal), one]
         order = f"add {rng.choice(('another', 'one more'))} {speaker.a(kind.shape, hue).split(' ', 1)[1]}"
     after = replace(before, things=(*others, *left), seed=noise_seed(rng))
+    wanted = [kept(t) for t in left] if loose is None else loose
     wish = Wish((*map(kept, others), *wanted), background=before.background, texture=before.texture)
     return x2i.Edit(order, after, wish)

@@ -28,6 +28,10 @@ class Group:
     def things(self) -> list[Thing]:
         return [Thing(self.shape, self.colour, self.size, 0, 0)] * self.count
 
+    def differs(self, others: list[Group]) -> bool:
+        """In shape or colour from each of them."""
+        return all((g.shape, g.colour) != (self.shape, self.colour) for g in others)
+
 
 def more(rng: Random, rows: int, columns: int) -> Sample | None:
     """What goes beyond `make`: longer lists, or a place for each of several things."""
@@ -126,7 +130,7 @@ def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
         group = Group(number, shape(rng), colour(rng, ground), size(rng))
         if number > 2 and group.size == "large":
             continue
-        if all((g.shape, g.colour) != (group.shape, group.colour) for g in groups):
+        if group.differs(groups):
             groups.append(group)
     return groups
 
@@ -136,7 +140,7 @@ def _crowd(rng: Random, ground: str) -> list[Group]:
     groups: list[Group] = []
     while len(groups) < len(numbers):
         group = Group(numbers[len(groups)], shape(rng), colour(rng, ground), rng.choice(("small", "small", "medium")))
-        if all((g.shape, g.colour) != (group.shape, group.colour) for g in groups):
+        if group.differs(groups):
             groups.append(group)
     return groups
 
