@@ -45,6 +45,7 @@ _BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
 _PLACE = re.compile(
     r"^(?P<a>.+) (?P<words>(?:in|at|on) the (?:top|bottom|left|right|cent(?:re|er)|middle)[a-z -]*)$",
 )
+_STANDING = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(RELATION)}) (?P<b>the .+)$")
 _TWO = re.compile(rf"(?: and then |, then | and )(?=(?:{any_of(IMPERATIVES)}) )")
 _POLITE = re.compile(r"^(?:please |can you |edit the picture: )", re.IGNORECASE)
 
@@ -201,6 +202,8 @@ class Rewording:
         spread = [_PLACE.match(phrase) for phrase in phrases]
         if len(spread) > 1 and all(spread):
             return self._listed([f"{self.thing(one['a'])} {self.place(one['words'])}" for one in spread if one]), False
+        if any(map(_STANDING.match, phrases)):
+            return self.chained(phrases), False
         if found := _BETWEEN.match(text):
             parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
@@ -217,6 +220,27 @@ class Rewording:
             return self.sided(found["a"], found["relation"], found["b"])
         things = [self.thing(phrase) for phrase in phrases]
         return (things[0] if len(things) == 1 else self._listed(things)), False
+
+    def chained(self, phrases: list[str]) -> str:
+        """Things of which some are told by where they stand to one before."""
+        rng, told = self.rng, list[str]()
+        head = _PLACE.match(phrases[0])
+        known = Thing.read(head["a"] if head else phrases[0])
+        plain = True  # "it" can only be the first
+        for phrase in phrases:
+            if head and not told:
+                told.append(f"{self.thing(head['a'])} {self.place(head['words'])}")
+                continue
+            found = _STANDING.match(phrase)
+            if not found:
+                told.append(self.thing(phrase))
+                continue
+            meant = Thing.read(found["b"])
+            plain = plain and bool(meant and known and meant.noun == known.noun)
+            anchor = "it" if plain and rng.random() < 0.35 else self.thing(found["b"])
+            a, relation = self.thing(found["a"]), self.relation(found["relation"])
+            told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
+        return self._listed(told)
 
     def _listed(self, things: list[str]) -> str:
         links = (" and ", ", and ", ", ", " and also ", " plus ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from scripts.mini.tasks import alike, explore, howto, story, t2i, vla, x2i
+from scripts.mini.tasks import alike, explore, howto, places, story, t2i, vla, x2i
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.wish import held_out
 
@@ -18,7 +18,7 @@ MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
     "vla": vla.make,
 }
 
-BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": t2i.more, "x2i": alike.more}
+BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": places.more, "x2i": alike.more}
 """More in one question than the others ask for."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from scripts.mini.layout import halves, in_ninth, put, put_all, whole
-from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture, things_apart
+from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture
 from scripts.mini.wish import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Wanted, Wish, region_of, stands
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
@@ -33,45 +33,9 @@ class Group:
         return all((g.shape, g.colour) != (self.shape, self.colour) for g in others)
 
 
-def more(rng: Random, rows: int, columns: int) -> Sample | None:
-    """What goes beyond `make`: longer lists, or a place for each of several things."""
-    return rng.choice((crowd, spread))(rng, rows, columns)
-
-
-def spread(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Two or three things, each told its ninth of the picture."""
-    ground, count = colour(rng), rng.choice((2, 2, 3))
-    regions = rng.sample(tuple(REGIONS), count)
-    things: list[Thing] = []
-    for thing, region in zip(things_apart(rng, count, ground), regions, strict=True):
-        placed = in_ninth(rng, thing, region, columns * 16, rows * 16, things)
-        if placed is None:
-            return None
-        things.append(placed)
-    speaker, sized = Speaker(rng), [rng.random() < (0.7 if t.size != "medium" else 0.2) for t in things]
-    phrases = [
-        f"{speaker.a(t.shape, t.colour, t.size if told else None)} {speaker.place(region)}"
-        for t, told, region in zip(things, sized, regions, strict=True)
-    ]
-    tell_ground = rng.random() < 0.75
-    question = _question(rng, speaker, phrases, "", None, (ground, "plain") if tell_ground else None)
-    wanted = tuple(
-        Wanted(t.shape, t.colour, t.size if told else None, region=region)
-        for t, told, region in zip(things, sized, regions, strict=True)
-    )
-    wish = Wish(wanted, background=ground if tell_ground else None, texture="plain" if tell_ground else None)
-    scene = Scene(rows, columns, ground, "plain", tuple(things), noise_seed(rng))
-    key = " ".join(["spread", *(f"{t.colour} {t.shape}" for t in things)])
-    return Sample("t2i", question, (), (scene,), (wish,), key)
-
-
-def crowd(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Three to five things in two or three groups, listed: more than `make` asks for in a list."""
-    return make(rng, rows, columns, kind="crowd")
-
-
 def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: str = "") -> Sample | None:
-    """One sample, or None where the dice gave no layout. `thought`: the share that reasons before drawing."""
+    """One sample, or None where the dice gave no layout. `thought`: the share that reasons before drawing. `kind`: one
+    of KINDS, or "crowd": three to five things in two or three groups, more than a list has otherwise."""
     kind = kind or rng.choices(KINDS, WEIGHTS)[0]
     ground, pattern = colour(rng), texture(rng)
     groups = _groups(rng, kind, ground)
@@ -89,7 +53,7 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
         for g, told in zip(groups, tell_size, strict=True)
     ]
     tell_ground = pattern != "plain" or rng.random() < 0.75
-    question = _question(rng, speaker, phrases, relation, region, (ground, pattern) if tell_ground else None)
+    question = question_of(rng, speaker, phrases, relation, region, (ground, pattern) if tell_ground else None)
 
     numbers, wanted = [], []
     for group, told in zip(groups, tell_size, strict=True):
@@ -230,9 +194,10 @@ def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[
     return [[middle], [ends[0]], [ends[1]]]
 
 
-def _question(
+def question_of(
     rng: Random, speaker: Speaker, phrases: list[str], relation: str, region: str | None, ground: tuple[str, str] | None
 ) -> str:
+    """The question: the things as `phrases` name them, where they are, and the background (colour, texture)."""
     if relation == BETWEEN:
         body = f"{phrases[0]} between {phrases[1]} and {phrases[2]}"
     elif relation:
@@ -254,9 +219,9 @@ def _question(
 
 def _plan(speaker: Speaker, placed: list[list[Thing]], width: int, height: int) -> str:
     """Where everything goes, thing by thing."""
-    told = [
+    lines = [
         sentence(f"{speaker.a(t.shape, t.colour, t.size)} {speaker.place(region_of(t.x, t.y, width, height))}")
         for line in placed
         for t in line
     ]
-    return " ".join(told)
+    return " ".join(lines)

@@ -1,0 +1,97 @@
+"""Pictures from words that ask for more than `t2i.make` does: longer lists, and several places in one sentence."""
+
+from __future__ import annotations
+
+from random import Random
+
+from scripts.mini.layout import in_ninth, put, whole
+from scripts.mini.tasks import t2i
+from scripts.mini.tasks.sample import Sample, colour, noise_seed, things_apart
+from scripts.mini.wish import ABOVE, BELOW, BESIDE, REGIONS, SIDED, Relation, Wanted, Wish, stands
+from scripts.mini.words import Speaker
+from scripts.mini.world import Scene, Thing
+
+Drawn = tuple[list[Thing], list[str | None], list[tuple[str, int, int]]]
+"""Things, the ninth that each is told to be in, and relations between their numbers: (name, one, other)."""
+
+
+def more(rng: Random, rows: int, columns: int) -> Sample | None:
+    """Longer lists, a place for each of several things, or things told by where they stand to one before."""
+    kind = rng.choice(("crowd", "spread", *["chained"] * 3))  # four chained ones in five find no room
+    if kind == "crowd":
+        return t2i.make(rng, rows, columns, kind=kind)
+    ground = colour(rng)
+    drawn = (_spread if kind == "spread" else _chained)(rng, ground, columns * 16, rows * 16)
+    return drawn and _sample(rng, kind, ground, rows, columns, drawn)
+
+
+def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
+    """Two or three things, each in a ninth of its own."""
+    count = rng.choice((2, 2, 3))
+    regions = rng.sample(tuple(REGIONS), count)
+    things: list[Thing] = []
+    for thing, region in zip(things_apart(rng, count, ground), regions, strict=True):
+        placed = in_ninth(rng, thing, region, width, height, things)
+        if placed is None:
+            return None
+        things.append(placed)
+    return things, [*regions], []
+
+
+def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
+    """A thing, often in a ninth or by another, and one or two that stand by one named before."""
+    first, *others = things_apart(rng, rng.choice((2, 3, 3)), ground)
+    region = rng.choice(tuple(REGIONS)) if rng.random() < 0.6 else None
+    placed = in_ninth(rng, first, region, width, height, ()) if region else put(rng, first, (), whole(width, height))
+    if placed is None:
+        return None
+    things, relations = [placed], list[tuple[str, int, int]]()
+    for thing in others:
+        name, anchor = rng.choice((*SIDED, BESIDE)), rng.randrange(len(things)) if rng.random() < 0.4 else 0
+        spot = _stood(rng, thing, name, anchor, things, width, height)
+        if spot is None:
+            return None
+        relations.append((name, len(things), anchor))
+        things.append(spot)
+    if len(things) == 2 and not region:
+        return None  # t2i.make's own
+    return things, [region] + [None] * len(others), relations
+
+
+def _stood(
+    rng: Random, thing: Thing, name: str, anchor: int, things: list[Thing], width: int, height: int
+) -> Thing | None:
+    """`thing` where it plainly stands in the relation to that one of `things`, clear of all."""
+    for _ in range(12):
+        spot = put(rng, thing, things, whole(width, height))
+        if spot is None or not stands(name, [spot], [things[anchor]]):
+            continue
+        upright = abs(spot.y - things[anchor].y) > abs(spot.x - things[anchor].x)
+        if name == BESIDE or upright == (name in (ABOVE, BELOW)):
+            return spot
+    return None
+
+
+def _sample(rng: Random, kind: str, ground: str, rows: int, columns: int, drawn: Drawn) -> Sample:
+    things, regions, relations = drawn
+    speaker, sized = Speaker(rng), [rng.random() < (0.7 if t.size != "medium" else 0.2) for t in things]
+    phrases = [speaker.a(t.shape, t.colour, t.size if told else None) for t, told in zip(things, sized, strict=True)]
+    for i, region in enumerate(regions):
+        phrases[i] += f" {speaker.place(region)}" if region else ""
+    for name, one, other in relations:
+        anchor = speaker.the(things[other].shape, things[other].colour if rng.random() < 0.4 else None)
+        phrases[one] += f" {speaker.relation(name)} {anchor}"
+    tell_ground = rng.random() < 0.75
+    question = t2i.question_of(rng, speaker, phrases, "", None, (ground, "plain") if tell_ground else None)
+    wish = Wish(
+        tuple(
+            Wanted(t.shape, t.colour, t.size if told else None, region=region)
+            for t, told, region in zip(things, sized, regions, strict=True)
+        ),
+        tuple(Relation(name, (one,), (other,)) for name, one, other in relations),
+        ground if tell_ground else None,
+        "plain" if tell_ground else None,
+    )
+    scene = Scene(rows, columns, ground, "plain", tuple(things), noise_seed(rng))
+    key = " ".join([kind, *(f"{t.colour} {t.shape}" for t in things)])
+    return Sample("t2i", question, (), (scene,), (wish,), key)
