@@ -19,7 +19,7 @@ from scripts.mini.render import picture
 from scripts.mini.rewording import Rewording, reworded
 from scripts.mini.sequences import Mix, chunk, draw
 from scripts.mini.tasks import sample
-from scripts.mini.wish import BESIDE, complaint
+from scripts.mini.wish import BELOW, BESIDE, complaint
 from scripts.mini.words import NOUNS, NUMBERS
 from scripts.mini.world import COLOURS
 
@@ -99,8 +99,11 @@ def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) 
 def test_a_part_asks_for_more_at_once() -> None:
     rng = Random(3)
     asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]
-    lists = [made for made in asked if not made.wishes[-1].wanted[0].region]
-    assert 15 < len(lists) < 45
+    chained = [made for made in asked if made.wishes[-1].relations]
+    assert 10 < len(chained) < 35
+    assert all(" the " in made.question for made in chained)
+    lists = [made for made in asked if made not in chained and not made.wishes[-1].wanted[0].region]
+    assert 10 < len(lists) < 35
     assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in lists)
     assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in lists) == 3
     for made in asked[:20]:
@@ -133,6 +136,23 @@ def test_each_thing_keeps_its_place_in_other_words() -> None:
         assert "left" in text[star.end() : fish.start()], text
         assert "right" in text[fish.end() : moon.start()], text
         assert "centre" in text[moon.end() :], text
+
+
+def test_what_stands_by_a_thing_named_before_still_does_in_other_words() -> None:
+    rng, it = Random(6), 0
+    for _ in range(80):
+        text, _ = Rewording(rng).body(
+            "a red star at the top left, a blue fish below the star and a white moon next to the blue fish"
+        )
+        below, beside = ("|".join(MORE_RELATIONS[name]) for name in (BELOW, BESIDE))
+        star = r"(?P<star>it|the (?:five-pointed )?star)\b"
+        fish = rf"fish\b.*? (?:{below}) {star}|(?:{below}) {star}.*? fish\b".replace("P<star>", "P<again>", 1)
+        found = re.search(rf"star\b.* left\b.*? (?:{fish})(?P<rest>.*)", text)
+        assert found, text
+        it += "it" in (found["star"], found["again"])
+        assert "moon" in found["rest"], text
+        assert re.search(rf"\b(?:{beside}) the blue fish", found["rest"]), text
+    assert 10 < it < 60
 
 
 def test_two_orders_are_reworded_one_by_one() -> None:
