@@ -47,18 +47,18 @@ class Demo:
 
 
 DEMOS: tuple[Demo, ...] = (
-    Demo("stars", "t2i", "t2i", "two small red stars above a blue circle on a yellow background", 1),
+    Demo("stars", "t2i", "t2i", "two small red stars above a blue circle on a yellow background", 2),
     Demo("fish", "t2i", "t2i", "a large orange fish on a blue background", 2),
     Demo("houses", "t2i", "t2i", "three brown houses on a green background", 3),
     Demo("moon", "t2i", "t2i", "on black, one white moon, top right corner", 2),
     Demo("tree", "t2i", "t2i", "a green tree between a red house and a yellow house on a striped grey background", 10),
-    Demo("heart", "t2i", "t2i", "A big pink heart with a tiny purple star next to it.", 7),
+    Demo("heart", "t2i", "t2i", "A big pink heart with a tiny purple star next to it.", 8),
     Demo("wide", "wide", "t2i", "On a purple background: a yellow moon, and left of it a white house", 7, "16:9"),
     Demo("tall", "wide", "t2i", "a red heart above a blue square on a white background", 3, "9:16"),
     Demo("recolour", "x2i", "x2i", "Paint the heart white.", 1, reference="heart"),
     Demo("add", "x2i", "x2i", "add a small blue fish in the bottom left corner", 1, reference="recolour"),
-    Demo("ground", "x2i", "x2i", "change the background to green", 1, reference="add"),
-    Demo("remove", "x2i", "x2i", "get rid of the star and make the fish red", 3, reference="ground"),
+    Demo("replace", "x2i", "x2i", "swap the fish for a red tree", 1, reference="add"),
+    Demo("remove", "x2i", "x2i", "remove the star and make the background green", 1, reference="replace"),
     Demo("howto", "howto", "howto", "How do I draw a brown house, a green tree and a yellow moon on a blue "
          "background?", 1),
     Demo("story", "story", "story", "Tell a story about a small orange fish that visits a red house, a green tree "
