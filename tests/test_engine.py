@@ -51,7 +51,15 @@ CASES = {
     "x2i, 1 reference": ("picture", Request(prompt="red", task="x2i", images=(photo(1),), image_area=64 * 64)),
     "x2i, 2 references": (
         "wild",
-        Request(prompt="red", task="x2i", images=(photo(1), photo(2, 90, 200)), size=(3, 5), image_area=4096, seed=8),
+        Request(
+            prompt="red",
+            task="x2i",
+            images=(photo(1), photo(2, 90, 200)),
+            size=(3, 5),
+            image_area=4096,
+            seed=8,
+            max_new_tokens=150,
+        ),
     ),
     "x2i, 3 references": (
         "picture",
