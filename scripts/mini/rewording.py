@@ -199,11 +199,8 @@ class Rewording:
         """What is to be seen, the background left out, and whether no opening fits before it."""
         rng = self.rng
         phrases = unlisted(text)
-        spread = [_PLACE.match(phrase) for phrase in phrases]
-        if len(spread) > 1 and all(spread):
-            return self._listed([f"{self.thing(one['a'])} {self.place(one['words'])}" for one in spread if one]), False
-        if any(map(_STANDING.match, phrases)):
-            return self.chained(phrases), False
+        if len(phrases) > 1 and (all(map(_PLACE.match, phrases)) or any(map(_STANDING.match, phrases))):
+            return self._listed(self.one_by_one(phrases)), False
         if found := _BETWEEN.match(text):
             parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
@@ -218,29 +215,27 @@ class Rewording:
             )  # fmt: skip
         if found := _SIDED.match(text):
             return self.sided(found["a"], found["relation"], found["b"])
-        things = [self.thing(phrase) for phrase in phrases]
+        things = self.one_by_one(phrases)
         return (things[0] if len(things) == 1 else self._listed(things)), False
 
-    def chained(self, phrases: list[str]) -> str:
-        """Things of which some are told by where they stand to one before."""
+    def one_by_one(self, phrases: list[str]) -> list[str]:
+        """Things, some perhaps with their place or told by where they stand to one before."""
         rng, told = self.rng, list[str]()
         head = _PLACE.match(phrases[0])
         known = Thing.read(head["a"] if head else phrases[0])
         plain = True  # "it" can only be the first
         for phrase in phrases:
-            if head and not told:
-                told.append(f"{self.thing(head['a'])} {self.place(head['words'])}")
-                continue
-            found = _STANDING.match(phrase)
-            if not found:
+            if placed := _PLACE.match(phrase):
+                told.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
+            elif found := _STANDING.match(phrase):
+                meant = Thing.read(found["b"])
+                plain = plain and bool(meant and known and meant.noun == known.noun)
+                anchor = "it" if plain and rng.random() < 0.35 else self.thing(found["b"])
+                a, relation = self.thing(found["a"]), self.relation(found["relation"])
+                told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
+            else:
                 told.append(self.thing(phrase))
-                continue
-            meant = Thing.read(found["b"])
-            plain = plain and bool(meant and known and meant.noun == known.noun)
-            anchor = "it" if plain and rng.random() < 0.35 else self.thing(found["b"])
-            a, relation = self.thing(found["a"]), self.relation(found["relation"])
-            told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
-        return self._listed(told)
+        return told
 
     def _listed(self, things: list[str]) -> str:
         links = (" and ", ", and ", ", ", " and also ", " plus ")
