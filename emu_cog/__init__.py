@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from emu_cog.config import CheckpointError, InputError, Request, Settings
+from emu_cog.errors import CheckpointError, InputError
+from emu_cog.request import Request
+from emu_cog.settings import Settings
 
 if TYPE_CHECKING:
     from emu_cog.pipeline import Pipeline

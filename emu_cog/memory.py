@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
+from accelerate import init_empty_weights
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from emu_cog.config import InputError, log
+from emu_cog.errors import InputError
+from emu_cog.log import log
+from emu_cog.model.kv_cache import KVCache
+from emu_cog.model.loader import read_config
+from emu_cog.model.quantize import quantizable
+from emu_cog.model.shards import TensorHeader, read_headers
+from emu_cog.prompt import tasks
+from emu_cog.prompt.tokens import block_length
+from emu_cog.request import Request
+from emu_cog.vision.ibq import IBQ, VisionConfig
 
 GIB = 2**30
 WORKSPACE = 1.5 * GIB
@@ -65,3 +79,76 @@ def available_bytes(device: torch.device, *, all_devices: bool = False) -> float
         return float(psutil.virtual_memory().available)
     devices = range(torch.cuda.device_count()) if all_devices else [device]
     return float(sum(torch.cuda.mem_get_info(d)[0] for d in devices))
+
+
+PROMPT_TOKENS = 512
+"""A long prompt, for reckoning how much cache a picture needs."""
+
+
+def check_memory_budget(
+    folder: Path,
+    vision_folder: Path,
+    defaults: tasks.ModelDefaults,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spread: bool,
+    quantize: str | None = None,
+    max_context: int | None = None,
+    max_outputs: int = 1,
+) -> Budget:
+    """What a run needs, told in the log before anything is loaded. InputError with the numbers where it is too much."""
+    picture = tasks.plan(Request(prompt="-"), defaults)
+    budget = plan_memory(
+        folder,
+        vision_folder,
+        device=device,
+        dtype=dtype,
+        spread=spread,
+        area=picture.image_area,
+        quantize=quantize,
+    )
+    typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
+    budget.check(max_context or typical, max_outputs)
+    return budget
+
+
+def plan_memory(
+    folder: Path,
+    vision_folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spread: bool,
+    area: int,
+    quantize: str | None = None,
+) -> Budget:
+    """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
+    config, vision = read_config(folder), VisionConfig.read(vision_folder)
+    with torch.device("meta"):
+        vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
+    # The decoder's last level holds about four full-size fp32 feature maps at a time.
+    workspace = 4 * vision.ch * vision.ch_mult[0] * area * torch.float32.itemsize
+    return Budget(
+        device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",
+        available=available_bytes(device, all_devices=spread),
+        weights=_weight_bytes(config, read_headers(folder), dtype, quantize),
+        vision=vision_bytes,
+        workspace=workspace + (WORKSPACE if device.type == "cuda" else 0),
+        per_token=2 * KVCache.bytes_per_token(config, dtype),
+    )
+
+
+def _weight_bytes(
+    config: Qwen3Config, headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None
+) -> float:
+    """Bytes of the weights on the device; of 8-bit ones with their scales."""
+    small: set[str] = set()
+    if quantize:
+        with init_empty_weights():
+            small = {f"{name}.weight" for name, _ in quantizable(Qwen3ForCausalLM(config))}
+    total = 0
+    for name, header in headers.items():
+        count = math.prod(header.shape)
+        total += count + 4 * header.shape[0] if name in small else count * dtype.itemsize
+    return float(total)

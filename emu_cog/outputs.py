@@ -8,14 +8,14 @@ import io
 import json
 import os
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from emu_cog.config import log
-from emu_cog.segments import Text
+from emu_cog.events import Finished, Picture
+from emu_cog.log import log
+from emu_cog.prompt.segments import Text
 
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -26,25 +26,6 @@ _NOTES = {
     "context": "The sequence stops here because the model's context is full.",
 }
 _HEADINGS = {"global_reasoning": "Plan", "image_reasoning": "Thoughts on the next picture"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One finished picture. `number` counts the pictures of its output from 1; `settings` made it."""
-
-    output: int
-    number: int
-    image: Image.Image
-    codes: tuple[tuple[int, ...], ...]
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An output is done; `reason` is "image", "eos", "limit" or "context"."""
-
-    output: int
-    reason: str
 
 
 def encode_picture(image: Image.Image, settings: dict[str, Any], *, output_format: str, quality: int) -> bytes:

@@ -1,4 +1,9 @@
-"""Load everything once, then turn each Request into a stream of texts and pictures."""
+"""Load everything once, then turn each Request into a stream of texts and pictures.
+
+prepare(request)          every default settled, photos encoded, prompts built: what the engine needs
+stream(request)           the events of one request as they happen
+stream_batch(requests)    the events of several requests, generated side by side
+"""
 
 from __future__ import annotations
 
@@ -10,57 +15,45 @@ from pathlib import Path
 
 import torch
 
-from emu_cog import geometry, pictures, prompts, tasks, torch_settings
-from emu_cog.config import CheckpointError, Request, Settings, log
-from emu_cog.engine import Engine
-from emu_cog.image_loop import Trace
-from emu_cog.jobs import Ended, Job, Opened, Rules, Stats, Tokens
-from emu_cog.lm import LanguageModel
-from emu_cog.loading import load_language_model
-from emu_cog.memory import Budget
-from emu_cog.outputs import Finished, Picture
-from emu_cog.quantize import check_format
-from emu_cog.resources import PROMPT_TOKENS, choose_device, choose_dtype, choose_spread, reckon_memory
-from emu_cog.segments import ImageCodes, Reader, Text
-from emu_cog.steps import Steps, build
-from emu_cog.tokenizer import Tokenizer
-from emu_cog.tokens import TokenIds
-from emu_cog.vision import IBQ, load_vision_tokenizer
-from emu_cog.vision_compiled import CompiledDecoder
-from emu_cog.weights import resolve
-
-Event = Text | Picture | Finished
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the current pictures are: `row` of `rows` done in picture `number` (counted from 1 an output)."""
-
-    number: int
-    row: int
-    rows: int
-    tokens: int
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.image_schedule import Trace
+from emu_cog.engine.runner import ModelRunner, build
+from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
+from emu_cog.errors import CheckpointError
+from emu_cog.events import Event, Finished, Picture, Progress, RunStats
+from emu_cog.log import log
+from emu_cog.memory import PROMPT_TOKENS, Budget, check_memory_budget
+from emu_cog.model import torch_settings
+from emu_cog.model.device import choose_device, choose_dtype, choose_spread
+from emu_cog.model.loader import load_language_model
+from emu_cog.model.quantize import check_format
+from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.prompt import geometry, prompts, tasks
+from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.prompt.tokenizer import Tokenizer
+from emu_cog.prompt.tokens import TokenIds
+from emu_cog.request import Request
+from emu_cog.settings import Settings
+from emu_cog.vision.compiled import CompiledDecoder
+from emu_cog.vision.ibq import IBQ, load_vision_tokenizer
+from emu_cog.vision.images import decode_image, encode_image
+from emu_cog.weights.store import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStats:
-    """What a run cost, in wall seconds. `tokens` are sampled ones; `size` is the last picture's (width, height)."""
+class Prepared:
+    """A request ready for the engine: one EngineRequest per output, with seeds `seed`, `seed` + 1 and so on."""
 
+    request: Request
+    plan: tasks.Plan
     seed: int
-    size: tuple[int, int] | None
-    pictures: int
-    tokens: int
-    prefill_seconds: float
-    decode_seconds: float
+    outputs: tuple[EngineRequest, ...]
+    config: GenerationConfig
     vq_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class Pipeline:
-    """A loaded model. `stream` serves one request at a time; `stats` tells of the last one."""
+    """A loaded model. Not re-entrant: one `stream` or `stream_batch` at a time."""
 
     def __init__(
         self,
@@ -71,13 +64,12 @@ class Pipeline:
         *,
         budget: Budget,
         revision: str,
-        steps: Steps | None = None,
+        runner: ModelRunner | None = None,
         max_outputs: int = 1,
     ) -> None:
         self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
         self.budget, self.revision = budget, revision
-        self.engine, self.max_outputs = Engine(lm, steps), max_outputs
-        self.stats: RunStats | None = None
+        self.engine, self.max_outputs = Engine(lm, runner), max_outputs
 
     @classmethod
     def load(
@@ -99,7 +91,7 @@ class Pipeline:
 
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
         always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
-        `max_outputs` outputs; that is reckoned before anything is loaded. `quantize` ("fp8", "int8") takes the
+        `max_outputs` outputs; that is checked before anything is loaded. `quantize` ("fp8", "int8") converts the
         layers' weights to 8 bits; `compile` False keeps decoding on transformers' modules and the vision decoder
         uncompiled. Raises CheckpointError naming the file, key or shape that is wrong, InputError with the numbers
         where memory is short.
@@ -110,7 +102,7 @@ class Pipeline:
         torch_settings.apply(target)
         check_format(quantize, target)
         tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
-        budget = reckon_memory(
+        budget = check_memory_budget(
             folder,
             vision_folder,
             defaults,
@@ -141,7 +133,7 @@ class Pipeline:
             defaults,
             budget=budget,
             revision=revision or folder.name,
-            steps=build(lm, compile=compile),
+            runner=build(lm, compile=compile),
             max_outputs=max_outputs,
         )
 
@@ -165,10 +157,10 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as the next: small pictures on a GPU, nothing on a CPU.
+        """Make the first request as fast as later ones: small pictures on a GPU, nothing on a CPU.
 
-        One output, and as many as EMU_MAX_OUTPUTS promises room for. Other numbers are recorded with their first
-        request, in a second or two: kernels that differ are few by then.
+        With one output, and with as many as EMU_MAX_OUTPUTS guarantees room for. Other numbers are captured by the
+        first request that uses them, in a second or two: few of the kernels they need are new by then.
         """
         if self.lm.device.type != "cuda":
             return
@@ -176,17 +168,42 @@ class Pipeline:
         if isinstance(self.vision.compiled, CompiledDecoder):
             shapes = ("1:1", "16:9", "9:16")
             self.vision.compiled.warm_up([geometry.preset_size(shape, typical.image_area) for shape in shapes])
-        rules = rules_of(typical)
+        config = generation_config(typical)
         for outputs in sorted({self.max_outputs, 1}, reverse=True):
             started = time.perf_counter()
-            # The cache that a usual picture will ask for: recorded steps hold its address.
-            self.engine.cache(rows=2 * outputs, capacity=rules.longest(PROMPT_TOKENS, self.lm.context))
+            # The cache that a usual picture will need: captured steps hold its address.
+            self.engine.cache(rows=2 * outputs, capacity=config.longest(PROMPT_TOKENS, self.lm.context))
             small = Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4, num_outputs=outputs)
             for _ in self.stream(small):
                 pass
             log.info("warmed up %d output(s) in %.1f s", outputs, time.perf_counter() - started)
 
     @torch.inference_mode()
+    def prepare(self, request: Request) -> Prepared:
+        """Settle every default, refuse what can't be done, encode the photos and build the prompts.
+
+        Raises InputError before any model work.
+        """
+        plan = tasks.plan(request, self.defaults)
+        self._check_fits(request, plan)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+        started = time.perf_counter()
+        images = [encode_image(image, plan.image_area, self.vision) for image in request.images]
+        vq_seconds = time.perf_counter() - started
+        prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
+        return Prepared(
+            request=request,
+            plan=plan,
+            seed=seed,
+            outputs=tuple(
+                EngineRequest(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
+                for i in range(request.num_outputs)
+            ),
+            config=generation_config(plan),
+            vq_seconds=vq_seconds,
+        )
+
     def stream(
         self,
         request: Request,
@@ -194,79 +211,64 @@ class Pipeline:
         on_progress: Callable[[Progress], None] | None = None,
         trace: Trace | None = None,
     ) -> Iterator[Event]:
-        """Yield texts and pictures in reading order as they are finished. Raises InputError before any model work."""
-        # 1. settle every default and refuse what can't be done
-        plan = tasks.plan(request, self.defaults)
-        self._check_fits(request, plan)
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+        """Yield texts and pictures in reading order as they are finished, and the RunStats last.
 
-        # 2. words and photos to ids
-        started = time.perf_counter()
-        images = [pictures.encode(image, plan.image_area, self.vision) for image in request.images]
-        vq_seconds = time.perf_counter() - started
-        prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
-        jobs = [
-            Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
-            for i in range(request.num_outputs)
-        ]
-        rules = rules_of(plan)
-
-        # 3. ids to texts and pictures
-        readers = [Reader(self.tokenizer, output=i) for i in range(len(jobs))]
-        progress = _ProgressTeller(on_progress, len(jobs), self.tokenizer.ids)
-        made, size = 0, None
-        cost = Stats()
-        for event in self._generate(jobs, rules, trace, cost):
-            progress.see(event)
-            reader = readers[event.job]
-            segments = reader.feed(event.ids) if isinstance(event, Tokens) else iter(())
-            for segment in reader.finish() if isinstance(event, Ended) else segments:
-                if not isinstance(segment, ImageCodes):
-                    yield segment
-                    continue
-                started = time.perf_counter()
-                image = pictures.decode(segment.codes, self.vision)
-                vq_seconds += time.perf_counter() - started
-                made, size = made + 1, image.size
-                yield Picture(
-                    output=event.job,
-                    number=progress.number[event.job],
-                    image=image,
-                    codes=segment.codes,
-                    settings=plan.settings(seed + event.job, image.size, self.revision),
-                )
-            if isinstance(event, Ended):
-                yield Finished(event.job, event.reason)
-
-        # 4. what it cost
-        self.stats = RunStats(
-            seed=seed,
-            size=size,
-            pictures=made,
-            tokens=cost.sampled,
-            prefill_seconds=cost.prefill_seconds,
-            decode_seconds=cost.decode_seconds,
-            vq_seconds=vq_seconds,
-        )
-        if not plan.task.interleaved and made < request.num_outputs:
+        Raises InputError before any model work.
+        """
+        for _, event in self._run([self.prepare(request)], on_progress, trace):
+            yield event
+            if isinstance(event, RunStats):
+                stats, wanted = event, request.num_outputs
+        if not tasks.TABLE[request.task].interleaved and stats.pictures < wanted:
             raise RuntimeError(
-                f"{request.num_outputs - made} of {request.num_outputs} pictures could not be made: the size the model "
+                f"{wanted - stats.pictures} of {wanted} pictures could not be made: the size the model "
                 "chose does not fit its context; set aspect_ratio or a smaller resolution"
             )
 
-    def _generate(
-        self, jobs: Sequence[Job], rules: Rules, trace: Trace | None, cost: Stats
-    ) -> Iterator[Tokens | Opened | Ended]:
-        """The engine's events for all `jobs`, in as many batches as the caches need memory for; adds up `cost`."""
-        tokens = rules.longest(max(len(job.conditional) for job in jobs), self.lm.context)
-        side_by_side = max(self.budget.outputs(tokens), 1)
-        if side_by_side < len(jobs):
-            log.info("memory holds %d output(s) side by side: the %d are made in turn", side_by_side, len(jobs))
-        for first in range(0, len(jobs), side_by_side):
-            for event in self.engine.generate(jobs[first : first + side_by_side], rules, trace=trace):
-                yield replace(event, job=event.job + first)
-            cost.add(self.engine.stats)
+    def stream_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
+        """Yield (index of the request, event) for several requests, generated side by side where their settings are
+        the same and memory allows. Each request's events are those of `stream`, its RunStats the last of them; a
+        request with too few pictures is not an error here. InputError for any request comes before all model work.
+        """
+        yield from self._run([self.prepare(request) for request in requests], None, None)
+
+    @torch.inference_mode()
+    def _run(
+        self, prepared: Sequence[Prepared], on_progress: Callable[[Progress], None] | None, trace: Trace | None
+    ) -> Iterator[tuple[int, Event]]:
+        """Generate all outputs of all requests, batch by batch."""
+        runs = [_Run(self, one) for one in prepared]
+        waiting = [len(one.outputs) for one in prepared]
+        for batch in self._batches(prepared):
+            config = prepared[batch[0][0]].config
+            progress = _Reporter(on_progress, len(batch), self.tokenizer.ids)
+            outputs = [prepared[r].outputs[output] for r, output in batch]
+            for event in self.engine.generate(outputs, config, trace=trace):
+                if isinstance(event, Stats):
+                    for r in dict.fromkeys(r for r, _ in batch):
+                        runs[r].add(event)
+                    continue
+                progress.see(event)
+                r, output = batch[event.index]
+                for made in runs[r].read(output, event):
+                    yield r, made
+            for r, _ in batch:
+                waiting[r] -= 1
+                if waiting[r] == 0:
+                    yield r, runs[r].stats()
+
+    def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[tuple[int, int]]]:
+        """(request, output) pairs to be generated side by side: of one GenerationConfig, and as many as memory
+        holds the caches of."""
+        groups: dict[GenerationConfig, list[tuple[int, int]]] = {}
+        for r, one in enumerate(prepared):
+            groups.setdefault(one.config, []).extend((r, output) for output in range(len(one.outputs)))
+        for config, pairs in groups.items():
+            longest = max(len(prepared[r].outputs[output].conditional) for r, output in pairs)
+            fitting = max(self.budget.outputs(config.longest(longest, self.lm.context)), 1)
+            if fitting < len(pairs):
+                log.info("memory holds %d output(s) side by side: the %d are made in turn", fitting, len(pairs))
+            yield from (pairs[first : first + fitting] for first in range(0, len(pairs), fitting))
 
     def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
         """Refuse a prompt that leaves no room for one picture, before anything is computed."""
@@ -276,10 +278,61 @@ class Pipeline:
         plan.check_room(len(prompt.conditional), references=len(shapes), context=self.lm.context)
 
 
-def rules_of(plan: tasks.Plan) -> Rules:
-    """What the engine must know of a plan."""
-    return Rules(
-        guidance=plan.guidance,
+class _Run:
+    """One request being generated: its readers, and what it has cost so far."""
+
+    def __init__(self, pipeline: Pipeline, prepared: Prepared) -> None:
+        self._pipeline, self._prepared = pipeline, prepared
+        self._readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(prepared.outputs))]
+        self._pictures = [0] * len(prepared.outputs)
+        self._stats = RunStats(seed=prepared.seed, vq_seconds=prepared.vq_seconds)
+
+    def read(self, output: int, event: Tokens | Opened | Ended) -> Iterator[Event]:
+        """The texts and pictures that `event` of `output` completes."""
+        if isinstance(event, Opened):
+            return
+        reader = self._readers[output]
+        for segment in reader.feed(event.ids) if isinstance(event, Tokens) else reader.finish():
+            yield self._picture(segment) if isinstance(segment, ImageCodes) else segment
+        if isinstance(event, Ended):
+            self._stats = replace(self._stats, tokens=self._stats.tokens + event.sampled)
+            yield Finished(output, event.reason)
+
+    def _picture(self, segment: ImageCodes) -> Picture:
+        started = time.perf_counter()
+        image = decode_image(segment.codes, self._pipeline.vision)
+        self._stats = replace(
+            self._stats,
+            size=image.size,
+            pictures=self._stats.pictures + 1,
+            vq_seconds=self._stats.vq_seconds + time.perf_counter() - started,
+        )
+        self._pictures[segment.output] += 1
+        seed = self._prepared.seed + segment.output
+        return Picture(
+            output=segment.output,
+            number=self._pictures[segment.output],
+            image=image,
+            codes=segment.codes,
+            settings=self._prepared.plan.settings(seed, image.size, self._pipeline.revision),
+        )
+
+    def add(self, batch: Stats) -> None:
+        """Count in the time of a batch that this request was part of."""
+        self._stats = replace(
+            self._stats,
+            prefill_seconds=self._stats.prefill_seconds + batch.prefill_seconds,
+            decode_seconds=self._stats.decode_seconds + batch.decode_seconds,
+        )
+
+    def stats(self) -> RunStats:
+        return self._stats
+
+
+def generation_config(plan: tasks.Plan) -> GenerationConfig:
+    """The part of a plan that the engine needs."""
+    return GenerationConfig(
+        cfg_scale=plan.guidance,
         image=plan.image,
         text=plan.text,
         size=plan.size,
@@ -288,22 +341,22 @@ def rules_of(plan: tasks.Plan) -> Rules:
     )
 
 
-class _ProgressTeller:
-    """Turns engine events into Progress. Outputs step together, so one of them, the lead, speaks for all."""
+class _Reporter:
+    """Turns engine events into Progress. Outputs step together, so one of them, the lead, stands for all."""
 
-    def __init__(self, tell: Callable[[Progress], None] | None, outputs: int, ids: TokenIds) -> None:
-        self._tell, self._row_ends = tell, (ids.eol, ids.eoi)
-        self.number = [0] * outputs
+    def __init__(self, report: Callable[[Progress], None] | None, outputs: int, ids: TokenIds) -> None:
+        self._report_to, self._row_ends = report, (ids.eol, ids.eoi)
+        self._number = [0] * outputs
         self._lead: int | None = None
         self._rows, self._row, self._tokens = 0, 0, 0
 
     def see(self, event: Tokens | Opened | Ended) -> None:
         if isinstance(event, Opened):
-            self.number[event.job] += 1
+            self._number[event.index] += 1
             if self._lead is None:
-                self._lead, self._rows, self._row, self._tokens = event.job, event.size[0], 0, 0
+                self._lead, self._rows, self._row, self._tokens = event.index, event.size[0], 0, 0
                 self._report()
-        elif isinstance(event, Tokens) and event.job == self._lead and event.ids[-1] in self._row_ends:
+        elif isinstance(event, Tokens) and event.index == self._lead and event.ids[-1] in self._row_ends:
             self._row += 1
             self._tokens += len(event.ids) - 1
             self._report()
@@ -311,5 +364,5 @@ class _ProgressTeller:
                 self._lead = None
 
     def _report(self) -> None:
-        if self._tell and self._lead is not None:
-            self._tell(Progress(self.number[self._lead], self._row, self._rows, self._tokens))
+        if self._report_to and self._lead is not None:
+            self._report_to(Progress(self._number[self._lead], self._row, self._rows, self._tokens))

@@ -7,16 +7,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from emu_cog.backends import Backend, load
-from emu_cog.config import InputError, Request, Settings, log, log_to_stderr
+from emu_cog.errors import InputError
+from emu_cog.events import Event, Progress, RunStats
+from emu_cog.log import log, log_to_stderr
 from emu_cog.outputs import Writer
-from emu_cog.pictures import open_reference
-from emu_cog.pipeline import Progress
-from emu_cog.tasks import TABLE
+from emu_cog.pipeline import Pipeline
+from emu_cog.prompt.tasks import TABLE
+from emu_cog.request import Request
+from emu_cog.settings import Settings
+from emu_cog.vision.images import open_reference
 
 KEEP_SECONDS = 3600
 """Files of past predictions are swept after this: uploads are long done, and Cog itself deletes none."""
@@ -46,43 +49,44 @@ class Service:
         output_format: str,
         output_quality: int,
         record_metric: Callable[[str, Any], None],
-        **request: Any,
+        **fields: Any,
     ) -> Iterator[Path]:
-        """Yield each file as it is made. `references` maps input names to uploaded files or None; `request` are
+        """Yield each file as it is made. `references` maps input names to uploaded files or None; `fields` are
         Request's other fields. Raises InputError before any model work."""
         images = tuple(
             open_reference(_uploaded(value, name), name=name) for name, value in references.items() if value is not None
         )
-        order = Request(images=images, **_whole_numbers(request))
+        request = Request(images=images, **_whole_numbers(fields))
         _sweep(self._root)
         self._root.mkdir(parents=True, exist_ok=True)
         writer = Writer(
             Path(tempfile.mkdtemp(dir=self._root)),
-            task=order.task,
-            prompt=order.prompt,
-            interleaved=TABLE[order.task].interleaved,
+            task=request.task,
+            prompt=request.prompt,
+            interleaved=TABLE[request.task].interleaved,
             output_format=output_format,
             quality=output_quality,
         )
         with _Bar() as bar:
-            for event in self.pipeline.stream(order, on_progress=bar.show):
-                if file := writer.write(event):
+            for event in self.pipeline.stream(request, on_progress=bar.show):
+                if isinstance(event, RunStats):
+                    _record(event, record_metric)
+                elif file := writer.write(event):
                     yield file
-        self._tell(record_metric)
         if page := writer.finish():
             yield page
 
-    def _tell(self, record_metric: Callable[[str, Any], None]) -> None:
-        stats = self.pipeline.stats
-        assert stats is not None
-        metrics: dict[str, Any] = {"seed": stats.seed, "pictures": stats.pictures, "tokens": stats.tokens}
-        if stats.size:
-            metrics |= {"width": stats.size[0], "height": stats.size[1]}
-        for name in ("tokens_per_second", "prefill_seconds", "decode_seconds", "vq_seconds"):
-            metrics[name] = round(getattr(stats, name), 3)
-        for name, value in metrics.items():
-            record_metric(name, value)
-        log.info("%s", ", ".join(f"{name} {value}" for name, value in metrics.items()))
+
+def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
+    """Report what a request cost: as metrics, and in the log."""
+    metrics: dict[str, Any] = {"seed": stats.seed, "pictures": stats.pictures, "tokens": stats.tokens}
+    if stats.size:
+        metrics |= {"width": stats.size[0], "height": stats.size[1]}
+    for name in ("tokens_per_second", "prefill_seconds", "decode_seconds", "vq_seconds"):
+        metrics[name] = round(getattr(stats, name), 3)
+    for name, value in metrics.items():
+        record_metric(name, value)
+    log.info("%s", ", ".join(f"{name} {value}" for name, value in metrics.items()))
 
 
 def _uploaded(value: Any, name: str) -> Path:
@@ -130,3 +134,27 @@ class _Bar:
             self.__exit__()
             self._bar = tqdm(total=progress.rows, desc=f"picture {progress.number}", unit="row", ascii=False, ncols=80)
         self._bar.update(progress.row - self._bar.n)
+
+
+class Backend(Protocol):
+    """What `Pipeline` and `UpstreamPipeline` have in common."""
+
+    def warm_up(self) -> None: ...
+
+    def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]: ...
+
+
+def _upstream(settings: Settings) -> Backend:
+    from emu_cog.upstream.pipeline import UpstreamPipeline  # needs git and the clone; native needs neither
+
+    return UpstreamPipeline.from_settings(settings)
+
+
+BACKENDS: Mapping[str, Callable[[Settings], Backend]] = {"native": Pipeline.from_settings, "upstream": _upstream}
+
+
+def load(settings: Settings) -> Backend:
+    """The backend that `settings` name, its model loaded. InputError for a name that is none of BACKENDS."""
+    if settings.backend not in BACKENDS:
+        raise InputError(f"EMU_BACKEND={settings.backend!r} is not known, accepted are {', '.join(BACKENDS)}")
+    return BACKENDS[settings.backend](settings)

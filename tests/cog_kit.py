@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _models.tiny import TinyFolders
 from _server import Server
 from PIL import Image
 
-from emu_cog.tiny import TinyFolders
 from tests.conftest import ROOT
 
 BIG = {"aspect_ratio": "custom", "width": 1584, "height": 1584}

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _models import tiny
 from hub_server import HubServer
 from PIL import Image
 from transformers import Qwen3ForCausalLM
 from weights_kit import TAR, WAYS, fill, tar_of
 
-from emu_cog import tiny
+from emu_cog.model.torch_settings import exact
 from emu_cog.pipeline import Pipeline
-from emu_cog.torch_settings import exact
 
 ROOT = Path(__file__).resolve().parent.parent
 FAVOURS = {

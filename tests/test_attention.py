@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_cog.config import Request
-from emu_cog.lm import choose_attention
+from emu_cog.model.qwen3 import choose_attention
 from emu_cog.pipeline import Pipeline
+from emu_cog.request import Request
 
 Pipelines = Callable[[str], Pipeline]
 

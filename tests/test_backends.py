@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _models.tiny import STORYTELLER, TALKER, TinyFolders, make_tiny, small_defaults
 from hub_server import HubServer
 from weights_kit import BASE, IMAGE, VISION, assert_whole, fill, settings
 from weights_kit import parts as contents
 
-from emu_cog import weights
-from emu_cog.backends import load
-from emu_cog.config import CheckpointError, InputError, Request, Settings
-from emu_cog.outputs import Finished, Picture
-from emu_cog.pipeline import Event, Pipeline, Progress
-from emu_cog.segments import Text
-from emu_cog.tiny import STORYTELLER, TALKER, TinyFolders, make_tiny, small_defaults
-from emu_cog.upstream_pipeline import UpstreamPipeline
+from emu_cog.errors import CheckpointError, InputError
+from emu_cog.events import Event, Finished, Picture, Progress, RunStats
+from emu_cog.pipeline import Pipeline
+from emu_cog.prompt.segments import Text
+from emu_cog.request import Request
+from emu_cog.service import load
+from emu_cog.settings import Settings
+from emu_cog.upstream.pipeline import UpstreamPipeline
+from emu_cog.weights import store
 from tests.conftest import photo
 from tests.upstream_kit import make_repository
 
@@ -62,33 +64,16 @@ class TestCheckpoint:
 
     def test_mini_is_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = make_tiny(tmp_path / "mini", seed=4)
-        monkeypatch.setattr(weights, "MINIATURE", tmp_path / "mini")
-        found = weights.resolve(Settings(weights_dir=tmp_path / "w"))
+        monkeypatch.setattr(store, "MINIATURE", tmp_path / "mini")
+        found = store.resolve(Settings(weights_dir=tmp_path / "w"))
         assert (found.model, found.vision_tokenizer) == (made.model, made.vision)
         assert (found.revision, found.kind) == ("mini", "mini")
         assert not (tmp_path / "w").exists()
 
-    def test_without_one_a_random_one_is_made_once_and_told(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setattr(weights, "MINIATURE", tmp_path / "none")
-        chosen = Settings(weights_dir=tmp_path / "w", device="cpu")
-        left_by_a_kill = tmp_path / "w" / ".staging" / "mini-random" / "model"
-        left_by_a_kill.mkdir(parents=True)
-        (left_by_a_kill / "config.json").write_text("{")
-        pipeline = load(chosen)
-        assert "making a tiny checkpoint of random weights" in caplog.text
-        assert "what it draws is noise" in caplog.text
-        assert pictures(list(pipeline.stream(BOAT)))[0].settings["model"] == "mini (random)"
-        assert sorted(p.name for p in (tmp_path / "w").iterdir() if p.suffix != ".lock") == ["mini-random"]
-        caplog.clear()
-        load(chosen)
-        assert "making" not in caplog.text
-
     def test_a_vision_tokenizer_of_ones_own(self, tmp_path: Path) -> None:
         a, b = make_tiny(tmp_path / "a"), make_tiny(tmp_path / "b")
         chosen = Settings(checkpoint=str(a.model), vision_tokenizer=str(b.vision), weights_dir=tmp_path / "w")
-        assert weights.resolve(chosen).vision_tokenizer == b.vision
+        assert store.resolve(chosen).vision_tokenizer == b.vision
 
 
 @pytest.mark.parametrize(
@@ -156,10 +141,11 @@ class TestUpstream:
         assert str(picture.settings["model"]).endswith("upstream 8fcf1da")
         assert (len(picture.codes), len(picture.codes[0])) == (3, 4)
         assert [p.row for p in told] == [0, 1, 2, 3]
-        assert isinstance(events[-1], Finished)
-        assert pipeline.stats is not None
-        assert (pipeline.stats.seed, pipeline.stats.pictures, pipeline.stats.size) == (5, 1, (64, 48))
-        assert pipeline.stats.tokens >= 12
+        assert isinstance(events[-2], Finished)
+        stats = events[-1]
+        assert isinstance(stats, RunStats)
+        assert (stats.seed, stats.pictures, stats.size) == (5, 1, (64, 48))
+        assert stats.tokens >= 12
 
     def test_a_seed_is_a_picture(self, pipeline: UpstreamPipeline) -> None:
         codes = [pictures(list(pipeline.stream(replace(BOAT, seed=seed))))[0].codes for seed in (1, 1, 2)]

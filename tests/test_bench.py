@@ -17,7 +17,7 @@ from _bench import decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
-from emu_cog.tokens import ROLES, block_length
+from emu_cog.prompt.tokens import ROLES, block_length
 from tests.conftest import ROOT
 from tests.upstream_kit import STANDIN
 

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from emu_cog.config import Settings
+from emu_cog.settings import Settings
 from tests.cog_kit import cog_data
 from tests.conftest import ROOT
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from _compare.agreement import TOLERANCES, Row, _distributions
+from _compare.cases import CASES, Answer
+from _models.tiny import TinyFolders, make_tiny
 from weights_kit import ROOT
 
-from emu_cog.agreement import TOLERANCES, Row, _distributions
-from emu_cog.agreement_cases import CASES, Answer
-from emu_cog.config import TASKS, UPSTREAM_COMMIT, Settings
-from emu_cog.tiny import TinyFolders, make_tiny
-from emu_cog.upstream_clone import find_clone
+from emu_cog.request import TASKS
+from emu_cog.settings import UPSTREAM_COMMIT, Settings
+from emu_cog.upstream.clone import find_clone
 from tests.upstream_kit import make_clone, make_repository
 
 SCRIPT = ROOT / "scripts" / "compare-upstream"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from emu_cog import cpu_linear
+from emu_cog.ops import cpu_linear
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (2, 1, 24), (8, 24), (9, 24), (2, 5, 24), (3, 1, 2, 24)])

@@ -15,7 +15,7 @@ from hub_server import Fault, HubServer
 from test_weights_kills import kill_when
 from weights_kit import BASE, IMAGE, ROOT, TAR, VISION, VISION_COMMIT, assert_whole, fill, parts, tar_of, total, wanted
 
-from emu_cog.manifest import MANIFEST_FILE, Pin, read_lock, write_lock
+from emu_cog.weights.manifest import MANIFEST_FILE, Pin, read_lock, write_lock
 
 
 @pytest.fixture

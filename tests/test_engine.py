@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emu_cog import pictures, prompts, tasks
-from emu_cog.config import Request, Sampling
-from emu_cog.jobs import Ended, Event, Job, Opened, Rules, Tokens
-from emu_cog.pipeline import Pipeline, rules_of
-from emu_cog.tokens import block_length
+from emu_cog.engine.sequence import Ended, EngineRequest, Event, GenerationConfig, Opened, Stats, Tokens
+from emu_cog.pipeline import Pipeline
+from emu_cog.prompt.tokens import block_length
+from emu_cog.request import Request, Sampling
 from tests.conftest import photo
 from tests.twin import judge
 
@@ -22,19 +21,16 @@ TOLERANCE = 2e-5
 """fp32 probabilities: the engine batches two streams over a cache, the twin runs each alone and whole."""
 
 
-def job_and_rules(pipeline: Pipeline, request: Request, **changes: object) -> tuple[Job, Rules]:
-    plan = tasks.plan(request, pipeline.defaults)
-    images = [pictures.encode(image, plan.image_area, pipeline.vision) for image in request.images]
-    prompt = prompts.build(plan.task, request.prompt, images, pipeline.tokenizer)
-    job = Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=request.seed or 0)
-    return job, replace(rules_of(plan), **changes)  # type: ignore[arg-type]
+def job_and_rules(pipeline: Pipeline, request: Request, **changes: object) -> tuple[EngineRequest, GenerationConfig]:
+    prepared = pipeline.prepare(request if request.seed is not None else replace(request, seed=0))
+    return prepared.outputs[0], replace(prepared.config, **changes)  # type: ignore[arg-type]
 
 
 def answers(events: list[Event]) -> dict[int, list[int]]:
     told: dict[int, list[int]] = {}
     for event in events:
         if isinstance(event, Tokens):
-            told.setdefault(event.job, []).extend(event.ids)
+            told.setdefault(event.index, []).extend(event.ids)
     return told
 
 
@@ -126,7 +122,7 @@ def test_four_outputs_are_four_runs(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     job, rules = job_and_rules(pipeline, Request(prompt="a small red boat", size=(5, 6), seed=40))
     seeds = [40, 41, 42, 43]
-    jobs = [Job(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in seeds]
+    jobs = [EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in seeds]
     together = answers(list(pipeline.engine.generate(jobs, rules)))
     alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
     assert together == alone
@@ -148,7 +144,9 @@ def test_different_prompts_share_a_batch(pipelines: Pipelines) -> None:
 def test_the_models_own_sizes_may_differ_within_a_batch(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     job, rules = job_and_rules(pipeline, Request(prompt="boat", aspect_ratio="model"))
-    jobs = [Job(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in (0, 1, 2)]
+    jobs = [
+        EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in (0, 1, 2)
+    ]
     events = list(pipeline.engine.generate(jobs, rules))
     alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
     sizes = {event.size for event in events if isinstance(event, Opened)}
@@ -163,7 +161,7 @@ def test_first_size_holds_for_later_images(pipelines: Pipelines) -> None:
     request = Request(prompt="walk", task="explore", aspect_ratio="model", max_new_tokens=900)
     for seed in range(6):
         job, rules = job_and_rules(pipeline, request)
-        job = Job(conditional=job.conditional, unconditional=job.unconditional, seed=seed)
+        job = EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed)
         sizes = [e.size for e in pipeline.engine.generate([job], rules) if isinstance(e, Opened)]
         if len(sizes) > 1:
             assert len(set(sizes)) == 1
@@ -197,7 +195,8 @@ def test_an_image_begun_below_the_limit_is_finished_beyond_it(pipelines: Pipelin
         assert ids.count(pipeline.lm.ids.boi) == ids.count(pipeline.lm.ids.eoi)
         if pipeline.lm.ids.boi in ids:
             assert reasons(events)[0] in ("limit", "eos")
-            assert pipeline.engine.stats.sampled > limit
+            assert isinstance(events[-1], Stats)
+            assert events[-1].sampled > limit
             return
     pytest.fail("no image was begun")
 
@@ -207,7 +206,8 @@ def test_text_alone_ends_at_the_limit(pipelines: Pipelines) -> None:
     job, rules = job_and_rules(pipeline, Request(prompt="walk", task="story", max_new_tokens=33))
     events = list(pipeline.engine.generate([job], rules))
     assert reasons(events) == ["limit"]
-    assert len(answers(events)[0]) == pipeline.engine.stats.sampled == 33
+    assert isinstance(events[-1], Stats)
+    assert len(answers(events)[0]) == events[-1].sampled == 33
 
 
 def test_a_full_context_ends_text_but_never_an_image(pipelines: Pipelines) -> None:
@@ -216,7 +216,7 @@ def test_a_full_context_ends_text_but_never_an_image(pipelines: Pipelines) -> No
     events = list(pipeline.engine.generate([job], rules))
     assert reasons(events) == ["context"]
     assert len(job.conditional) + len(answers(events)[0]) == pipeline.lm.context
-    single = Rules(**{**vars(rules), "single_image": True})
+    single = GenerationConfig(**{**vars(rules), "single_image": True})
     events = list(pipeline.engine.generate([job], single))
     assert reasons(events) == ["image"]
     assert len(job.conditional) + len(answers(events)[0]) <= pipeline.lm.context

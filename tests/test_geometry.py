@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from emu_cog import geometry, tasks
-from emu_cog.config import ASPECT_RATIOS, InputError, Request
+from emu_cog.errors import InputError
+from emu_cog.prompt import geometry, tasks
+from emu_cog.request import ASPECT_RATIOS, Request
 from tests.conftest import photo
 
 RATIOS = [ratio for ratio in ASPECT_RATIOS if ":" in ratio]

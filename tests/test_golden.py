@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emu_cog import geometry, pictures, prompts, tasks
-from emu_cog.jobs import Job, Rules, Tokens
-from emu_cog.outputs import Picture
+from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Tokens
+from emu_cog.events import Picture
 from emu_cog.pipeline import Pipeline
-from emu_cog.segments import ImageCodes, Reader
+from emu_cog.prompt import geometry, prompts, tasks
+from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.vision.images import decode_image, encode_image
 from tests.golden import inputs
 from tests.golden.inputs import Run
 
@@ -56,7 +57,7 @@ def arrays() -> Arrays:
 
 def codes_of(pipeline: Pipeline, references: int, area: int) -> list[tuple[tuple[int, ...], ...]]:
     names = inputs.REFERENCES[:references]
-    return [pictures.encode(inputs.picture(name), area, pipeline.vision) for name in names]
+    return [encode_image(inputs.picture(name), area, pipeline.vision) for name in names]
 
 
 def check_prompts(pipeline: Pipeline, expected: Mapping[str, Any]) -> None:
@@ -78,8 +79,8 @@ def generate(pipeline: Pipeline, run: Run, arrays: Arrays, name: str, *, greedy:
     size = run.size
     if size is None and run.references:  # upstream takes the last reference's
         size = geometry.reference_size(inputs.picture(inputs.REFERENCES[run.references - 1]).size, run.area)
-    rules = Rules(
-        guidance=run.guidance,
+    rules = GenerationConfig(
+        cfg_scale=run.guidance,
         image=inputs.GREEDY if greedy else run.image,
         text=inputs.GREEDY if greedy else run.text,
         size=size,
@@ -91,7 +92,7 @@ def generate(pipeline: Pipeline, run: Run, arrays: Arrays, name: str, *, greedy:
     steps: list[tuple[str, np.ndarray]] = []
     told: list[int] = []
     for event in pipeline.engine.generate(
-        [Job(conditional=conditional, unconditional=unconditional, seed=run.seed)],
+        [EngineRequest(conditional=conditional, unconditional=unconditional, seed=run.seed)],
         rules,
         trace=lambda kind, probs: steps.append((kind, probs[0].numpy())),
     ):
@@ -133,7 +134,7 @@ def test_codes_of_pictures(load: Load, name: str) -> None:
     pipeline = load(name)
     for key, expected in FACTS["codes"][name].items():
         reference, area = key.split()
-        made = pictures.encode(inputs.picture(reference), int(area), pipeline.vision)
+        made = encode_image(inputs.picture(reference), int(area), pipeline.vision)
         assert [list(row) for row in made] == expected, key
 
 
@@ -144,7 +145,7 @@ def test_pixels_of_codes(load: Load, arrays: Arrays, name: str) -> None:
     keys = [key for key in arrays if key.startswith(prefix)]
     assert len(keys) == len(inputs.REFERENCES)
     for key in keys:
-        image = pictures.decode(FACTS["codes"][name][key.removeprefix(prefix)], load(name).vision)
+        image = decode_image(FACTS["codes"][name][key.removeprefix(prefix)], load(name).vision)
         difference = np.abs(np.asarray(image).astype(int) - arrays[key].astype(int))
         assert difference.max() <= 1, key
         assert (difference > 0).mean() < 0.001, key

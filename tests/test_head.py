@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _models import tiny
 from torch import Tensor
 
-from emu_cog import head, tiny
-from emu_cog.lm import LanguageModel
+from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops import head
 from emu_cog.pipeline import Pipeline
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

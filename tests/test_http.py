@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+from _models import tiny
 from _server import HOST, Server
 from PIL import Image
 
-from emu_cog import tiny
 from emu_cog.outputs import read_settings
 from tests.cog_kit import BIG, data_url, from_data_url, png, run, serving
 from tests.conftest import ROOT, photo

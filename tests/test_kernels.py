@@ -9,15 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emu_cog.config import Sampling
-from emu_cog.decode import DecodeWeights, forward, image_step, merge
-from emu_cog.decode_ops import ImageState, TorchOps, Weight
-from emu_cog.lm import LanguageModel
+from emu_cog.engine.runner import ModelRunner
+from emu_cog.model.decode import forward, image_step, merge
+from emu_cog.model.quantize import quantize, quantized
+from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops.interface import DecodeWeights, ImageState, Weight
+from emu_cog.ops.reference import TorchOps
+from emu_cog.ops.sampling import keep_top_k
 from emu_cog.pipeline import Pipeline
-from emu_cog.quantize import quantize, quantized
-from emu_cog.sampling import keep_top_k
-from emu_cog.steps import Steps
-from tests.test_steps import CASES, Checkpoints, copies, run_both, small_model
+from emu_cog.request import Sampling
+from tests.test_runner import CASES, Checkpoints, copies, run_both, small_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -28,8 +29,8 @@ pytestmark = [
 
 
 def fast_ops(weights: DecodeWeights, dtype: torch.dtype):
-    from emu_cog.triton_ops import TritonOps
-    from emu_cog.tuning import choose_plan
+    from emu_cog.ops.autotune import choose_plan
+    from emu_cog.ops.triton_ops import TritonOps
 
     return TritonOps(choose_plan(weights, torch.device(DEVICE)), dtype)
 
@@ -131,8 +132,8 @@ def test_steps_follow_each_other_as_the_twins_do() -> None:
 @pytest.mark.parametrize(("n", "k"), [(128, 2048), (50, 96)])
 def test_8_bit_products_are_exact_in_the_stored_weights(n: int, k: int, form: str, rows: int) -> None:
     """Against fp64: what is left is fp16's rounding of the inputs and fp32's of the sum."""
-    from emu_cog.kernels import INPUT_SCALE
-    from emu_cog.tuning import shape
+    from emu_cog.ops.autotune import shape
+    from emu_cog.ops.kernels.layers import INPUT_SCALE
 
     lm = small_model(torch.float32, device=DEVICE)
     ops = fast_ops(merged(lm), torch.float32)
@@ -140,7 +141,7 @@ def test_8_bit_products_are_exact_in_the_stored_weights(n: int, k: int, form: st
     x = torch.randn(rows, k, device=DEVICE)
     spread = (x / INPUT_SCALE.value).half().view(rows, k // 4, 4).transpose(1, 2).contiguous().view(rows, k)
     for splits in (1, 2):
-        from emu_cog.tuning import Tiles
+        from emu_cog.ops.autotune import Tiles
 
         ops.plan = type(ops.plan)(
             tiles={shape(weight): Tiles(block_n=64, block_k=64, stages=2, splits=splits)}, key_splits=4
@@ -155,7 +156,7 @@ def test_8_bit_products_are_exact_in_the_stored_weights(n: int, k: int, form: st
 def test_tiles_by_the_clock_change_no_number(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from emu_cog import triton_ops
+    from emu_cog.ops import triton_ops
 
     if INTERPRETED:  # no graphs there; any clock does
 
@@ -186,7 +187,7 @@ def test_the_engine_writes_the_same_with_the_kernels(
     model, count, request = CASES["story"]
     folders = make_checkpoint(model)
     pipeline = Pipeline.load(folders.model, folders.vision, device=DEVICE, dtype="float32")
-    steps = Steps(pipeline.lm, twin=True)
+    steps = ModelRunner(pipeline.lm, twin=True)
     ops = fast_ops(steps.weights, torch.float32)
     monkeypatch.setattr(steps, "_operations", lambda cache=None: ops)
     slow, fast = run_both(pipeline, steps, count, replace(request, max_new_tokens=24))

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from _models import tiny
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
-from emu_cog import tiny
-from emu_cog.config import CheckpointError, InputError, Request
-from emu_cog.loading import read_config
+from emu_cog.errors import CheckpointError, InputError
+from emu_cog.model.device import choose_device, choose_dtype
+from emu_cog.model.loader import read_config
 from emu_cog.pipeline import Pipeline
-from emu_cog.resources import choose_device, choose_dtype
+from emu_cog.request import Request
 
 
 def copy(folders: tiny.TinyFolders, target: Path) -> tiny.TinyFolders:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _models import tiny
 from transformers import Qwen3Config
 
-from emu_cog import tiny
-from emu_cog.config import InputError, Request, Settings
-from emu_cog.lm import SlotCache
+from emu_cog.errors import InputError
+from emu_cog.events import Picture, RunStats
 from emu_cog.memory import GIB, Budget
-from emu_cog.outputs import Picture
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.pipeline import Pipeline
+from emu_cog.request import Request
+from emu_cog.settings import Settings
 
 Pipelines = Callable[[str], Pipeline]
 
@@ -28,8 +30,8 @@ def a100(**changes: float) -> Budget:
 
 def test_a_cached_token_takes_what_the_facts_say() -> None:
     config = Qwen3Config(num_hidden_layers=64, num_key_value_heads=8, head_dim=128, num_attention_heads=64)
-    assert SlotCache.bytes_per_token(config, torch.bfloat16) == 256 * 1024
-    cache = SlotCache(
+    assert KVCache.bytes_per_token(config, torch.bfloat16) == 256 * 1024
+    cache = KVCache(
         Qwen3Config(num_hidden_layers=2, num_key_value_heads=3, head_dim=4, num_attention_heads=3),
         rows=5,
         capacity=7,
@@ -37,7 +39,7 @@ def test_a_cached_token_takes_what_the_facts_say() -> None:
         devices=[torch.device("cpu")] * 2,
     )
     held = sum(buffer.numel() * 4 for buffer in (*cache.keys, *cache.values))
-    assert held == 5 * 7 * SlotCache.bytes_per_token(
+    assert held == 5 * 7 * KVCache.bytes_per_token(
         Qwen3Config(num_hidden_layers=2, num_key_value_heads=3, head_dim=4, num_attention_heads=3), torch.float32
     )
 
@@ -77,21 +79,21 @@ def test_outputs_that_do_not_fit_side_by_side_are_made_in_turn(
     pipeline = pipelines("picture")
     request = Request(prompt="a boat", size=(3, 4), seed=5, num_outputs=4)
 
-    def make() -> list[Picture]:
-        return [event for event in pipeline.stream(request) if isinstance(event, Picture)]
+    def make() -> tuple[list[Picture], int]:
+        events = list(pipeline.stream(request))
+        assert isinstance(events[-1], RunStats)
+        return [event for event in events if isinstance(event, Picture)], events[-1].tokens
 
-    together, cost = make(), pipeline.stats
+    together, cost = make()
     budget = pipeline.budget
     room = budget.per_token * 1200 * 2  # two outputs of prompt, text and picture
     short = dataclasses.replace(budget, available=budget.available - budget.cache + room)
     monkeypatch.setattr(pipeline, "budget", short)
     with caplog.at_level(logging.INFO, logger="emu_cog"):
-        in_turn = make()
+        in_turn, cost_in_turn = make()
     assert "memory holds 2 output(s) side by side: the 4 are made in turn" in caplog.text
     assert [(p.output, p.number, p.codes) for p in in_turn] == [(p.output, p.number, p.codes) for p in together]
-    assert cost is not None
-    assert pipeline.stats is not None
-    assert pipeline.stats.tokens == cost.tokens
+    assert cost_in_turn == cost
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])

@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emu_cog.config import Request
-from emu_cog.outputs import Picture
+from emu_cog.events import Picture
 from emu_cog.pipeline import Pipeline
-from emu_cog.vision import load_vision_tokenizer
-from emu_cog.weights import MINIATURE
-from scripts.mini import export
+from emu_cog.request import Request
+from emu_cog.vision.ibq import load_vision_tokenizer
+from emu_cog.weights.store import MINIATURE
 from scripts.mini.evaluate import evaluate, through_codes
 from scripts.mini.judge import look
+from scripts.mini.train import export
 from scripts.mini.wish import ABOVE, Relation, Wanted, Wish, complaint
 
 needs_model = pytest.mark.skipif(

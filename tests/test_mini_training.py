@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from emu_cog.loading import load_language_model
-from emu_cog.prompts import build
-from emu_cog.segments import ImageCodes, Reader
-from emu_cog.tasks import TABLE, UNCONDITIONAL
-from emu_cog.tokenizer import Tokenizer
-from emu_cog.weights import MINIATURE
-from scripts.mini import encode, export, fused, vocabulary
-from scripts.mini.examples import Data
-from scripts.mini.language_model import LanguageModel, Shape
-from scripts.mini.muon import orthogonal
+from emu_cog.model.loader import load_language_model
+from emu_cog.prompt.prompts import build
+from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.prompt.tasks import TABLE, UNCONDITIONAL
+from emu_cog.prompt.tokenizer import Tokenizer
+from emu_cog.weights.store import MINIATURE
 from scripts.mini.render import Batch
-from scripts.mini.sequences import BLANK, SHARES, Mix, chunk, draw, sequence
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
-from scripts.mini.train_language import Gradients, Training, rate_at, read_weights
+from scripts.mini.train import encode, export, fused, vocabulary
+from scripts.mini.train.examples import Data
+from scripts.mini.train.language_model import LanguageModel, Shape
+from scripts.mini.train.muon import orthogonal
+from scripts.mini.train.sequences import BLANK, SHARES, Mix, chunk, draw, sequence
+from scripts.mini.train.train_language import Gradients, Training, rate_at, read_weights
 
 CODES = 2048
 SIZE = (12, 12)
@@ -316,7 +316,9 @@ def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> Non
 def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = training(tmp_path)
     losses = iter([2.0, 1.0, 1.5])
-    monkeypatch.setattr("scripts.mini.train_language.held_out_loss", lambda *_: {"picture": next(losses), "other": 0.0})
+    monkeypatch.setattr(
+        "scripts.mini.train.train_language.held_out_loss", lambda *_: {"picture": next(losses), "other": 0.0}
+    )
     for step in range(3):
         with torch.no_grad():
             made.model.embed.fill_(step)

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from emu_cog.weights import MINIATURE
+from emu_cog.weights.store import MINIATURE
 from scripts.mini import evaluate, handwritten
 from scripts.mini.frames import ENDS
 from scripts.mini.judge import look
@@ -17,8 +17,8 @@ from scripts.mini.phrases import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES
 from scripts.mini.pool import SQUARE
 from scripts.mini.render import picture
 from scripts.mini.rewording import Rewording, reworded
-from scripts.mini.sequences import Mix, chunk, draw
 from scripts.mini.tasks import sample
+from scripts.mini.train.sequences import Mix, chunk, draw
 from scripts.mini.wish import BELOW, BESIDE, complaint
 from scripts.mini.words import NOUNS, NUMBERS
 from scripts.mini.world import COLOURS

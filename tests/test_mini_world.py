@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from scripts.mini import evaluate, reading, verdicts
-from scripts.mini.encode import draw_square
 from scripts.mini.judge import look
 from scripts.mini.render import NO_NOISE, NOISE_SIGMA, Batch, paints, picture, places, render, render_clean
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import TEXT, Said, Sample
+from scripts.mini.train.encode import draw_square
 from scripts.mini.verdicts import Answer
 from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing

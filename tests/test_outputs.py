@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_cog.outputs import Finished, Picture, Writer, read_settings
-from emu_cog.segments import Text
+from emu_cog.events import Finished, Picture
+from emu_cog.outputs import Writer, read_settings
+from emu_cog.prompt.segments import Text
 from tests.conftest import photo
 
 SETTINGS = {"task": "t2i", "seed": 7, "guidance_scale": 5.0, "width": 200, "height": 150, "model": "abc123"}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from emu_cog.progress import Progress, duration
+from emu_cog.weights.progress import Progress, duration
 
 
 def test_line_tells_share_rate_and_time_left() -> None:

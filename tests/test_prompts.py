@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from emu_cog import prompts, tasks
-from emu_cog.config import TASKS, CheckpointError, InputError, Request, Sampling
+from emu_cog.errors import CheckpointError, InputError
 from emu_cog.pipeline import Pipeline
+from emu_cog.prompt import prompts, tasks
+from emu_cog.request import TASKS, Request, Sampling
 from tests.conftest import photo
 from tests.test_tokenizer import FORGERIES
 

@@ -6,30 +6,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _compare.decoding import FLOOR, by_modules, by_passes, by_steps, compare
+from _models import tiny
 
-from emu_cog import tiny
-from emu_cog.config import Request, Sampling
-from emu_cog.jobs import Job
+from emu_cog.engine.runner import ModelRunner
+from emu_cog.engine.sequence import EngineRequest
+from emu_cog.model.quantize import FORMATS
 from emu_cog.pipeline import Pipeline
-from emu_cog.quality import FLOOR, by_modules, by_passes, by_steps, compare
-from emu_cog.quantize import FORMATS
-from emu_cog.steps import Steps
+from emu_cog.request import Request, Sampling
 from tests.test_engine import job_and_rules
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 GRIDS = [[[1, 2, 3, 4], [9, 8, 7, 6], [0, 63, 5, 5]], [[60, 2, 31, 4], [1, 1, 1, 1], [0, 3, 50, 5]]]
 
 
-def two_jobs(pipeline: Pipeline) -> list[Job]:
+def two_jobs(pipeline: Pipeline) -> list[EngineRequest]:
     made = [job_and_rules(pipeline, Request(prompt=prompt, size=(3, 4)))[0] for prompt in ("a boat", "the long way")]
-    return [Job(conditional=job.conditional, unconditional=job.unconditional, seed=0) for job in made]
+    return [EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=0) for job in made]
 
 
 def test_batched_steps_agree_with_lone_passes(make_checkpoint: Checkpoints) -> None:
     folders = make_checkpoint("picture")
     pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
     jobs, lm = two_jobs(pipeline), pipeline.lm
-    told = list(by_steps(Steps(lm, twin=True), jobs, GRIDS, guidance=3.0))
+    told = list(by_steps(ModelRunner(lm, twin=True), jobs, GRIDS, guidance=3.0))
     for i, job in enumerate(jobs):
         alone = list(by_modules(lm, job, GRIDS[i], guidance=3.0))
         stepped = list(by_passes(lm, job, GRIDS[i], guidance=3.0))

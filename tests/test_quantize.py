@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _models import tiny
 
-from emu_cog import tiny
-from emu_cog.config import InputError, Request, Settings
-from emu_cog.loading import plan_memory
+from emu_cog.errors import InputError
+from emu_cog.memory import plan_memory
+from emu_cog.model.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantize, quantized
+from emu_cog.model.shards import read_headers
 from emu_cog.pipeline import Pipeline
-from emu_cog.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantize, quantized
-from emu_cog.shards import read_headers
+from emu_cog.request import Request
+from emu_cog.settings import Settings
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 HALF_A_STEP = {"fp8": 2.0**-4, "int8": 0.5 / 127}
@@ -39,7 +41,7 @@ def test_a_weight_comes_back_within_half_a_step(name: str) -> None:
 def test_large_weights_are_taken_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 64)
     whole = quantized(weight, "int8")
-    monkeypatch.setattr("emu_cog.quantize.SLICE", 300)
+    monkeypatch.setattr("emu_cog.model.quantize.SLICE", 300)
     sliced = quantized(weight, "int8")
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from emu_cog.config import Sampling
-from emu_cog.sampling import Uniforms, draw, guide, keep_top_k, keep_top_p, probabilities
+from emu_cog.ops.sampling import Uniforms, draw, guide, keep_top_k, keep_top_p, probabilities
+from emu_cog.request import Sampling
 
 
 def test_guidance_on_logits_equals_guidance_on_log_softmaxes() -> None:

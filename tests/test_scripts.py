@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _models import tiny
 from PIL import Image
 
-from emu_cog import tiny
 from tests.cog_kit import settings
 from tests.conftest import ROOT, photo
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from emu_cog.pipeline import Pipeline
-from emu_cog.segments import ImageCodes, Reader, Text, parse_image
-from emu_cog.tokenizer import Tokenizer
+from emu_cog.prompt.segments import ImageCodes, Reader, Text, parse_image
+from emu_cog.prompt.tokenizer import Tokenizer
 
 Pipelines = Callable[[str], Pipeline]
 CODES = ((1, 2, 3), (4, 5, 6))

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from _models.tiny import make_tiny
 from accelerate import init_empty_weights
 from transformers import Qwen3ForCausalLM
 from weights_kit import ROOT
 
-from emu_cog.config import InputError, Request
-from emu_cog.loading import read_config, spread
+from emu_cog.errors import InputError
+from emu_cog.model.loader import read_config, spread
 from emu_cog.pipeline import Pipeline
-from emu_cog.tiny import make_tiny
+from emu_cog.request import Request
 
 
 @pytest.fixture(scope="module")

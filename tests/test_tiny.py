@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from _models import tiny
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from emu_cog import loading, tiny
-from emu_cog.tokenizer import Tokenizer
-from emu_cog.vision import load_vision_tokenizer
+from emu_cog.model import loader
+from emu_cog.prompt.tokenizer import Tokenizer
+from emu_cog.vision.ibq import load_vision_tokenizer
 
 
 def digest(folder: Path) -> str:
@@ -59,7 +60,7 @@ def test_released_tokenizer_files_are_taken_over(tmp_path: Path, real_tokenizer_
 
 
 def next_token(folder: Path, last: list[int]) -> int:
-    model = Qwen3ForCausalLM.from_pretrained(folder, config=loading.read_config(folder))
+    model = Qwen3ForCausalLM.from_pretrained(folder, config=loader.read_config(folder))
     ids = Tokenizer.load(folder).ids
     with torch.no_grad():
         return int(model(torch.tensor([[ids.bos, *last]])).logits[0, -1, : ids.visual].argmax())

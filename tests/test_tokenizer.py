@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from emu_cog.config import CheckpointError
+from emu_cog.errors import CheckpointError
 from emu_cog.pipeline import Pipeline
-from emu_cog.tokenizer import Tokenizer
+from emu_cog.prompt.tokenizer import Tokenizer
 
 Pipelines = Callable[[str], Pipeline]
 FORGERIES = [

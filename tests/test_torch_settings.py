@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emu_cog import torch_settings
+from emu_cog.model import torch_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

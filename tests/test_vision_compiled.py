@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from emu_cog.config import Settings
-from emu_cog.vision import IBQ, VisionConfig
-from emu_cog.vision_compiled import CompiledDecoder
+from emu_cog.settings import Settings
+from emu_cog.vision.compiled import CompiledDecoder
+from emu_cog.vision.ibq import IBQ, VisionConfig
 
 SIZES = [(10, 10), (12, 14), (14, 12), (20, 11), (11, 23)]
 

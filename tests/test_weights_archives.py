@@ -24,9 +24,9 @@ from weights_kit import (
     wanted,
 )
 
-from emu_cog.config import CheckpointError
-from emu_cog.manifest import Entry, Pin, write_lock
-from emu_cog.weights import resolve
+from emu_cog.errors import CheckpointError
+from emu_cog.weights.manifest import Entry, Pin, write_lock
+from emu_cog.weights.store import resolve
 
 pytestmark = pytest.mark.usefixtures("told")
 

@@ -19,8 +19,8 @@ from weights_kit import (
     total,
 )
 
-from emu_cog.fetch import DiskFullError
-from emu_cog.weights import resolve
+from emu_cog.weights.fetch import DiskFullError
+from emu_cog.weights.store import resolve
 
 pytestmark = pytest.mark.usefixtures("told")
 

@@ -24,8 +24,8 @@ from weights_kit import (
     total,
 )
 
-from emu_cog.config import CheckpointError
-from emu_cog.weights import resolve
+from emu_cog.errors import CheckpointError
+from emu_cog.weights.store import resolve
 
 pytestmark = pytest.mark.usefixtures("told")
 

@@ -26,9 +26,10 @@ from weights_kit import (
     wanted,
 )
 
-from emu_cog.config import CheckpointError, Settings
-from emu_cog.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_lock
-from emu_cog.weights import Checkpoint, resolve
+from emu_cog.errors import CheckpointError
+from emu_cog.settings import Settings
+from emu_cog.weights.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_lock
+from emu_cog.weights.store import Checkpoint, resolve
 
 pytestmark = pytest.mark.usefixtures("told")
 

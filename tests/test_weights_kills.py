@@ -29,11 +29,11 @@ from weights_kit import (
     total,
 )
 
-from emu_cog.config import Settings
-from emu_cog.layout import PARTS
-from emu_cog.manifest import MANIFEST_FILE, write_manifest
-from emu_cog.staging import Staging
-from emu_cog.weights import Checkpoint, resolve
+from emu_cog.settings import Settings
+from emu_cog.weights.checkpoint import PARTS
+from emu_cog.weights.manifest import MANIFEST_FILE, write_manifest
+from emu_cog.weights.staging import Staging
+from emu_cog.weights.store import Checkpoint, resolve
 
 TOTAL = total()
 PGET = """#!{python}

@@ -28,9 +28,10 @@ from weights_kit import (
     wanted,
 )
 
-from emu_cog.config import CheckpointError, InputError, Settings
-from emu_cog.manifest import MANIFEST_FILE
-from emu_cog.weights import Checkpoint, resolve
+from emu_cog.errors import CheckpointError, InputError
+from emu_cog.settings import Settings
+from emu_cog.weights.manifest import MANIFEST_FILE
+from emu_cog.weights.store import Checkpoint, resolve
 
 pytestmark = pytest.mark.usefixtures("told")
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emu_cog.config import Sampling
-from emu_cog.jobs import Rules
-from emu_cog.tokens import TokenIds
+from emu_cog.engine.sequence import GenerationConfig
+from emu_cog.prompt.tokens import TokenIds
+from emu_cog.request import Sampling
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def judge(
     conditional: Sequence[int],
     unconditional: Sequence[int],
     answer: Sequence[int],
-    rules: Rules,
+    rules: GenerationConfig,
 ) -> list[Step]:
     """Walk through `answer` and tell what each token's distribution should have been."""
     steps = []
@@ -96,7 +96,7 @@ def judge(
             steps.append(Step("forced", (c + mask).softmax(-1), answer[at]))
         else:
             u = last_logits(seen)
-            guided = u.log_softmax(-1) + rules.guidance * (c.log_softmax(-1) - u.log_softmax(-1))
+            guided = u.log_softmax(-1) + rules.cfg_scale * (c.log_softmax(-1) - u.log_softmax(-1))
             mask[ids.visual : ids.vocab_size] = 0.0
             steps.append(Step("visual", processed(guided + mask, rules.image), answer[at]))
     return steps

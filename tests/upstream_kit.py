@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from emu_cog.upstream_clone import ensure_clone
+from emu_cog.upstream.clone import ensure_clone
 
 STANDIN = Path(__file__).resolve().parent / "standin"
 

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from _models.tiny import make_tiny
 from hub_server import Fault, HubServer
 
-from emu_cog.config import Settings
-from emu_cog.manifest import MANIFEST_FILE
-from emu_cog.remote import Patience
-from emu_cog.tiny import make_tiny
-from emu_cog.weights import Checkpoint, resolve
+from emu_cog.settings import Settings
+from emu_cog.weights.http import Patience
+from emu_cog.weights.manifest import MANIFEST_FILE
+from emu_cog.weights.store import Checkpoint, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE, BASE, VISION = "BAAI/Emu3.5-Image", "BAAI/Emu3.5", "BAAI/Emu3.5-VisionTokenizer"

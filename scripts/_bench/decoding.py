@@ -14,11 +14,11 @@ import torch
 from _bench import machine
 from _bench.report import Report, Row
 from _bench.sizes import Size, floor_seconds
-from emu_cog.config import Sampling
-from emu_cog.engine import Engine
-from emu_cog.jobs import Job, Rules, Tokens
-from emu_cog.lm import LanguageModel
-from emu_cog.tokens import block_length
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Stats, Tokens
+from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.prompt.tokens import block_length
+from emu_cog.request import Sampling
 
 GUIDANCE = 5.0
 IMAGE = Sampling(top_k=5120)
@@ -64,36 +64,54 @@ def prompt(ids: Any, length: int, salt: int) -> tuple[int, ...]:
     return (ids.bos, *((7919 * i + salt) % (ids.pad - 1) for i in range(length - 2)), ids.bss)
 
 
-def rules(size: tuple[int, int]) -> Rules:
+def rules(size: tuple[int, int]) -> GenerationConfig:
     """An image of `size` rows and columns at once, whatever the random model would say."""
-    return Rules(guidance=GUIDANCE, image=IMAGE, text=TEXT, size=size, max_new_tokens=0, single_image=True)
+    return GenerationConfig(cfg_scale=GUIDANCE, image=IMAGE, text=TEXT, size=size, max_new_tokens=0, single_image=True)
 
 
-def image(bench: Bench, engine: Engine, *, context: int, images: int, rows: int | None = None) -> Generator[float]:
-    """Make images side by side after prompts of `context` tokens; yield the time at each finished row."""
+def image(
+    bench: Bench, engine: Engine, *, context: int, images: int, rows: int | None = None
+) -> Generator[float, None, Stats]:
+    """Make images side by side after prompts of `context` tokens; yield the time at each finished row. Returns the
+    engine's Stats."""
     ids, rows = bench.lm.ids, rows or bench.rows
     jobs = [
-        Job(conditional=prompt(ids, context, 1), unconditional=prompt(ids, context, 2), seed=i) for i in range(images)
+        EngineRequest(conditional=prompt(ids, context, 1), unconditional=prompt(ids, context, 2), seed=i)
+        for i in range(images)
     ]
     ends = (ids.eol, ids.eoi)
     for event in engine.generate(jobs, rules((rows, bench.columns))):
-        if isinstance(event, Tokens) and event.job == 0 and event.ids[-1] in ends:
+        if isinstance(event, Tokens) and event.index == 0 and event.ids[-1] in ends:
             yield time.perf_counter()
+        elif isinstance(event, Stats):
+            return event
+    raise AssertionError("the engine yields its Stats last")
 
 
 def time_image(bench: Bench, engine: Engine, *, context: int, images: int) -> Timed:
     """The median row after the first, by its tokens: the forced EOL is a step like any other."""
     started = time.perf_counter()
-    ends = list(image(bench, engine, context=context, images=images))
+    ends: list[float] = []
+    stats = _drain(image(bench, engine, context=context, images=images), ends)
     taken = sorted(b - a for a, b in pairwise(ends))
     step = taken[len(taken) // 2] / (bench.columns + 1)
     made = block_length(bench.rows, bench.columns)
     return Timed(
         step=step,
-        first=ends[0] - started - engine.stats.prefill_seconds,
-        prefill=engine.stats.prefill_seconds,
+        first=ends[0] - started - stats.prefill_seconds,
+        prefill=stats.prefill_seconds,
         context=context + made / 2,
     )
+
+
+def _drain(ends: Generator[float, None, Stats], into: list[float]) -> Stats:
+    """Run the generator to its end, its times appended to `into`; what it returns."""
+    while True:
+        try:
+            into.append(next(ends))
+        except StopIteration as done:
+            stats: Stats = done.value
+            return stats
 
 
 def fits(bench: Bench, *, context: int, images: int) -> bool:
@@ -173,8 +191,7 @@ def prefill(bench: Bench, engine: Engine, references: Sequence[int]) -> None:
             continue
         seconds = []
         for _ in range(2):  # the first one allocates
-            next(image(bench, engine, context=tokens, images=1, rows=1), None)
-            seconds.append(engine.stats.prefill_seconds)
+            seconds.append(_drain(image(bench, engine, context=tokens, images=1, rows=1), []).prefill_seconds)
         note = f"two streams of {tokens} tokens"
         bench.report.add(Row(part="prefill", what=f"prefill, {name}", value=seconds[-1], unit="s", note=note))
 

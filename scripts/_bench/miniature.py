@@ -10,20 +10,22 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
+from _compare import decoding
+from _compare.decoding import Codes
 from torch import Tensor
 from tqdm import tqdm
 
 from _bench import machine
 from _bench.report import Report, Row
-from emu_cog import prompts, quality, tasks
-from emu_cog.config import InputError, Request
-from emu_cog.jobs import Job, Tokens
-from emu_cog.pipeline import Pipeline, rules_of
-from emu_cog.quality import Codes
-from emu_cog.quantize import FORMATS, check_format
-from emu_cog.segments import ImageCodes, Reader
-from emu_cog.steps import Steps
-from emu_cog.weights import MINIATURE
+from emu_cog.engine.runner import ModelRunner
+from emu_cog.engine.sequence import EngineRequest, Tokens
+from emu_cog.errors import InputError
+from emu_cog.model.quantize import FORMATS, check_format
+from emu_cog.pipeline import Pipeline, generation_config
+from emu_cog.prompt import tasks
+from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.request import Request
+from emu_cog.weights.store import MINIATURE
 
 PROMPTS = (
     "two small red stars above a blue circle on a yellow background",
@@ -38,7 +40,7 @@ PROMPTS = (
 
 ROUNDS = 3
 """Each a picture of every prompt, all in one batch; in one round alone chance moves the share by 0.3 points."""
-Drawn = list[tuple[Job, Codes]]
+Drawn = list[tuple[EngineRequest, Codes]]
 
 
 def measure(report: Report, device: torch.device, *, compile: bool) -> None:
@@ -48,13 +50,13 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
         return
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
-    rounds = [_drawn(plain, _jobs(plain, plan, first), plan) for first in range(0, ROUNDS * len(PROMPTS), len(PROMPTS))]
+    rounds = [_drawn(plain, _jobs(plain, first), plan) for first in range(0, ROUNDS * len(PROMPTS), len(PROMPTS))]
     exact = [
-        list(quality.by_passes(plain.lm, job, grid, guidance=plan.guidance))
+        list(decoding.by_passes(plain.lm, job, grid, guidance=plan.guidance))
         for drawn in rounds
         for job, grid in tqdm(drawn, desc="two passes a token", leave=False)
     ]
-    steps = plain.engine.steps
+    steps = plain.engine.runner
     what = "recorded steps" if steps else "their twin in plain torch"
     _tell(
         report,
@@ -86,30 +88,29 @@ def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline
     )
 
 
-def _jobs(pipeline: Pipeline, plan: tasks.Plan, first: int) -> list[Job]:
-    """One job a prompt, with seeds from `first` on."""
-    built = [prompts.build(plan.task, words, [], pipeline.tokenizer) for words in PROMPTS]
-    return [Job(conditional=p.conditional, unconditional=p.unconditional, seed=first + i) for i, p in enumerate(built)]
+def _jobs(pipeline: Pipeline, first: int) -> list[EngineRequest]:
+    """One engine request per prompt, with seeds from `first` on."""
+    return [pipeline.prepare(Request(prompt=words, seed=first + i)).outputs[0] for i, words in enumerate(PROMPTS)]
 
 
-def _drawn(pipeline: Pipeline, jobs: list[Job], plan: tasks.Plan) -> Drawn:
+def _drawn(pipeline: Pipeline, jobs: list[EngineRequest], plan: tasks.Plan) -> Drawn:
     """The jobs with their pictures as codes; nothing is decoded to pixels, which on a GPU would compile the decoder."""
     found: dict[int, Codes] = {}
     readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
-    for event in pipeline.engine.generate(jobs, rules_of(plan)):
+    for event in pipeline.engine.generate(jobs, generation_config(plan)):
         if isinstance(event, Tokens):
-            for segment in readers[event.job].feed(event.ids):
+            for segment in readers[event.index].feed(event.ids):
                 if isinstance(segment, ImageCodes):
-                    found[event.job] = segment.codes
+                    found[event.index] = segment.codes
     return [(job, found[i]) for i, job in enumerate(jobs)]
 
 
 def _batched(pipeline: Pipeline, rounds: list[Drawn], plan: tasks.Plan) -> list[list[Tensor]]:
     """Scores by job and row, all jobs of a round side by side through the steps."""
-    steps = pipeline.engine.steps or Steps(pipeline.lm, twin=True)
+    steps = pipeline.engine.runner or ModelRunner(pipeline.lm, twin=True)
     scores: list[list[Tensor]] = []
     for drawn in rounds:
-        rows = quality.by_steps(steps, [job for job, _ in drawn], [grid for _, grid in drawn], guidance=plan.guidance)
+        rows = decoding.by_steps(steps, [job for job, _ in drawn], [grid for _, grid in drawn], guidance=plan.guidance)
         scores += [list(job) for job in zip(*rows, strict=True)]
     return scores
 
@@ -118,7 +119,7 @@ def _tell(report: Report, what: str, exact: list[list[Tensor]], other: list[list
     def flat(scores: list[list[Tensor]]) -> Iterator[Tensor]:
         return chain.from_iterable(scores)
 
-    found = quality.compare(flat(exact), flat(other), plan.image)
+    found = decoding.compare(flat(exact), flat(other), plan.image)
     report.add(
         Row(
             part="mini",

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from _bench.sizes import Size
-from emu_cog.lm import LanguageModel, choose_attention
-from emu_cog.loading import read_config
-from emu_cog.vision import IBQ, VisionConfig
+from emu_cog.model.loader import read_config
+from emu_cog.model.qwen3 import LanguageModel, choose_attention
+from emu_cog.vision.ibq import IBQ, VisionConfig
 
 
 def language_model(size: Size, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 from _bench import machine
 from _bench.report import Report, Row
-from emu_cog.vision import IBQ
-from emu_cog.vision_compiled import CompiledDecoder
+from emu_cog.vision.compiled import CompiledDecoder
+from emu_cog.vision.ibq import IBQ
 
 SIZES = ((64, 64), (47, 85), (85, 47), (55, 73), (32, 32))
 """Rows and columns: 1:1, 16:9, 9:16 and 4:3 at 1024x1024 pixels' area, and 512x512."""

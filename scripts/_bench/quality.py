@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from _compare import decoding as ways
 from torch import Tensor
 
 from _bench import decoding, machine
 from _bench.decoding import GUIDANCE, IMAGE, Bench
 from _bench.report import Row
-from emu_cog import quality
-from emu_cog.engine import Engine
-from emu_cog.jobs import Job
-from emu_cog.lm import LanguageModel
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.runner import ModelRunner, build
+from emu_cog.engine.sequence import EngineRequest
 from emu_cog.memory import GIB
-from emu_cog.quantize import check_format, quantize
-from emu_cog.steps import Steps, build
+from emu_cog.model.quantize import check_format, quantize
+from emu_cog.model.qwen3 import LanguageModel
 
 __all__ = ["agreement", "check_format", "eight_bits", "exact_scores"]
 
@@ -24,29 +24,29 @@ CONTEXT = 32768
 """Tokens of the one output that 8-bit weights should leave room for on an 80 GB device."""
 
 
-def _job(bench: Bench) -> tuple[Job, list[list[int]]]:
+def _job(bench: Bench) -> tuple[EngineRequest, list[list[int]]]:
     ids = bench.lm.ids
     grid = [[(7919 * (row * 64 + column)) % ids.visual_count for column in range(64)] for row in range(4)]
     streams = [decoding.prompt(ids, 256, salt) for salt in (1, 2)]
-    return Job(conditional=streams[0], unconditional=streams[1], seed=0), grid
+    return EngineRequest(conditional=streams[0], unconditional=streams[1], seed=0), grid
 
 
 def exact_scores(bench: Bench) -> list[Tensor]:
     """Guided scores along one fixed piece of an image, through the modules; on the host, a row each."""
     job, grid = _job(bench)
-    return [row.cpu() for row in quality.by_modules(bench.lm, job, grid, guidance=GUIDANCE)]
+    return [row.cpu() for row in ways.by_modules(bench.lm, job, grid, guidance=GUIDANCE)]
 
 
-def _scores(bench: Bench, lm: LanguageModel, steps: Steps | None) -> Iterator[Tensor]:
+def _scores(bench: Bench, lm: LanguageModel, steps: ModelRunner | None) -> Iterator[Tensor]:
     job, grid = _job(bench)
     if steps is None:
-        return (row.cpu() for row in quality.by_modules(lm, job, grid, guidance=GUIDANCE))
-    return (rows[0].cpu() for rows in quality.by_steps(steps, [job], [grid], guidance=GUIDANCE))
+        return (row.cpu() for row in ways.by_modules(lm, job, grid, guidance=GUIDANCE))
+    return (rows[0].cpu() for rows in ways.by_steps(steps, [job], [grid], guidance=GUIDANCE))
 
 
-def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: Steps | None, what: str) -> None:
+def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: ModelRunner | None, what: str) -> None:
     """Compare with `exact` and report."""
-    found = quality.compare(exact, _scores(bench, lm, steps), IMAGE)
+    found = ways.compare(exact, _scores(bench, lm, steps), IMAGE)
     bench.report.add(
         Row(
             part="agreement",

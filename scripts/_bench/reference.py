@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from _bench.decoding import GUIDANCE, IMAGE, TEXT, Bench, prompt
 from _bench.report import Row
-from emu_cog.tokens import ROLES, TokenIds
-from emu_cog.upstream import Upstream, adopt_vocabulary
-from emu_cog.upstream_clone import ensure_clone, find_clone
-from emu_cog.upstream_code import import_code
+from emu_cog.prompt.tokens import ROLES, TokenIds
+from emu_cog.upstream.adapter import Upstream, adopt_vocabulary
+from emu_cog.upstream.clone import ensure_clone, find_clone
+from emu_cog.upstream.imports import import_code
 
 FIRST = 4
 """Image tokens that are not counted: the caches' first growth and lazy initialisation fall on them."""

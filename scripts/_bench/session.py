@@ -15,12 +15,12 @@ from _bench import decoding, loading, machine, miniature, models, pictures, qual
 from _bench.decoding import Bench
 from _bench.report import Part, Report, Row, run_parts
 from _bench.sizes import SIZES, choose
-from emu_cog import torch_settings
-from emu_cog.config import Settings
-from emu_cog.engine import Engine
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.runner import build
 from emu_cog.memory import GIB
-from emu_cog.resources import choose_device, choose_dtype
-from emu_cog.steps import build
+from emu_cog.model import torch_settings
+from emu_cog.model.device import choose_device, choose_dtype
+from emu_cog.settings import Settings
 
 PARTS = (
     "step",
@@ -194,7 +194,7 @@ class _Session:
 
     def eager(self) -> None:
         """The twin that goes through the modules, as with EMU_COMPILE=0."""
-        if self.engine is not None and self.engine.steps is None:
+        if self.engine is not None and self.engine.runner is None:
             self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
             return
         self._full_weights()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emu_cog.tokens import ROLES, TokenIds
+from emu_cog.prompt.tokens import ROLES, TokenIds
 
 RESERVE = 8 * 2**30
 """Bytes left free beside the weights: caches, the vision tokenizer, workspace."""

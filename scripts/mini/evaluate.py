@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,19 +21,19 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from emu_cog import pictures, prompts, tasks
-from emu_cog.config import Request
-from emu_cog.jobs import Ended, Job, Rules, Tokens
-from emu_cog.pipeline import Pipeline, rules_of
-from emu_cog.quantize import FORMATS
-from emu_cog.segments import ImageCodes, Reader, Text
-from emu_cog.steps import Steps
-from emu_cog.vision import IBQ
-from emu_cog.weights import MINIATURE
+from emu_cog.engine.runner import ModelRunner
+from emu_cog.events import Finished, Picture
+from emu_cog.model.quantize import FORMATS
+from emu_cog.pipeline import Pipeline
+from emu_cog.prompt.segments import Text
+from emu_cog.prompt.tasks import TABLE
+from emu_cog.request import Request
+from emu_cog.vision.ibq import IBQ
+from emu_cog.vision.images import decode_image, encode_image
+from emu_cog.weights.store import MINIATURE
 from scripts.mini import handwritten
 from scripts.mini.judge import look
 from scripts.mini.pool import SQUARE, workers
@@ -49,8 +49,8 @@ Key = TypeVar("Key")
 Grid = Sequence[Sequence[int]]
 SEED = 20_260
 WORDS = ("grammar", "reworded", "beyond", *handwritten.SHEETS)
-DECODED = 32
-"""Pictures decoded in one pass: enough for a GPU, little memory."""
+MAX_NEW_TOKENS = 1500
+"""Sampled tokens after which a sequence ends, should the model not end it: far more than any sample takes."""
 
 
 def request(made: Sample, seed: int, guidance: float | None) -> Request:
@@ -60,82 +60,43 @@ def request(made: Sample, seed: int, guidance: float | None) -> Request:
         images=tuple(picture(scene) for scene in made.references),
         guidance_scale=guidance,
         seed=seed,
+        max_new_tokens=MAX_NEW_TOKENS if TABLE[made.task].interleaved else None,
     )
 
 
-def jobs_of(pipeline: Pipeline, requests: Sequence[Request]) -> tuple[list[Job], Rules]:
-    """Requests of one task and size as one batch for the engine, by the steps `Pipeline.stream` takes with one."""
-    plan = tasks.plan(requests[0], pipeline.defaults)
-    known: dict[int, tuple[tuple[int, ...], ...]] = {}  # requests that differ in their seed alone share their pictures
-    jobs = []
-    for r in requests:
-        for image in r.images:
-            if id(image) not in known:
-                known[id(image)] = pictures.encode(image, plan.image_area, pipeline.vision)
-        prompt = prompts.build(plan.task, r.prompt, [known[id(image)] for image in r.images], pipeline.tokenizer)
-        jobs.append(Job(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=r.seed or 0))
-    return jobs, replace(rules_of(plan), max_new_tokens=plan.max_new_tokens or 1500)
-
-
-@torch.inference_mode()
-def answers(pipeline: Pipeline, jobs: Sequence[Job], rules: Rules) -> list[Answer]:
-    """What the engine gives for the jobs, all in one batch."""
-    readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
-    given = [Answer() for _ in jobs]
-    drawn: dict[tuple[int, int], Grid] = {}  # by job and place among its parts
-    for event in pipeline.engine.generate(jobs, rules):
-        if isinstance(event, Ended):
-            given[event.job].whole = event.reason != "limit"
-            segments = list(readers[event.job].finish())
-        elif isinstance(event, Tokens):
-            given[event.job].ids += event.ids
-            segments = list(readers[event.job].feed(event.ids))
-        else:
-            continue
-        for segment in segments:
-            if isinstance(segment, ImageCodes):
-                drawn[event.job, len(given[event.job].parts)] = segment.codes
-                given[event.job].parts.append("")  # its pixels come below
-            elif isinstance(segment, Text) and segment.kind == "text":
-                given[event.job].parts.append(segment.text)
-            else:
-                given[event.job].reasoned = True
-    for (job, place), pixels in _decoded(drawn, pipeline.vision):
-        given[job].parts[place] = pixels
+def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
+    """What the pipeline makes of the requests, generated side by side."""
+    given = [Answer() for _ in requests]
+    for i, event in pipeline.stream_batch(requests):
+        answer = given[i]
+        if isinstance(event, Picture):
+            answer.parts.append(np.asarray(event.image))
+        elif isinstance(event, Text) and event.kind == "text":
+            answer.parts.append(event.text)
+        elif isinstance(event, Text):
+            answer.reasoned = True
+        elif isinstance(event, Finished):
+            answer.whole = event.reason != "limit"
     return given
 
 
-def _decoded(grids: Mapping[Key, Grid], vision: IBQ) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
-    """The pictures of `grids`, side by side where they are of one size."""
-    by_size: dict[tuple[int, int], list[Key]] = {}
-    for key, grid in grids.items():
-        by_size.setdefault((len(grid), len(grid[0])), []).append(key)
-    for keys in by_size.values():
-        for n in range(0, len(keys), DECODED):
-            some = keys[n : n + DECODED]
-            images = pictures.decode_alike([grids[key] for key in some], vision)
-            yield from zip(some, map(np.asarray, images), strict=True)
-
-
 def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:
-    """A pipeline to answer `batch` requests side by side. More than a recorded step holds go through the modules, and
-    then nothing is worth compiling."""
-    return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= Steps.MAX_ROWS)
+    """A pipeline to answer `batch` requests side by side. More than a captured step holds go through the modules,
+    and then nothing is worth compiling."""
+    return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= ModelRunner.MAX_ROWS)
 
 
 def answered(
     pipeline: Pipeline, made: Sequence[Sample], ask: Callable[[int], Request], batch: int
-) -> Iterator[tuple[int, Job, Rules, Answer]]:
-    """The answers to `ask(i)` for every sample i of one task, in batches: i, what went to the engine, what came back.
+) -> Iterator[tuple[int, Answer]]:
+    """The answers to `ask(i)` for every sample i of one task, in batches: i and its answer.
 
     Alike lengths go together, so that no request of a batch waits long for another.
     """
     order = sorted(range(len(made)), key=lambda i: (len(made[i].references), len(made[i].pictures)))
     for begin in range(0, len(order), batch):
         numbers = order[begin : begin + batch]
-        jobs, rules = jobs_of(pipeline, [ask(i) for i in numbers])
-        for i, job, answer in zip(numbers, jobs, answers(pipeline, jobs, rules), strict=True):
-            yield i, job, rules, answer
+        yield from zip(numbers, answers(pipeline, [ask(i) for i in numbers]), strict=True)
 
 
 @contextmanager
@@ -191,7 +152,7 @@ def evaluate(
     given: dict[int, Answer] = {}
     found: dict[int, Future[Verdict]] = {}
     told = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
-    for i, _, _, answer in tqdm(told, total=count, desc=task, mininterval=10):
+    for i, answer in tqdm(told, total=count, desc=task, mininterval=10):
         given[i] = answer
         found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
     results = {i: found[i].result() for i in given}
@@ -232,8 +193,8 @@ def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
     right, ratios = 0, []
     for one in tqdm(made, desc="vision", mininterval=10):
         before = picture(one.pictures[-1])
-        codes = pictures.encode(before, before.width * before.height, vision)
-        after = np.asarray(pictures.decode(codes, vision))
+        codes = encode_image(before, before.width * before.height, vision)
+        after = np.asarray(decode_image(codes, vision))
         error = np.square(np.asarray(before).astype(np.float32) - after).mean()
         ratios.append(10 * np.log10(255**2 / error))
         right += complaint(look(after), one.wishes[-1]) is None

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from emu_cog.config import Request
-from emu_cog.outputs import Picture
+from emu_cog.events import Picture
 from emu_cog.pipeline import Pipeline
-from emu_cog.segments import Text
-from emu_cog.weights import MINIATURE
+from emu_cog.prompt.segments import Text
+from emu_cog.request import Request
+from emu_cog.weights.store import MINIATURE
 
 CELL, GAP, LINE = 192, 12, 16
 """Pixels: a picture's side, the space between pictures, a line of words."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from _models import tiny
 from PIL import Image
 from safetensors.torch import load_file
 
-from emu_cog import tiny
-from emu_cog.config import Sampling
+from emu_cog.request import Sampling
 
 
 def _chatty(leave: float, end: float) -> tiny.Favour:

@@ -27,8 +27,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LogitsProcessor  # noqa: E402
 
-from emu_cog import upstream, upstream_clone  # noqa: E402
-from emu_cog.tokens import TokenIds  # noqa: E402
+from emu_cog.prompt.tokens import TokenIds  # noqa: E402
+from emu_cog.upstream import adapter  # noqa: E402
+from emu_cog.upstream import clone as clones  # noqa: E402
 from tests.golden import inputs  # noqa: E402
 from tests.golden.inputs import Run  # noqa: E402
 
@@ -68,7 +69,7 @@ class Listener(LogitsProcessor):
         return choosing and float(probs[list(ids.digits)].sum()) > 0
 
 
-def generate(up: upstream.Upstream, run: Run, *, greedy: bool) -> dict[str, Any]:
+def generate(up: adapter.Upstream, run: Run, *, greedy: bool) -> dict[str, Any]:
     pictures = [inputs.picture(name) for name in inputs.REFERENCES[: run.references]]
     conditional, unconditional = up.prompt(run.task, inputs.QUESTIONS[run.task], pictures, run.area)
     listener = Listener(
@@ -92,7 +93,7 @@ def generate(up: upstream.Upstream, run: Run, *, greedy: bool) -> dict[str, Any]
     return {"tokens": tokens, "steps": listener.steps, "prompt": (conditional[0], unconditional[0])}
 
 
-def pack(name: str, up: upstream.Upstream, run: Run) -> dict[str, np.ndarray]:
+def pack(name: str, up: adapter.Upstream, run: Run) -> dict[str, np.ndarray]:
     """One run as arrays: ids, and the sampled distributions as the surviving ids and their probabilities, flat."""
     greedy, sampled = (generate(up, run, greedy=g) for g in (True, False))
     blocks = [sum(t == up.ids.eoi for t in made["tokens"]) for made in (greedy, sampled)]
@@ -110,7 +111,7 @@ def pack(name: str, up: upstream.Upstream, run: Run) -> dict[str, np.ndarray]:
     return {f"{name}/{key}": np.asarray(value) for key, value in arrays.items()}
 
 
-def prompts(up: upstream.Upstream) -> dict[str, list[list[int]]]:
+def prompts(up: adapter.Upstream) -> dict[str, list[list[int]]]:
     """Ids of both prompts for every task with 0 to 3 references."""
     made = {}
     for task, question in inputs.QUESTIONS.items():
@@ -130,7 +131,7 @@ class Sized:
         return size
 
 
-def resizes(up: upstream.Upstream) -> list[list[int]]:
+def resizes(up: adapter.Upstream) -> list[list[int]]:
     """[width, height, area, new width, new height]; sides that round to 0 make upstream fail and are left out."""
     rows = []
     for area in inputs.RESIZE_AREAS:
@@ -141,7 +142,7 @@ def resizes(up: upstream.Upstream) -> list[list[int]]:
     return rows
 
 
-def codes(up: upstream.Upstream) -> dict[str, list[list[int]]]:
+def codes(up: adapter.Upstream) -> dict[str, list[list[int]]]:
     made = {}
     for name in inputs.REFERENCES:
         for area in inputs.CODE_AREAS:
@@ -150,11 +151,11 @@ def codes(up: upstream.Upstream) -> dict[str, list[list[int]]]:
     return made
 
 
-def segments(up: upstream.Upstream, tokens: Sequence[int]) -> list[list[Any]]:
+def segments(up: adapter.Upstream, tokens: Sequence[int]) -> list[list[Any]]:
     return [[kind, value if isinstance(value, str) else list(value.size)] for kind, value in up.segments(tokens)]
 
 
-def pixels(up: upstream.Upstream, made: dict[str, list[list[int]]]) -> dict[str, np.ndarray]:
+def pixels(up: adapter.Upstream, made: dict[str, list[list[int]]]) -> dict[str, np.ndarray]:
     """Pictures decoded by upstream from some of the codes."""
     drawn = {}
     for name in (f"{reference} {inputs.CODE_AREAS[0]}" for reference in inputs.REFERENCES):
@@ -168,16 +169,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make tests/golden/*.npz and *.json again.")
     parser.add_argument("clone", type=Path, help="a clone of upstream's repository at the pinned commit")
     clone = parser.parse_args().clone.resolve()
-    upstream_clone.verify(clone)
+    clones.verify(clone)
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     facts: dict[str, Any] = {"prompts": {}, "codes": {}, "segments": {}, "digests": {}}
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as temporary:
 
-        def load(name: str, tokenizer: Path | None = None) -> tuple[upstream.Upstream, str]:
+        def load(name: str, tokenizer: Path | None = None) -> tuple[adapter.Upstream, str]:
             folders = inputs.make(name, Path(temporary) / name, tokenizer=tokenizer)
-            up = upstream.load(
+            up = adapter.load(
                 clone,
                 folders.model,
                 folders.vision,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from emu_cog.tokenizer import Tokenizer
+from emu_cog.prompt.tokenizer import Tokenizer
 
 SPECIAL_START_ID = 151643
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from emu_cog.vision import load_vision_tokenizer
+from emu_cog.vision.ibq import load_vision_tokenizer
 
 
 class Tokenizer:

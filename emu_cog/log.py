@@ -1,0 +1,18 @@
+"""The package's one logger."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+log = logging.getLogger("emu_cog")
+
+
+def log_to_stderr() -> None:
+    """Let the log be seen: a server's logs are what its process writes to stderr. Calling it again adds nothing."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

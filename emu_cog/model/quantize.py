@@ -1,0 +1,95 @@
+"""8-bit weights: each linear layer of the decoder in fp8 (e4m3) or int8, with one fp32 scale a row.
+
+Activations, norms, embeddings and the head keep the model's dtype: the head decides between 131072 codes, and its
+visual half is 2% of what a step reads. The scale is taken out of the sum and applied after it, so that a product is
+exact in the stored weights. This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a
+release of it serves two or three releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's
+own kernels read the bare tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emu_cog.errors import InputError
+
+FORMATS: dict[str, tuple[torch.dtype, float]] = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
+"""Name to stored type and the largest number it holds."""
+SLICE = 2**26
+"""Weights taken to fp32 at a time: 256 MiB."""
+
+
+def check_format(name: str | None, device: torch.device) -> None:
+    """InputError where `name` is no format, or one that the device has no conversion for."""
+    if name is None:
+        return
+    if name not in FORMATS:
+        raise InputError(f"EMU_QUANTIZE={name!r} is not known, accepted are {', '.join(FORMATS)}")
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(
+            f"EMU_QUANTIZE=fp8 needs a GPU of compute capability 8.9 or more ({device} has less): use int8"
+        )
+
+
+def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(N, K) weight to its 8-bit form and (N,) fp32 scales: data * scale is within half a step of it."""
+    kind, largest = FORMATS[name]
+    data = torch.empty_like(weight, dtype=kind)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, SLICE // weight.shape[1])
+    for at in range(0, weight.shape[0], rows):
+        part = weight[at : at + rows].float()
+        step = part.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny * largest) / largest
+        part = part / step[:, None]  # not in place: an fp32 weight is its own fp32 form
+        data[at : at + rows] = part.round_().to(kind) if kind == torch.int8 else part.clamp_(-largest, largest).to(kind)
+        scale[at : at + rows] = step
+    return data, scale
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias over 8-bit weights, for prefill and text; recorded steps read the tensors alone."""
+
+    weight: nn.Parameter
+    scale: Tensor
+
+    def __init__(self, rows: int, columns: int, name: str) -> None:
+        super().__init__()
+        self.name = name
+        empty = torch.empty((rows, columns), dtype=FORMATS[name][0], device="meta")
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.register_buffer("scale", torch.empty(rows, dtype=torch.float32, device="meta"), persistent=False)
+
+    def fill(self, weight: Tensor) -> None:
+        """Take over a (rows, columns) weight in any dtype, on its device."""
+        data, self.scale = quantized(weight, self.name)
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.linear(x, self.weight.to(x.dtype)).float() * self.scale).to(x.dtype)
+
+
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that 8-bit weights stand for: every linear one inside the decoder's layers, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            yield name, module
+
+
+def replace_linears(model: nn.Module, name: str) -> None:
+    """Put empty QuantizedLinear in the place of every quantizable layer of `model` (weights may be on "meta")."""
+    for path, linear in list(quantizable(model)):
+        model.set_submodule(path, QuantizedLinear(linear.out_features, linear.in_features, name))
+
+
+def quantize(model: nn.Module, name: str) -> None:
+    """Turn a loaded model's layers to 8 bits in place, one after another: each full weight goes before the next."""
+    for path in [path for path, _ in quantizable(model)]:  # the names alone: a list of layers would keep all weights
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        small = QuantizedLinear(linear.out_features, linear.in_features, name)
+        small.fill(linear.weight.detach())
+        model.set_submodule(path, small)

@@ -1,0 +1,81 @@
+"""Guidance, filters and the draw: pure tensor functions over fp32 logits, one row a sequence.
+
+The order is upstream's (`apply_differential_topk` in logits_processor.py): guidance, temperature, top-k with
+ties at the threshold kept, top-p, softmax.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emu_cog.request import Sampling
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance `u + s(c - u)` on (N, V) logits.
+
+    Upstream guides log-softmaxes; that shifts each row by a constant, which no later step can see.
+    """
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """-inf for all below the k-th largest of each row of (N, V); ties with it stay. k 0 or k >= V keeps all."""
+    if not 0 < k < scores.shape[-1]:
+        return scores
+    threshold = scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def keep_k(scores: Tensor, k: Tensor) -> Tensor:
+    """`keep_top_k` for a k that lies on the device, (1,) of 1..V: a sort instead of a partial one."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """-inf outside each row's nucleus: the likeliest tokens up to and with the one that takes the sum over p."""
+    if p >= 1.0:
+        return scores
+    ordered, order = scores.sort(dim=-1, descending=True)
+    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+    outside = mass > p
+    outside = torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], dim=-1)  # the token that crosses p stays
+    return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
+    """(N, V) guided or plain logits to the (N, V) distribution that is sampled."""
+    scores = scores if sampling.temperature == 1.0 else scores / sampling.temperature
+    return keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p).softmax(dim=-1)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the cumulative distribution of (N, V) `probs` at (N,) `uniform` in [0, 1): (N,) int64 indices.
+
+    One uniform number a token: the result depends on the row's own distribution and number alone, whatever
+    else is in the batch. In double precision, so that 131072 small terms add up and no token of probability
+    zero can be hit.
+    """
+    mass = probs.double().cumsum(dim=-1)
+    target = uniform.double().unsqueeze(-1) * mass[:, -1:]
+    return torch.searchsorted(mass, target, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
+
+
+class Uniforms:
+    """The random numbers of one output: number `i` depends on (seed, i) only, on every machine.
+
+    NumPy's Philox is counter-based and its stream is fixed by NumPy's compatibility policy.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.Generator(np.random.Philox(seed))
+        self._numbers = np.empty(0)
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Numbers start..start+count-1 as (count,) float64 in [0, 1)."""
+        while len(self._numbers) < start + count:
+            self._numbers = np.concatenate([self._numbers, self._rng.random(4096)])
+        return torch.from_numpy(self._numbers[start : start + count].copy())

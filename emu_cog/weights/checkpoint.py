@@ -1,0 +1,214 @@
+"""What the folders of a released checkpoint must hold, and the check that one holds it, whole."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emu_cog.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class HubRepo:
+    """A repository on the Hugging Face hub. `revision` is a full or abbreviated commit, or a branch."""
+
+    name: str
+    revision: str
+
+
+MODEL_REPOS: Mapping[str, HubRepo] = {
+    "image": HubRepo("BAAI/Emu3.5-Image", "main"),
+    "base": HubRepo("BAAI/Emu3.5", "main"),
+}
+
+VISION_REPO = HubRepo("BAAI/Emu3.5-VisionTokenizer", "91789bbaa3f49b4b8882fc823d6849207bb99f13")
+
+CDN_TAR = "https://weights.replicate.delivery/default/BAAI/Emu3.5-Image/model.tar"
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MODEL_FILES = ("config.json", "emu3.tiktoken", "emu3_vision_tokens.txt")
+_VISION_FILES = ("config.yaml", "model.ckpt")
+_EXTRA_FILES = ("generation_config.json", INDEX_FILE)
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_HEADER_LIMIT = 100_000_000
+"""Bytes; the safetensors library refuses longer headers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One folder of a checkpoint. `folder` is where this program puts it, `names` is where else it may lie."""
+
+    key: str
+    repo: HubRepo
+    folder: str
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+
+    @property
+    def is_model(self) -> bool:
+        return self.key != "vision"
+
+    def wants(self, name: str) -> bool:
+        """Whether the file `name`, relative to the repository's or folder's root, is needed."""
+        if not self.is_model:
+            return name in self.required
+        return name in self.required or name in _EXTRA_FILES or _SHARD.fullmatch(name) is not None
+
+    def lacking(self, names: Collection[str]) -> list[str]:
+        """What a listing of file names lacks to be this part, as far as names alone can tell."""
+        missing = [name for name in self.required if name not in names]
+        if self.is_model and not any(_SHARD.fullmatch(name) for name in names):
+            missing.append("*.safetensors")
+        return missing
+
+
+PARTS: dict[str, Part] = {
+    "image": Part(
+        key="image",
+        repo=MODEL_REPOS["image"],
+        folder="Emu3.5-Image",
+        names=("Emu3.5-Image",),
+        required=_MODEL_FILES,
+    ),
+    # Weights of the base model are put into Emu3.5-Base, because Emu3.5 is also the name of upstream's source code
+    # and its clone; a folder Emu3.5 that holds weights is accepted all the same.
+    "base": Part(
+        key="base",
+        repo=MODEL_REPOS["base"],
+        folder="Emu3.5-Base",
+        names=("Emu3.5-Base", "Emu3.5"),
+        required=_MODEL_FILES,
+    ),
+    "vision": Part(
+        key="vision",
+        repo=VISION_REPO,
+        folder="Emu3.5-VisionTokenizer",
+        names=("Emu3.5-VisionTokenizer",),
+        required=_VISION_FILES,
+    ),
+}
+
+
+def check_part(part: Part, folder: Path) -> tuple[str, ...]:
+    """The names of the files that make `folder` a complete `part`; CheckpointError says what is lacking or damaged."""
+    return check_model(folder) if part.is_model else check_vision(folder)
+
+
+def check_model(folder: Path) -> tuple[str, ...]:
+    """Check a language model's folder: configuration, tokenizer files and every byte count of its safetensors."""
+    from emu_cog.prompt.tokenizer import Tokenizer
+
+    _check_present(folder, _MODEL_FILES)
+    config = _read_json(folder / "config.json")
+    shards = _check_shards(folder)
+    vocabulary = Tokenizer.load(folder).ids.vocab_size
+    if config.get("vocab_size", vocabulary) != vocabulary:
+        raise CheckpointError(
+            f"{folder}: the tokenizer files make {vocabulary} tokens but config.json says {config['vocab_size']}: "
+            "one of the three files is cut off or from another model"
+        )
+    return (*_MODEL_FILES, *(name for name in _EXTRA_FILES if (folder / name).is_file()), *shards)
+
+
+def check_vision(folder: Path) -> tuple[str, ...]:
+    """Check a vision tokenizer's folder: the configuration parses and the state dict opens without running code."""
+    import torch
+
+    from emu_cog.vision.ibq import VisionConfig
+
+    _check_present(folder, _VISION_FILES)
+    VisionConfig.read(folder)
+    path = folder / "model.ckpt"
+    try:
+        # Files in torch's older format can't be mapped and are read whole; both kinds refuse anything but data.
+        torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} does not open safely: {first_line}") from None
+    return _VISION_FILES
+
+
+def safetensors_names(path: Path) -> list[str]:
+    """The tensors of a safetensors file, after checking that it has exactly the size that its header implies.
+
+    The format: 8 bytes, the header's length N, little-endian; N bytes of JSON whose `data_offsets` count from
+    the header's end; the data.
+    """
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if actual < 8 or length > min(_HEADER_LIMIT, actual - 8):
+            raise CheckpointError(f"{path} is cut off or damaged: {actual} bytes can't hold its header")
+        try:
+            header = json.loads(file.read(length))
+            tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            expected = 8 + length + max(tensors.values(), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path} has a damaged header: {error!r}") from None
+    if actual != expected:
+        raise CheckpointError(f"{path} has {actual} bytes where its header implies {expected}")
+    return list(tensors)
+
+
+def _check_shards(folder: Path) -> tuple[str, ...]:
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+        safetensors_names(folder / SINGLE_FILE)
+        return (SINGLE_FILE,)
+    weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+    shards = sorted({str(name) for name in weight_map.values()})
+    if strange := [name for name in shards if Path(name).name != name]:
+        raise CheckpointError(f"{folder / INDEX_FILE} points outside its folder: {strange[0]!r}")
+    _check_present(folder, shards)
+    for shard in shards:
+        held = set(safetensors_names(folder / shard))
+        if lost := [tensor for tensor, file in weight_map.items() if file == shard and tensor not in held]:
+            raise CheckpointError(f"{folder / shard} lacks {len(lost)} tensor(s) of the index, first {lost[0]}")
+    return tuple(shards)
+
+
+def _check_present(folder: Path, names: Iterable[str]) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}{more}")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): it is cut off or damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Any], *, where: str) -> None:
+    """Compare names and shapes; CheckpointError names the first few that are lacking, unknown or misshapen.
+
+    Values need only a `.shape`.
+    """
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has the unknown key {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(value.shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")

@@ -1,0 +1,191 @@
+"""What is compared between the two backends, and the native side's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Opened, Tokens
+from emu_cog.log import log
+from emu_cog.pipeline import Pipeline
+from emu_cog.prompt import geometry, prompts, tasks
+from emu_cog.prompt.prompts import Codes
+from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.prompt.tokens import TokenIds
+from emu_cog.request import Sampling
+from emu_cog.vision.images import decode_image, encode_image
+
+AREA = 160 * 160
+"""Pixels of the references: small, so that the whole table takes minutes on the released model."""
+CODE_AREAS = (AREA, 96 * 96)
+GREEDY = Sampling(top_k=1)
+RESIZED = (3, 4)
+"""Rows and columns asked for beside two references, which upstream would discard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One answer to compare. `size` None: the model's choice, or with references the last one's, as upstream has it."""
+
+    task: str
+    references: int = 0
+    size: tuple[int, int] | None = None
+    sharp: bool = False
+    """Sampled with SHARP instead of the task's defaults: a top-k of thousands cuts nothing in a small vocabulary."""
+
+    @property
+    def name(self) -> str:
+        size = f"{self.size[0]}x{self.size[1]}" if self.size else "reference's size" if self.references else "own size"
+        return f"{self.task}, {self.references} reference(s), {size}{', sharp' if self.sharp else ''}"
+
+
+SHARP = (
+    Sampling(temperature=8.0, top_k=20, top_p=0.9),
+    Sampling(temperature=0.8, top_k=12, top_p=0.95),
+)
+"""Image and text sampling at which top-k and top-p both bite in a vocabulary of any size. Guidance makes image logits
+steep; without the high temperature top-p alone would cut."""
+CASES = (
+    Case(task="t2i", size=(10, 12)),
+    Case(task="t2i", size=(7, 3)),
+    Case(task="t2i"),
+    Case(task="t2i", size=(6, 6), sharp=True),
+    *(Case(task="x2i", references=n) for n in (1, 2, 3)),
+    Case(task="x2i", references=1, size=(6, 9)),
+    Case(task="howto", size=(5, 6)),
+    Case(task="story", size=(5, 6)),
+    Case(task="story", references=1),
+    Case(task="story", sharp=True),
+    Case(task="explore", references=2),
+    Case(task="vla", references=1, size=(4, 7)),
+)
+QUESTION = 'Put 2 red boats on the shore, "café" style; 東京 🙂\nAt {dusk}, 10*12 m wide.'
+
+
+def photo(number: int) -> Image.Image:
+    """Reference `number` (from 0): a smooth RGB picture of a shape of its own."""
+    width, height = ((200, 150), (140, 210), (256, 192))[number]
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    bands = (x * 255 // width, (x + number * y) // 2 % 256, y * 255 // height)
+    return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
+
+
+@dataclass
+class Answer:
+    """What one side said in one case."""
+
+    prompt: tuple[list[int], list[int]]
+    logits: list[Tensor]
+    sampled: list[int] = field(default_factory=list)
+    distributions: dict[int, Tensor] = field(default_factory=dict)  # by place in `sampled`; (vocabulary,) fp32
+    greedy: list[int] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Native:
+    """All that is kept of the native side once its model is freed."""
+
+    answers: dict[Case, Answer]
+    codes: list[list[tuple[tuple[int, ...], ...]]]
+    resized: tuple[int, int] | None
+    """Rows and columns of what was made where RESIZED was asked for."""
+
+
+def run_native(pipeline: Pipeline, cases: Sequence[Case], tokens: int) -> Native:
+    """Answer every case, at most `tokens` ids each."""
+    codes = [[encode_image(photo(n), area, pipeline.vision) for n in range(3)] for area in CODE_AREAS]
+    answers = {}
+    for case in cases:
+        log.info("native: %s", case.name)
+        task = tasks.TABLE[case.task]
+        prompt = prompts.build(task, QUESTION, codes[0][: case.references], pipeline.tokenizer)
+        streams = (list(prompt.conditional), list(prompt.unconditional))
+        answer = Answer(streams, [_last_logits(pipeline, stream) for stream in streams])
+        answer.greedy = _generate(pipeline, case, answer, tokens, greedy=True)
+        answer.sampled = _generate(pipeline, case, answer, tokens, greedy=False)
+        reader = Reader(pipeline.tokenizer)
+        for segment in reader.feed(answer.sampled):
+            if isinstance(segment, ImageCodes):
+                answer.pictures.append(np.asarray(decode_image(segment.codes, pipeline.vision)))
+        answers[case] = answer
+    return Native(answers, codes, _resized(pipeline, codes[0][:2]))
+
+
+def _resized(pipeline: Pipeline, codes: Sequence[Codes]) -> tuple[int, int] | None:
+    prompt = prompts.build(tasks.TABLE["x2i"], "-", codes, pipeline.tokenizer)
+    job = EngineRequest(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=0)
+    rules = GenerationConfig(
+        cfg_scale=3.0, image=GREEDY, text=GREEDY, size=RESIZED, max_new_tokens=1, single_image=True
+    )
+    for event in pipeline.engine.generate([job], rules):
+        if isinstance(event, Opened):
+            return event.size
+    return None
+
+
+@torch.inference_mode()
+def _last_logits(pipeline: Pipeline, stream: list[int]) -> Tensor:
+    """(vocabulary,) fp32 logits after the last token of `stream`."""
+    lm = pipeline.lm
+    cache = lm.new_cache(rows=1, capacity=len(stream))
+    tokens, start = torch.tensor([stream], device=lm.device), torch.zeros(1, dtype=torch.int64, device=lm.device)
+    hidden = lm.forward(tokens, start, cache, rows=slice(0, 1), filled=len(stream))[:, -1]
+    return torch.cat([lm.text_logits(hidden), lm.visual_logits(hidden)], dim=-1)[0].cpu()
+
+
+def case_settings(case: Case, *, greedy: bool) -> tuple[float, Sampling, Sampling]:
+    """Guidance, image and text sampling: the task's defaults, SHARP, or top-k 1."""
+    task = tasks.TABLE[case.task]
+    image, text = (GREEDY, GREEDY) if greedy else SHARP if case.sharp else (task.image, task.text)
+    return task.guidance["image"], image, text
+
+
+def case_size(case: Case) -> tuple[int, int] | None:
+    if case.size or not case.references:
+        return case.size
+    return geometry.reference_size(photo(case.references - 1).size, AREA)
+
+
+def _generate(pipeline: Pipeline, case: Case, answer: Answer, tokens: int, *, greedy: bool) -> list[int]:
+    guidance, image, text = case_settings(case, greedy=greedy)
+    ids, steps, said = pipeline.tokenizer.ids, list[tuple[str, Tensor]](), list[int]()
+    rules = GenerationConfig(
+        cfg_scale=guidance,
+        image=image,
+        text=text,
+        size=case_size(case),
+        max_new_tokens=None,
+        single_image=False,  # upstream goes on after a picture, too
+    )
+    job = EngineRequest(conditional=tuple(answer.prompt[0]), unconditional=tuple(answer.prompt[1]), seed=1)
+    trace = None if greedy else lambda kind, probs: steps.append((kind, probs[0].cpu()))
+    for event in pipeline.engine.generate([job], rules, trace=trace):
+        if isinstance(event, Tokens):
+            said += event.ids
+        if len(said) >= tokens:
+            break
+    said = said[:tokens]
+    if not greedy:
+        for place, (kind, probs) in zip(_sampled_places(said, ids, case_size(case)), steps, strict=False):
+            where: Any = {"text": slice(0, ids.visual), "visual": slice(ids.visual, None), "digit": list(ids.digits)}
+            answer.distributions[place] = torch.zeros(ids.vocab_size)
+            answer.distributions[place][where[kind]] = probs
+    return said
+
+
+def _sampled_places(said: Sequence[int], ids: TokenIds, size: tuple[int, int] | None) -> Iterator[int]:
+    """Where in `said` a token was drawn: text, visual tokens, and the digits of the first size the model chose."""
+    inside, known = False, size is not None
+    for place, token in enumerate(said):
+        if token == ids.img:
+            known = True
+        if not inside or token >= ids.visual or (token in ids.digits and not known):
+            yield place
+        inside = token == ids.boi or (inside and token != ids.eoi)

@@ -1,0 +1,85 @@
+"""The language model's examples as `encode` leaves them: parts of a folder, by length, in an order to draw them in."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scripts.mini.train.encode import PARTS
+
+
+@dataclass
+class Bucket:
+    """All sequences of one padded length: (M, T) ids, what is to be learnt, and an order to draw them in."""
+
+    ids: Tensor
+    learn: Tensor
+    order: Tensor
+    place: int = 0
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        if self.place + count > len(self.order):
+            self.order = torch.randperm(len(self.ids), device=self.ids.device)
+            self.place = 0
+        pick = self.order[self.place : self.place + count]
+        if len(pick) < count:
+            pick = pick.repeat(-(-count // len(pick)))[:count]
+        self.place += count
+        return self.ids[pick].long(), self.learn[pick]
+
+
+class Data:
+    """The examples in a folder that `encode` fills: `refresh` takes in the parts that have come since."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self.buckets: dict[int, Bucket] = {}
+        self.seen: set[Path] = set()
+        self.samples = 0
+
+    def wait(self, seconds: float) -> None:
+        """Until there is a part at least; FileNotFoundError after `seconds`."""
+        until = time.time() + seconds
+        while not self.refresh():
+            if time.time() > until:
+                raise FileNotFoundError(f"{self.folder} holds no examples: run encode first, or give --wait longer")
+            time.sleep(0.2)
+
+    def refresh(self) -> bool:
+        """Whether there was anything new."""
+        new = sorted(set(self.folder.glob(PARTS)) - self.seen)
+        for path in new:
+            self.seen.add(path)
+            for length, (ids, learn) in read(path).items():
+                own = self.buckets.get(length)
+                ids, learn = ids.to(self.device), learn.to(self.device)
+                if own:
+                    ids, learn = torch.cat([own.ids, ids]), torch.cat([own.learn, learn])
+                order = torch.randperm(len(ids), device=self.device)
+                self.buckets[length] = Bucket(ids, learn, order)
+        self.samples = sum(len(b.ids) for b in self.buckets.values())
+        return bool(new)
+
+    def weights(self) -> tuple[list[int], NDArray[np.float64]]:
+        """The lengths, and how often each is to be drawn: by its tokens."""
+        weights = np.array([len(b.ids) * n for n, b in self.buckets.items()], float)
+        return list(self.buckets), weights / weights.sum()
+
+
+def read(path: Path) -> dict[int, tuple[Tensor, Tensor]]:
+    """(ids, learn) of a part by length."""
+    with np.load(path) as arrays:
+        return {
+            int(name.removeprefix("ids_")): (
+                torch.from_numpy(arrays[name]),
+                torch.from_numpy(arrays[name.replace("ids_", "learn_")]),
+            )
+            for name in arrays.files
+            if name.startswith("ids_")
+        }

@@ -1,0 +1,296 @@
+"""Trains the miniature's language model on freshly drawn examples of all six tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.mini.train.encode import HELD_OUT, LENGTHS
+from scripts.mini.train.examples import Data, read
+from scripts.mini.train.language_model import MATRICES, LanguageModel, Shape
+from scripts.mini.train.muon import Muon
+from scripts.mini.train.runs import device_name, keep, stop_when_told, tell
+from scripts.mini.train.sequences import tokenizer
+
+TOKENS = 40320
+"""A step; every one of LENGTHS divides it."""
+SAVE_EVERY = 45.0
+"""Seconds between two looks at the held-out loss, each with a save."""
+STATE = "training.pt"
+
+
+class Gradients:
+    """One call a batch: gradients and loss. On a GPU each shape's pass is captured once as a CUDA graph and
+    replayed, since launching a small model's kernels one by one takes longer than they run."""
+
+    def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
+        self.model, self.captured = model, captured
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        if captured:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            pool = torch.cuda.graph_pool_handle()
+            for length in lengths:
+                self.graphs[length] = self._capture(tokens // length, length, pool)
+
+    def _capture(
+        self, count: int, length: int, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        device = self.model.embed.device
+        ids = torch.ones(count, length, dtype=torch.long, device=device)
+        learn = torch.ones(count, length, dtype=torch.uint8, device=device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # a first pass, for all that is set up once
+            self._pass(ids, learn)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._pass(ids, learn)
+        return graph, ids, learn, loss
+
+    def _pass(self, ids: Tensor, learn: Tensor) -> Tensor:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+        loss, _ = self.model.loss(ids, learn)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, ids: Tensor, learn: Tensor) -> Tensor:
+        if ids.shape[1] not in self.graphs:
+            return self._pass(ids, learn)
+        graph, own_ids, own_learn, loss = self.graphs[ids.shape[1]]
+        own_ids.copy_(ids)
+        own_learn.copy_(learn)
+        graph.replay()
+        return loss.clone()
+
+
+@torch.no_grad()
+def held_out_loss(model: LanguageModel, path: Path, visual: int, tokens: int) -> dict[str, float]:
+    """Mean cross entropy of pictures' and of text's tokens over all of a file's examples."""
+    device = model.embed.device
+    sums = torch.zeros(4, device=device)
+    for length, found in read(path).items():
+        for ids, learn in zip(*(x.to(device).split(tokens // length) for x in found), strict=True):
+            _, each = model.loss(ids.long(), learn)
+            seen = torch.cat([learn[:, 1:] > 0, torch.zeros_like(learn[:, :1]) > 0], 1)
+            picture = torch.cat([ids[:, 1:] >= visual, torch.zeros_like(seen[:, :1])], 1) & seen
+            text = seen & ~picture
+            sums += torch.stack([each[picture].sum(), picture.sum(), each[text].sum(), text.sum()])
+    picture_sum, picture_count, text_sum, text_count = sums.tolist()
+    return {"picture": picture_sum / max(picture_count, 1), "other": text_sum / max(text_count, 1)}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    return state
+
+
+def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> list[torch.optim.Optimizer]:
+    matrices = [model.stack[name] for name in MATRICES]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return [
+        Muon(matrices, lr=rate, weight_decay=decay),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=fused),
+    ]
+
+
+@dataclass
+class Course:
+    """How far a training has come, over all its starts; kept with the weights and the optimizers in STATE."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    """The least held-out loss on pictures so far, whose weights lie in the folder."""
+
+    def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
+        keep({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path)
+
+    @classmethod
+    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
+        state = torch.load(path, map_location=model.embed.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optim, own in zip(optims, state["optimizers"], strict=True):
+            optim.load_state_dict(own)
+        return cls(state["steps"], state["seconds"], state["best"])
+
+
+def rate_at(progress: float, step: int, rate: float) -> float:
+    """A short climb, a plateau for a third of the way, then a straight fall to zero."""
+    return rate * min(1.0, (step + 1) / 150) * min(1.0, (1 - progress) / 0.7)
+
+
+class Training:
+    """Steps until `steps` or `seconds` of training are up; the rate falls to zero along whichever ends first.
+
+    Every SAVE_EVERY seconds the held-out loss is told, the weights are kept in `out` if they are the best so far, and
+    STATE is written: a training that was cut off goes on from there when it is started again.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        gradients: Gradients,
+        data: Data,
+        out: Path,
+        *,
+        rate: float,
+        decay: float,
+        tokens: int,
+        visual: int,
+        seed: int,
+    ) -> None:
+        self.model, self.gradients, self.data, self.out = model, gradients, data, out
+        self.rate, self.tokens, self.visual = rate, tokens, visual
+        self.optims = optimizers(model, rate, decay, model.embed.is_cuda)
+        self.course = Course()
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / STATE).exists():
+            self.course = Course.resume(out / STATE, model, self.optims)
+            print(f"goes on after step {self.course.steps}, {self.course.seconds:.0f} s", flush=True)
+        self.rng = np.random.default_rng((seed, self.course.steps))
+        self.stopped = False
+
+    def stop(self, *_: object) -> None:
+        """End after the present step, to be gone on with later."""
+        self.stopped = True
+
+    def run(self, *, steps: int, seconds: float) -> dict[str, Any]:
+        course, earlier, begun = self.course, self.course.seconds, time.time()
+        lengths, weights = self.data.weights()
+        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, course.steps
+        bar = tqdm(total=steps, initial=first, mininterval=5.0)
+        while not self.stopped:
+            course.seconds = earlier + time.time() - begun
+            progress = max(course.steps / steps, course.seconds / seconds)
+            if progress >= 1:
+                break
+            length = lengths[int(self.rng.choice(len(lengths), p=weights))]
+            loss = self.step(*self.data.buckets[length].draw(self.tokens // length), progress)
+            smooth = loss if course.steps == first else smooth.lerp(loss, 0.02)
+            course.steps += 1
+            bar.update()
+            if (course.steps - first) % 200 == 0:
+                value, spent = float(smooth), time.time() - begun
+                bar.set_postfix(loss=f"{value:.3f}")
+                if not math.isfinite(value):
+                    raise RuntimeError("the loss is no number any more: lower --rate")
+                if self.data.refresh():
+                    lengths, weights = self.data.weights()
+                if spent > SAVE_EVERY * saves:
+                    pace = (course.steps - first) * self.tokens / spent / 1e6
+                    print(f"step {course.steps} {course.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
+                          f"{self.data.samples} samples, held out {self.save()}", flush=True)  # fmt: skip
+                    saves += 1
+        bar.close()
+        held_out = self.save()
+        return {
+            "finished": not self.stopped,
+            "steps": course.steps,
+            "train_seconds": round(course.seconds, 1),
+            "loss": round(float(smooth), 4),
+            "held_out_loss": held_out,
+            "best_held_out_picture_loss": round(course.best, 4),
+        }
+
+    def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
+        now = rate_at(progress, self.course.steps, self.rate)
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = now
+        loss = self.gradients(ids, learn)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optim in self.optims:
+            optim.step()
+        return loss
+
+    def save(self) -> dict[str, float]:
+        """Keep the state, and the weights if none were better; the held-out losses."""
+        with self.model.uncompiled():
+            loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
+        if loss["picture"] < self.course.best:
+            self.course.best = loss["picture"]
+            self.model.save(self.out)
+        self.course.save(self.out / STATE, self.model, self.optims)
+        return {k: round(v, 4) for k, v in loss.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of examples, by encode")
+    parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
+    parser.add_argument("--resume", type=Path, help="folder of weights to begin with")
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of training, over all starts, setup left out")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first examples")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.05)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
+    parser.add_argument("--compile", action="store_true", help="compile what each step computes")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
+    args = parser.parse_args()
+    started = time.time()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+
+    words = tokenizer(args.vocabulary)
+    shape = replace(Shape(vocab_size=words.ids.vocab_size), **args.shape)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = LanguageModel(shape, dtype=dtype, compiled=args.compile).to(device)
+    if args.resume:
+        model.load_released(read_weights(args.resume))
+    gradients = Gradients(model, LENGTHS, args.tokens, captured=device.type == "cuda" and not args.eager)
+    print(f"steps ready {time.time() - started:.0f}s", flush=True)
+    data = Data(args.data, device)
+    data.wait(args.wait)
+    print(f"data {time.time() - started:.0f}s, {data.samples} samples", flush=True)
+
+    training = Training(
+        model,
+        gradients,
+        data,
+        args.out,
+        rate=args.rate,
+        decay=args.decay,
+        tokens=args.tokens,
+        visual=words.ids.visual,
+        seed=args.seed,
+    )
+    stop_when_told(training.stop)
+    record = training.run(steps=args.steps, seconds=args.seconds)
+    record |= {
+        "seconds": round(time.time() - started, 1),
+        "samples": data.samples,
+        "tokens": record["steps"] * args.tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": device_name(device),
+        "seed": args.seed,
+        "rate": args.rate,
+        "shape": asdict(shape),
+    }
+    tell(record, args.out / "train.log")
+
+
+if __name__ == "__main__":
+    main()
