@@ -18,9 +18,8 @@ from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
 from emu_cog.model.quantize import QuantizedLinear, replace_linears
 from emu_cog.model.qwen3 import LanguageModel, choose_attention
-from emu_cog.model.shards import READERS, TensorHeader, read_headers, read_tensors
+from emu_cog.model.shards import READERS, TensorHeader, check_state, read_headers, read_tensors
 from emu_cog.prompt.tokens import TokenIds
-from emu_cog.weights.checkpoint import check_state
 
 GIB = 2**30
 CONFIG_FILE = "config.json"

@@ -73,3 +73,20 @@ def _open(file: Path, device: str) -> Any:
         return safe_open(file, framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut off: {error}") from None
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Any], *, where: str) -> None:
+    """Compare names and shapes; CheckpointError names the first few that are lacking, unknown or misshapen.
+
+    Values need only a `.shape`.
+    """
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has the unknown key {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(value.shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")

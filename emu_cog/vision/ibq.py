@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu_cog.errors import CheckpointError
+from emu_cog.model.shards import check_state
 from emu_cog.model.torch_settings import exact_products
-from emu_cog.weights.checkpoint import check_state
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.ckpt"

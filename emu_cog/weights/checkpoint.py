@@ -9,9 +9,6 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from emu_cog.errors import CheckpointError
 
@@ -195,20 +192,3 @@ def _read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return value
-
-
-def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Any], *, where: str) -> None:
-    """Compare names and shapes; CheckpointError names the first few that are lacking, unknown or misshapen.
-
-    Values need only a `.shape`.
-    """
-    problems = [f"lacks {name}" for name in expected if name not in found]
-    problems += [f"has the unknown key {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(value.shape)
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
