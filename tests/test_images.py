@@ -132,6 +132,17 @@ def test_a_tiff_with_a_malformed_tag_is_turned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, TURNED)
 
 
+def test_a_tiff_with_a_tag_beyond_its_end_is_read(tmp_path: Path) -> None:
+    """Pillow stopped at the first such tag and read the picture without the tags behind it, its palette for one."""
+    image = photo(1).quantize(32)
+    for big in (False, True):
+        data = encoded(image, "TIFF", tiffinfo={0x0131: "software"}, big_tiff=big)
+        entry = struct.pack("<HHQ" if big else "<HHI", 0x0131, 2, 9)
+        assert entry in data
+        damaged = data.replace(entry, struct.pack("<HHQ" if big else "<HHI", 0x0131, 2, 999_999))
+        np.testing.assert_array_equal(opened_bytes(damaged, tmp_path), np.asarray(image.convert("RGB")))
+
+
 def test_an_avif_with_broken_exif_is_read(tmp_path: Path) -> None:
     """Pillow merges AVIF's own orientation into its EXIF, and failed where that was malformed."""
     exif = Image.Exif()

@@ -1,6 +1,6 @@
 """Picture files reduced to what their pixels need, so that no metadata can make a picture unreadable.
 
-Pure functions over a file's bytes. Pillow refuses a whole picture for a wrong checksum in a text chunk, for text that
+Functions over a file's bytes. Pillow refuses a whole picture for a wrong checksum in a text chunk, for text that
 is too long, and for EXIF that it can't write back.
 """
 
@@ -162,3 +162,69 @@ def avif_pixels(data: Buffer) -> bytes:
             break
         start = end
     return data[:]
+
+
+_TIFF_PIXELS = (
+    *(
+        256,
+        257,
+        258,
+        259,
+        262,
+        266,
+        273,
+        277,
+        278,
+        279,
+        284,
+        292,
+        293,
+        317,
+        320,
+        322,
+        323,
+        324,
+        325,
+        332,
+        338,
+        339,
+        347,
+    ),
+    *(*range(512, 522), 529, 530, 531, 532),
+)
+"""Size, layout, compression, colours and JPEG tables (TIFF 6.0, its technical notes and supplements)."""
+_TIFF_MEANING = {274: (3, 4), 700: (1, 7), 34675: (1, 7)}
+"""Orientation, XMP and colour profile, each with its types. Kept where they are well-formed."""
+
+
+def hide_tiff_tags(data: mmap.mmap | bytearray) -> None:
+    """Reduce the first directory of a TIFF, in place, to the tags that decide what is seen, and hide later pages.
+
+    Pillow stops reading tags at the first malformed one, and goes on without those behind it.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")  # BigTIFF
+    count_format, entry_format, offset_format = (order + each for each in ("Q HHQ8s Q" if big else "H HHI4s I").split())
+    count_size, entry_size, offset_size = map(struct.calcsize, (count_format, entry_format, offset_format))
+    at = 8 if big else 4
+    if len(data) < at + offset_size:
+        return
+    (start,) = struct.unpack(offset_format, data[at : at + offset_size])
+    if start + count_size > len(data):
+        return
+    (count,) = struct.unpack(count_format, data[start : start + count_size])
+    first = start + count_size
+    if first + count * entry_size + offset_size > len(data):
+        return
+    kept = []
+    for at in range(first, first + count * entry_size, entry_size):
+        entry = data[at : at + entry_size]
+        tag, kind, length, value = struct.unpack(entry_format, entry)
+        if tag in _TIFF_MEANING and kind in _TIFF_MEANING[tag]:
+            offset = struct.unpack(offset_format, value)[0]
+            if length == 1 if tag == 274 else offset_size < length <= len(data) - offset:
+                kept.append(entry)
+        elif tag in _TIFF_PIXELS:
+            kept.append(entry)
+    reduced = struct.pack(count_format, len(kept)) + b"".join(kept) + bytes(offset_size)
+    data[start : start + len(reduced)] = reduced

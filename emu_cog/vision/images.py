@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from emu_cog.errors import InputError
 from emu_cog.prompt import geometry
-from emu_cog.vision.containers import avif_pixels, jpeg_endings, jpeg_pixels, png_pixels, webp_pixels
+from emu_cog.vision.containers import avif_pixels, hide_tiff_tags, jpeg_endings, jpeg_pixels, png_pixels, webp_pixels
 from emu_cog.vision.formats import HEAD_BYTES, RAW_ADVICE, accepted_format, foreign_format, is_camera_raw
 from emu_cog.vision.ibq import IBQ
 from emu_cog.vision.srgb import load, strips, to_srgb
@@ -74,6 +74,10 @@ def _pixels_alone(file: BufferedReader, head: bytes) -> tuple[IO[bytes], dict[st
     """The file without the metadata that Pillow may stumble over, and what of it is looked at later."""
     file.seek(0)
     kind = accepted_format(head)
+    if kind == "TIFF":
+        copy = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes stay in memory
+        hide_tiff_tags(copy)
+        return cast(IO[bytes], copy), {}
     if kind not in ("PNG", "JPEG", "WEBP", "AVIF"):
         return file, {}
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
