@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import struct
 import subprocess
@@ -184,9 +185,13 @@ LOGO = Image.new("RGBA", (200, 100), (255, 255, 255, 0))
 ImageDraw.Draw(LOGO).ellipse((50, 10, 150, 90), fill=(255, 255, 255, 255))
 
 
-def test_a_white_logo_on_transparency_is_laid_on_grey(tmp_path: Path) -> None:
+def test_a_white_logo_on_transparency_is_laid_on_grey(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It vanished on white."""
-    pixels = opened(LOGO, tmp_path, "a.png")
+    with caplog.at_level(logging.INFO, logger="emu_cog"):
+        pixels = opened(LOGO, tmp_path, "a.png")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the picture is white on transparency and would vanish on white: it is laid on grey"
+    ]
     assert pixels[0, 0].tolist() == list(GREY)
     assert pixels[50, 100].tolist() == [255, 255, 255]
     accented = LOGO.copy()

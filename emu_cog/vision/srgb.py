@@ -70,23 +70,29 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 def _flattened(image: Image.Image) -> Image.Image:
     """Alpha on white, or on grey where next to nothing would be seen on white."""
+    result, seen, white = _laid_on((255, 255, 255), image)
+    if _vanishes(pixels=image.width * image.height, seen=seen, white=white):
+        log.info("the picture is white on transparency and would vanish on white: it is laid on grey")
+        del result  # before the next one is made
+        result, _, _ = _laid_on(GREY, image)
+    return result
+
+
+def _laid_on(background: tuple[int, int, int], image: Image.Image) -> tuple[Image.Image, int, int]:
+    """The picture on a background, its number of visible pixels, and how many of these came out nearly white."""
     convert = _converter(image)
     result = Image.new("RGB", image.size)
-    for background in ((255, 255, 255), GREY):
-        seen = white = 0
-        for top, strip in strips(image):
-            strip, alpha = _split_alpha(strip)
-            flat = Image.new("RGB", strip.size, background)
-            flat.paste(convert(strip), mask=alpha)
-            result.paste(flat, (0, top))
-            red, green, blue = flat.split()
-            darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
-            histogram = darkest.histogram(alpha.point([0] * _SEEN_ALPHA + [255] * (256 - _SEEN_ALPHA)))
-            seen, white = seen + sum(histogram), white + sum(histogram[_NEAR_WHITE:])
-        if not _vanishes(pixels=image.width * image.height, seen=seen, white=white):
-            break
-        log.info("the picture is white on transparency and would vanish on white: it is laid on grey")
-    return result
+    seen = white = 0
+    for top, strip in strips(image):
+        strip, alpha = _split_alpha(strip)
+        flat = Image.new("RGB", strip.size, background)
+        flat.paste(convert(strip), mask=alpha)
+        result.paste(flat, (0, top))
+        red, green, blue = flat.split()
+        darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+        histogram = darkest.histogram(alpha.point([0] * _SEEN_ALPHA + [255] * (256 - _SEEN_ALPHA)))
+        seen, white = seen + sum(histogram), white + sum(histogram[_NEAR_WHITE:])
+    return result, seen, white
 
 
 def _vanishes(*, pixels: int, seen: int, white: int) -> bool:
