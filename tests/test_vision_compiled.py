@@ -1,4 +1,4 @@
-"""The compiled vision decoder: the eager one's pixels, one graph for all sizes, and a fallback that is told."""
+"""The compiled vision decoder: the eager one's pixels, one graph for all sizes, and a fallback that is logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [(10, 10), (12, 14), (14, 12), (20, 11), (11, 23)]
 
 
 def network(levels: int = 3) -> IBQ:
-    """A small decoder with attention in its lowest level. 2**(levels-1) pixels a code."""
+    """A small decoder with attention in its lowest level. One code covers 2**(levels-1) pixels a side."""
     config = VisionConfig(
         ch=32,
         out_ch=3,
@@ -42,22 +42,26 @@ def codes(rows: int, columns: int) -> Tensor:
 
 @torch.inference_mode()
 def test_a_new_aspect_ratio_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hosted peer's decoder compiled anew for every size: 55 s and 38 s for the first two on a CPU."""
-    # oneDNN is for large tensors only, so its convolutions on a CPU would add graphs for small pictures.
+    """The hosted peer's decoder was recompiled for every size: 55 s and 38 s for the first two on a CPU.
+
+    The backend compiles nothing, but the graphs and the compiled branch of the norm are the real ones.
+    """
+    # PyTorch uses oneDNN's convolutions for large tensors only, which would add graphs for small pictures on a CPU.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     vision = network()
     expected = [vision.decode(codes(*size)) for size in SIZES]
     counter = CompileCounterWithBackend("aot_eager")
     CompiledDecoder(vision, backend=counter).warm_up(SIZES[:1])
     graphs = counter.frame_count
-    # Blocks of one width share a graph: here all eight; the tail is the other. (Each is traced twice: PyTorch finds
-    # out under way that the norm's epsilon can be a constant.)
+    # All eight blocks have one width and share a graph; the tail is the other. Each is traced twice, because PyTorch
+    # finds out during tracing that the norm's epsilon can be a constant.
     assert graphs <= 4
     for size, pixels in zip(SIZES, expected, strict=True):
         assert torch.allclose(vision.decode(codes(*size)), pixels, atol=1e-5)
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow  # half a minute of C++ compilation; the graphs are checked above
 @torch.inference_mode()
 def test_inductor_makes_the_same_pixels() -> None:
     vision = network(levels=1)
@@ -69,7 +73,7 @@ def test_inductor_makes_the_same_pixels() -> None:
 
 
 @torch.inference_mode()
-def test_a_compiler_that_fails_is_told_and_the_eager_decoder_serves(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_compiler_is_logged_once_and_the_eager_decoder_serves(caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no C compiler here")
 
@@ -80,13 +84,12 @@ def test_a_compiler_that_fails_is_told_and_the_eager_decoder_serves(caplog: pyte
         compiled.warm_up([(10, 10)])
         assert torch.equal(vision.decode(codes(10, 10)), expected)
     assert not compiled.active
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert "runs uncompiled" in told[0]
-    assert "no C compiler here" in told[0]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "runs uncompiled" in message
+    assert "no C compiler here" in message
 
 
-def test_warming_up_tells_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_logs_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
     vision = network()
     compiled = CompiledDecoder(vision, backend="eager")
     with caplog.at_level(logging.INFO, logger="emu_cog"):

@@ -1,10 +1,12 @@
-"""The vision decoder with its blocks compiled, once for every picture size; uncompiled it is the reference.
+"""The vision decoder with its blocks compiled once for all picture sizes; the uncompiled one is the reference.
 
-What is compiled are the residual blocks and the tail, not the decoder as a whole: blocks of one width share a graph,
-so there are few and small ones, and height and width are symbols in them, so a new aspect ratio compiles nothing.
-The gain is the group norms: PyTorch's kernel gives each of the 32 groups one thread block, and took 105 of the 245 ms
-of a 1024x1024 picture on an H100; compiled they are split over the GPU and fused with what follows: 99 ms, 59 of them
-in the convolutions. bfloat16 convolutions moved a sixth of the values by 2 to 6 of 255 and are not used.
+Not the decoder is compiled but its residual blocks and its tail: blocks of one width share a graph, so there are few
+graphs and all are small. Height and width are symbols in them, so a new aspect ratio compiles nothing.
+
+Most of the gain is in the group norms. PyTorch's kernel runs each of the 32 groups on one thread block and took 105 of
+the 245 ms of a 1024x1024 picture on an H100. Compiled, the norms are split over the GPU and fused with what follows:
+99 ms, of which the convolutions take 59. bfloat16 convolutions changed a sixth of the values by 2 to 6 of 255 and are
+not used.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from emu_cog.vision.ibq import IBQ, ResBlock
 class CompiledDecoder:
     """`vision.pixels` with compiled blocks: (N, embed_dim, h, w) features to (N, 3, 16h, 16w).
 
-    When compiling fails, at whatever call, that is told once and the blocks run uncompiled from then on.
+    When compiling fails, at any call, a warning is logged once and the blocks run uncompiled from then on.
     """
 
     def __init__(self, vision: IBQ, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -36,7 +38,7 @@ class CompiledDecoder:
                 block.compile(dynamic=True, backend=backend)
         decoder.tail = torch.compile(decoder.tail, dynamic=True, backend=backend)  # type: ignore[method-assign]
         if vision.device.type == "cuda":
-            # Tensor-core convolutions read channels last; otherwise each one would turn its input around and back.
+            # Tensor-core convolutions read channels last; otherwise each would convert its input and output.
             decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vision.compiled = self
 
@@ -46,9 +48,9 @@ class CompiledDecoder:
                 with _unrelated_sizes():
                     return self._vision.pixels(features)
             except Exception as error:  # compilers fail in many ways; the uncompiled decoder is always right
-                told = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).split())[:300]
                 log.warning(
-                    "the vision decoder can't be compiled and runs uncompiled: %s: %s", type(error).__name__, told
+                    "the vision decoder can't be compiled and runs uncompiled: %s: %s", type(error).__name__, reason
                 )
                 self.active = False
         with torch.compiler.set_stance("force_eager"):
@@ -56,7 +58,10 @@ class CompiledDecoder:
 
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Decode blank pictures of `sizes` (rows, columns), so that no request waits for compiling; told in seconds."""
+        """Decode a blank picture of each of `sizes` (rows, columns in codes), so that no request waits for compiling.
+
+        Logs the seconds of each.
+        """
         device = self._vision.device
         for number, (rows, columns) in enumerate(sizes):
             started = time.perf_counter()
@@ -69,5 +74,5 @@ class CompiledDecoder:
 
 
 def _unrelated_sizes() -> AbstractContextManager[Any]:
-    """A square picture that comes first must not let the compiler conclude that height always equals width."""
+    """Without this, a square first picture would make the compiler assume that height equals width."""
     return shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined,no-any-return]

@@ -45,7 +45,7 @@ class VisionConfig:
 
     @classmethod
     def read(cls, folder: Path) -> VisionConfig:
-        """Parse `folder/config.yaml`. Training-only keys are ignored; CheckpointError names a lacking key."""
+        """Parse `folder/config.yaml`. Training-only keys are ignored; CheckpointError names a missing key."""
         path = folder / CONFIG_FILE
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -82,14 +82,14 @@ class Norm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        # The same from each channel's own mean and variance: with channels last those are sums down columns, which
-        # compile to fast code, while a group's are not. Measured on an H100: see vision_compiled.py.
+        # The same by way of each channel's mean and variance: with channels last these are sums over columns, which
+        # compile to fast code; sums over groups do not. Measurements: see compiled.py.
         variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
         variance, mean = (value.unflatten(1, (_GROUPS, -1)) for value in (variance, mean))
-        middle = mean.mean(dim=2, keepdim=True)
-        spread = (variance + (mean - middle).square()).mean(dim=2, keepdim=True)
-        scale = (spread + 1e-6).rsqrt().expand_as(mean).flatten(1) * self.weight
-        shift = self.bias - middle.expand_as(mean).flatten(1) * scale
+        group_mean = mean.mean(dim=2, keepdim=True)
+        group_variance = (variance + (mean - group_mean).square()).mean(dim=2, keepdim=True)
+        scale = (group_variance + 1e-6).rsqrt().expand_as(mean).flatten(1) * self.weight
+        shift = self.bias - group_mean.expand_as(mean).flatten(1) * scale
         return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 
@@ -125,8 +125,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        # Written out, as upstream does: with one head of 1024 channels the fused kernels take three times as long
-        # as plain products (14.6 ms of a decode on an H100), and the matrix is small.
+        # Not scaled_dot_product_attention: with one head of 1024 channels its kernels take three times as long as
+        # plain products (14.6 ms of a decode on an H100), and the matrix is small.
         weight = (q @ k.transpose(1, 2) * x.shape[1] ** -0.5).softmax(dim=-1)
         return x + self.proj_out((weight @ v).transpose(1, 2).reshape(x.shape))
 
@@ -146,7 +146,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # By a whole-number size: with symbolic sizes a float factor would become guards.
+        # By size, not by scale_factor: a float factor would add guards to symbolic sizes.
         return self.conv(F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(N, z, h, w) features to (N, out_ch, 16h, 16w) pixels; one residual block a level more than the encoder."""
+    """(N, z, h, w) features to (N, out_ch, 16h, 16w) pixels; one residual block more per level than the encoder."""
 
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Codebook(nn.Module):
 
 
 class IBQ(nn.Module):
-    """The whole vision tokenizer. `encode` and `decode` work on tensors; see `pictures.py` for files."""
+    """The vision tokenizer. `encode` and `decode` work on tensors; see `images.py` for files."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class IBQ(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.compiled: Callable[[Tensor], Tensor] | None = None
-        """A compiled twin of `pixels`, which `decode` runs in its stead."""
+        """A compiled version of `pixels`, which `decode` runs instead."""
 
     def features(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) pixels in -1..1 to (N, embed_dim, H/16, W/16), before quantization."""
