@@ -20,7 +20,7 @@ from emu_cog.engine.image_schedule import Trace
 from emu_cog.engine.runner import ModelRunner, build
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
 from emu_cog.errors import CheckpointError
-from emu_cog.events import Event, Finished, Picture, Progress, RunStats
+from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import PROMPT_TOKENS, Budget, check_memory_budget
 from emu_cog.model import torch_settings
@@ -31,7 +31,6 @@ from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.prompt import geometry, prompts, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tokenizer import Tokenizer
-from emu_cog.prompt.tokens import TokenIds
 from emu_cog.request import Request
 from emu_cog.settings import Settings
 from emu_cog.vision.compiled import CompiledDecoder
@@ -140,7 +139,7 @@ class Pipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
         """Load the checkpoint that the environment names, brought here first where it is missing."""
-        torch_settings.keep_compiled(settings.compile_cache or settings.weights_dir / ".compiled")
+        torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(
             found.model,
@@ -187,7 +186,7 @@ class Pipeline:
         plan = tasks.plan(request, self.defaults)
         self._check_fits(request, plan)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+        log.info("seed %d, %s", seed, plan.summary())
         started = time.perf_counter()
         images = [encode_image(image, plan.image_area, self.vision) for image in request.images]
         vq_seconds = time.perf_counter() - started
@@ -238,24 +237,39 @@ class Pipeline:
     ) -> Iterator[tuple[int, Event]]:
         """Generate all outputs of all requests, batch by batch."""
         runs = [_Run(self, one) for one in prepared]
+        pairs = [(r, output) for r, one in enumerate(prepared) for output in range(len(one.outputs))]
+        numbers = {pair: number for number, pair in enumerate(pairs)}
+        meter = ProgressMeter(
+            on_progress,
+            limits=[self._limit(prepared[r], output) for r, output in pairs],
+            first_visual=self.tokenizer.ids.visual,
+        )
         waiting = [len(one.outputs) for one in prepared]
         for batch in self._batches(prepared):
             config = prepared[batch[0][0]].config
-            progress = _Reporter(on_progress, len(batch), self.tokenizer.ids)
             outputs = [prepared[r].outputs[output] for r, output in batch]
             for event in self.engine.generate(outputs, config, trace=trace):
+                for pair in batch:
+                    meter.prompt_read(numbers[pair])
                 if isinstance(event, Stats):
                     for r in dict.fromkeys(r for r, _ in batch):
                         runs[r].add(event)
                     continue
-                progress.see(event)
                 r, output = batch[event.index]
                 for made in runs[r].read(output, event):
                     yield r, made
+                _measure(meter, numbers[r, output], event)
             for r, _ in batch:
                 waiting[r] -= 1
                 if waiting[r] == 0:
                     yield r, runs[r].stats()
+
+    def _limit(self, prepared: Prepared, output: int) -> int | None:
+        """The most tokens that a sequence may have; None for a single picture."""
+        if prepared.config.single_image:
+            return None
+        room = self.lm.context - len(prepared.outputs[output].conditional)
+        return min(room, prepared.config.max_new_tokens or room)
 
     def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[tuple[int, int]]]:
         """(request, output) pairs to be generated side by side: of one GenerationConfig, and as many as memory
@@ -285,7 +299,7 @@ class _Run:
         self._pipeline, self._prepared = pipeline, prepared
         self._readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(prepared.outputs))]
         self._pictures = [0] * len(prepared.outputs)
-        self._stats = RunStats(seed=prepared.seed, vq_seconds=prepared.vq_seconds)
+        self._stats = RunStats(seed=prepared.seed, clipped=prepared.plan.clipped, vq_seconds=prepared.vq_seconds)
 
     def read(self, output: int, event: Tokens | Opened | Ended) -> Iterator[Event]:
         """The texts and pictures that `event` of `output` completes."""
@@ -329,6 +343,14 @@ class _Run:
         return self._stats
 
 
+def compile_cache(settings: Settings) -> Path:
+    """The folder for compiled code. Where TORCHINDUCTOR_CACHE_DIR is set, by a user or by a host that keeps that
+    folder between containers, Triton's cache goes into it, too: as a subfolder, where inductor itself would put it."""
+    if inductor := settings.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(inductor)
+    return settings.compile_cache or settings.weights_dir / ".compiled"
+
+
 def generation_config(plan: tasks.Plan) -> GenerationConfig:
     """The part of a plan that the engine needs."""
     return GenerationConfig(
@@ -341,28 +363,10 @@ def generation_config(plan: tasks.Plan) -> GenerationConfig:
     )
 
 
-class _Reporter:
-    """Turns engine events into Progress. Outputs step together, so one of them, the lead, stands for all."""
-
-    def __init__(self, report: Callable[[Progress], None] | None, outputs: int, ids: TokenIds) -> None:
-        self._report_to, self._row_ends = report, (ids.eol, ids.eoi)
-        self._number = [0] * outputs
-        self._lead: int | None = None
-        self._rows, self._row, self._tokens = 0, 0, 0
-
-    def see(self, event: Tokens | Opened | Ended) -> None:
-        if isinstance(event, Opened):
-            self._number[event.index] += 1
-            if self._lead is None:
-                self._lead, self._rows, self._row, self._tokens = event.index, event.size[0], 0, 0
-                self._report()
-        elif isinstance(event, Tokens) and event.index == self._lead and event.ids[-1] in self._row_ends:
-            self._row += 1
-            self._tokens += len(event.ids) - 1
-            self._report()
-            if self._row == self._rows:
-                self._lead = None
-
-    def _report(self) -> None:
-        if self._report_to and self._lead is not None:
-            self._report_to(Progress(self._number[self._lead], self._row, self._rows, self._tokens))
+def _measure(meter: ProgressMeter, output: int, event: Tokens | Opened | Ended) -> None:
+    if isinstance(event, Opened):
+        meter.opened(output, event.size)
+    elif isinstance(event, Tokens):
+        meter.tokens(output, event.ids)
+    else:
+        meter.ended(output)

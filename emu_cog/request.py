@@ -20,7 +20,9 @@ TASKS: tuple[str, ...] = get_args(Task)
 PIXELS_PER_TOKEN = 16
 """One visual token covers 16x16 pixels: the vision tokenizer halves four times."""
 
-ASPECT_RATIOS = ("auto", "model", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom")
+ASPECT_RATIOS = (
+    "auto", "model", "1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom"
+)  # fmt: skip
 RESOLUTIONS = ("auto", "512", "720", "1024")
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 MIN_SIDE, MAX_SIDE = 160, 1584

@@ -48,11 +48,6 @@ class Reader:
         self._opens: dict[int, Kind] = {ids.bog: "global_reasoning", ids.boc: "image_reasoning"}
         self._closes: dict[int, Kind] = {ids.eog: "global_reasoning", ids.eoc: "image_reasoning"}
 
-    @property
-    def partial_text(self) -> str:
-        """The text read so far of the segment that is not whole yet."""
-        return self._text
-
     def feed(self, tokens: Sequence[int]) -> Iterator[Text | ImageCodes]:
         """Read `tokens` and yield each segment as soon as it is whole."""
         for token in tokens:
