@@ -1,8 +1,8 @@
-"""Load everything once, then turn each Request into a stream of texts and pictures.
+"""Loads the model once, then turns each Request into a stream of texts and pictures.
 
-prepare(request)          every default settled, photos encoded, prompts built: what the engine needs
-stream(request)           the events of one request as they happen
-stream_batch(requests)    the events of several requests, generated side by side
+prepare(request)          fills in defaults, encodes photos, builds prompts: what the engine needs
+stream(request)           yields the events of one request as they happen
+stream_batch(requests)    yields the events of several requests, generated side by side
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Pipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
-        """Load the checkpoint that the environment names, brought here first where it is missing."""
+        """Load the checkpoint that the environment names, after downloading it if it is missing."""
         torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(
@@ -156,10 +156,10 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as later ones: small pictures on a GPU, nothing on a CPU.
+        """Make the first request as fast as later ones, by small pictures on a GPU; does nothing on a CPU.
 
-        With one output, and with as many as EMU_MAX_OUTPUTS guarantees room for. Other numbers are captured by the
-        first request that uses them, in a second or two: few of the kernels they need are new by then.
+        Captures steps for one output and for as many as EMU_MAX_OUTPUTS guarantees memory for. Other numbers are
+        captured by the first request that uses them, in a second or two: most of their kernels are compiled by then.
         """
         if self.lm.device.type != "cuda":
             return
@@ -170,7 +170,7 @@ class Pipeline:
         config = generation_config(typical)
         for outputs in sorted({self.max_outputs, 1}, reverse=True):
             started = time.perf_counter()
-            # The cache that a usual picture will need: captured steps hold its address.
+            # Allocate the cache that a usual picture needs: captured steps hold its address.
             self.engine.cache(rows=2 * outputs, capacity=config.longest(PROMPT_TOKENS, self.lm.context))
             small = Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4, num_outputs=outputs)
             for _ in self.stream(small):
@@ -179,7 +179,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def prepare(self, request: Request) -> Prepared:
-        """Settle every default, refuse what can't be done, encode the photos and build the prompts.
+        """Fill in every default, refuse what can't be done, encode the photos and build the prompts.
 
         Raises InputError before any model work.
         """
@@ -226,8 +226,8 @@ class Pipeline:
 
     def stream_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
         """Yield (index of the request, event) for several requests, generated side by side where their settings are
-        the same and memory allows. Each request's events are those of `stream`, its RunStats the last of them; a
-        request with too few pictures is not an error here. InputError for any request comes before all model work.
+        the same and memory allows. Each request's events are those of `stream`, RunStats last; too few pictures are no
+        error here. Raises InputError for any of the requests before any model work.
         """
         yield from self._run([self.prepare(request) for request in requests], None, None)
 
@@ -272,8 +272,8 @@ class Pipeline:
         return min(room, prepared.config.max_new_tokens or room)
 
     def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[tuple[int, int]]]:
-        """(request, output) pairs to be generated side by side: of one GenerationConfig, and as many as memory
-        holds the caches of."""
+        """(request, output) pairs to be generated side by side: of one GenerationConfig, as many as memory has room
+        for."""
         groups: dict[GenerationConfig, list[tuple[int, int]]] = {}
         for r, one in enumerate(prepared):
             groups.setdefault(one.config, []).extend((r, output) for output in range(len(one.outputs)))
@@ -285,7 +285,7 @@ class Pipeline:
             yield from (pairs[first : first + fitting] for first in range(0, len(pairs), fitting))
 
     def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
-        """Refuse a prompt that leaves no room for one picture, before anything is computed."""
+        """Refuse a prompt that leaves no room for one picture, before photos are encoded."""
         shapes = [geometry.reference_size(image.size, plan.image_area) for image in request.images]
         blank = [[[0] * columns] * rows for rows, columns in shapes]
         prompt = prompts.build(plan.task, request.prompt, blank, self.tokenizer)
@@ -293,7 +293,7 @@ class Pipeline:
 
 
 class _Run:
-    """One request being generated: its readers, and what it has cost so far."""
+    """One request being generated: its readers and its stats so far."""
 
     def __init__(self, pipeline: Pipeline, prepared: Prepared) -> None:
         self._pipeline, self._prepared = pipeline, prepared
@@ -332,7 +332,7 @@ class _Run:
         )
 
     def add(self, batch: Stats) -> None:
-        """Count in the time of a batch that this request was part of."""
+        """Add the time of a batch that this request was part of."""
         self._stats = replace(
             self._stats,
             prefill_seconds=self._stats.prefill_seconds + batch.prefill_seconds,

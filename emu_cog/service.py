@@ -1,4 +1,4 @@
-"""One prediction, from a server's inputs to files: the part of predict.py that needs no Cog."""
+"""One prediction, from a server's inputs to files: all of predict.py that needs no Cog."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
 
 
 def _uploaded(value: Any, name: str) -> Path:
-    """Only a file that the server downloaded is a Path; any other string arrives as str and is never opened."""
+    """`value` if it is a file that the server downloaded. Other strings arrive as str and are never opened."""
     if not isinstance(value, Path):
         raise InputError(
             f"{name}: {str(value)[:80]!r} is not an uploaded file: give a file, an https URL or a data URL"
@@ -113,7 +113,7 @@ def _uploaded(value: Any, name: str) -> Path:
 
 
 def _whole_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """2.0 passes an integer input as a float; it is meant as 2."""
+    """Integers for 2.0 and the like, which Cog passes to integer inputs as floats."""
     return {k: int(v) if isinstance(v, float) and v.is_integer() and k in _WHOLE else v for k, v in fields.items()}
 
 

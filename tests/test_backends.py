@@ -62,7 +62,7 @@ class TestCheckpoint:
         assert_whole(tmp_path / "w" / "Emu3.5-Base", BASE)
         assert pictures(list(pipeline.stream(BOAT)))[0].settings["guidance_scale"] == 2.0
 
-    def test_mini_is_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mini_is_the_model_in_the_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = make_tiny(tmp_path / "mini", seed=4)
         monkeypatch.setattr(store, "MINIATURE", tmp_path / "mini")
         found = store.resolve(Settings(weights_dir=tmp_path / "w"))
@@ -70,7 +70,7 @@ class TestCheckpoint:
         assert (found.revision, found.kind) == ("mini", "mini")
         assert not (tmp_path / "w").exists()
 
-    def test_a_vision_tokenizer_of_ones_own(self, tmp_path: Path) -> None:
+    def test_another_vision_tokenizer_can_be_named(self, tmp_path: Path) -> None:
         a, b = make_tiny(tmp_path / "a"), make_tiny(tmp_path / "b")
         chosen = Settings(checkpoint=str(a.model), vision_tokenizer=str(b.vision), weights_dir=tmp_path / "w")
         assert store.resolve(chosen).vision_tokenizer == b.vision
@@ -164,7 +164,7 @@ class TestUpstream:
         assert done == sorted(set(done))
         assert (done[0], done[-1]) == (0.0, 1.0)
 
-    def test_at_top_k_1_it_says_what_native_says(self, pipeline: UpstreamPipeline, teller: TinyFolders) -> None:
+    def test_at_top_k_1_it_makes_what_native_makes(self, pipeline: UpstreamPipeline, teller: TinyFolders) -> None:
         native = Pipeline.load(teller.model, teller.vision, device="cpu")
         for request in (
             Request(prompt="a fox", size=(3, 4), image_top_k=1, text_top_k=1),

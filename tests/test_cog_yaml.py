@@ -47,7 +47,7 @@ def pins(name: str) -> dict[str, str]:
 IMAGE, LOCAL = pins("requirements.txt"), pins("requirements-local.txt")
 
 
-def test_cogs_own_schema_takes_it() -> None:
+def test_it_is_valid_by_cogs_own_schema() -> None:
     schema = json.loads((cog_data() / "config_schema_v1.0.json").read_text())
     jsonschema.Draft7Validator.check_schema(schema)
     jsonschema.Draft7Validator(schema).validate(CONFIG)
@@ -88,7 +88,7 @@ def test_pget_is_the_release_binary_and_never_the_other_pget_of_pypi() -> None:
 
 
 @pytest.mark.parametrize("entry", CONFIG["environment"])
-def test_environment_names_are_ones_that_cog_takes(entry: str) -> None:
+def test_environment_names_are_accepted_by_cog(entry: str) -> None:
     name, equals, _ = entry.partition("=")
     assert equals
     assert not REFUSED.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Sizes: upstream's presets and resize, custom pixels, areas."""
+"""Sizes: upstream's presets and resize, custom pixels, areas, clipped ratios."""
 
 from __future__ import annotations
 

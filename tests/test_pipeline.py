@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emu_cog import pipeline as pipeline_module
 from emu_cog.errors import InputError
 from emu_cog.events import Finished, Picture, Progress, RunStats
 from emu_cog.log import log
@@ -60,7 +61,7 @@ def test_four_pictures_are_those_of_four_seeds(pipelines: Pipelines) -> None:
         np.testing.assert_array_equal(np.asarray(together.image), np.asarray(single.image))
 
 
-def test_without_a_seed_each_run_differs_and_tells_its_seed(pipelines: Pipelines) -> None:
+def test_without_a_seed_each_run_differs_and_reports_its_seed(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     first, second = (
         next(e for e in pipeline.stream(Request(prompt="a boat", size=(4, 4))) if isinstance(e, Picture))
@@ -71,7 +72,7 @@ def test_without_a_seed_each_run_differs_and_tells_its_seed(pipelines: Pipelines
     assert next(e for e in pipeline.stream(again) if isinstance(e, Picture)).codes == first.codes
 
 
-def test_settings_tell_what_made_the_picture(pipelines: Pipelines) -> None:
+def test_settings_are_those_that_made_the_picture(pipelines: Pipelines) -> None:
     request = Request(prompt="a boat", size=(2, 3), seed=1, guidance_scale=2.5, image_top_k=7)
     picture = next(e for e in pipelines("picture").stream(request) if isinstance(e, Picture))
     assert picture.settings == {
@@ -195,6 +196,32 @@ def test_on_a_terminal_progress_is_one_moving_bar(
     assert len(re.findall(r"%\|[^\r]*\n", bar)) == 1  # the bar stays on one line until the end
 
 
+def test_an_error_in_the_middle_keeps_what_was_made_and_spoils_nothing_after_it(
+    pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipelines("storyteller")
+    request = Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)
+    whole = list(pipeline.stream(request))
+    pictures = [i for i, event in enumerate(whole) if isinstance(event, Picture)]
+    assert len(pictures) > 1
+    decode, calls = pipeline_module.decode_image, iter([True, False])
+
+    def fails_the_second_time(codes: Any, vision: Any) -> Any:
+        if next(calls):
+            return decode(codes, vision)
+        raise RuntimeError("the device is gone")
+
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module, "decode_image", fails_the_second_time)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            for event in pipeline.stream(request):
+                made.append(event)
+    assert len(made) == pictures[1]
+    again = list(pipeline.stream(request))
+    assert [getattr(e, "codes", e) for e in again[:-1]] == [getattr(e, "codes", e) for e in whole[:-1]]
+
+
 def test_a_prompt_beyond_the_context_is_refused_before_any_work(
     pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,8 +234,8 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(
         next(pipeline.stream(Request(prompt="boat", task="x2i", images=images, resolution="1024")))
 
 
-def test_a_size_the_model_chose_that_does_not_fit_is_an_error_that_says_so(pipelines: Pipelines) -> None:
-    """t2i never ends without a picture in silence: what is left of the context holds 10x10 tokens and little more."""
+def test_a_size_that_the_model_chose_and_does_not_fit_is_an_error(pipelines: Pipelines) -> None:
+    """t2i never ends silently without a picture. The rest of the context holds little more than 10x10 tokens."""
     pipeline = pipelines("picture")
 
     def until_one_does_not_fit() -> None:

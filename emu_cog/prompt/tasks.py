@@ -79,8 +79,8 @@ TABLE: Mapping[str, Task] = {
         images_first=True,
         interleaved=False,
         aspect_ratio="1:1",  # never used: x2i always has a photo
-        # Upstream says 3.0 in its runnable x2i example and 5 in a comment of configs/config.py. The example is
-        # what upstream runs for edits, and a weaker push keeps more of the photo, so 3.0 it is.
+        # Upstream has 3.0 in its runnable x2i example and 5 in a comment of configs/config.py. The example is what
+        # upstream runs for edits, and less guidance keeps more of the photo.
         guidance={"image": 3.0, "base": 2.0},
         image_area=1048576,
         image=_PICTURE_IMAGE,
@@ -120,7 +120,7 @@ class ModelDefaults:
 
     @classmethod
     def read(cls, folder: Path, *, kind: str = "image") -> ModelDefaults:
-        """Read `folder/defaults.json`; where it does not say, the defaults of `kind` hold, "image" or "base".
+        """Read `folder/defaults.json`; for what it lacks, the defaults of `kind` ("image" or "base") hold.
 
         Keys, all optional: `kind` ("image" or "base"); `aspect_ratio` (of pictures without a photo: "model" or a
         preset), `image_area` (pixels), `guidance_scale` and `image_temperature`, each one value for all tasks or a map
@@ -221,7 +221,7 @@ class Plan:
 
 
 def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
-    """Fill in what `request` leaves open. Raises InputError for a reference of an impossible shape."""
+    """Fill in what `request` leaves open. Raises InputError for a photo of an impossible shape."""
     defaults = defaults or ModelDefaults()
     task = TABLE[request.task]
     area = request.image_area or _area(request.resolution) or defaults.image_area.get(task.name) or task.image_area

@@ -60,7 +60,7 @@ class Tokenizer:
         return TokenIds(**roles, visual=visual, visual_count=count, digits=digits, star=ranks[b"*"])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, NFC-normalised. `<|extra_204|>` and its like are letters here, never roles."""
+        """Ids of plain text, NFC-normalised. `<|extra_204|>` and the like are plain characters here."""
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def token_bytes(self, token: int) -> bytes:
