@@ -211,12 +211,11 @@ def test_an_error_in_the_middle_keeps_what_was_made_and_spoils_nothing_after_it(
             return decode(codes, vision)
         raise RuntimeError("the device is gone")
 
-    made = []
+    made: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(pipeline_module, "decode_image", fails_the_second_time)
         with pytest.raises(RuntimeError, match="the device is gone"):
-            for event in pipeline.stream(request):
-                made.append(event)
+            made.extend(pipeline.stream(request))
     assert len(made) == pictures[1]
     again = list(pipeline.stream(request))
     assert [getattr(e, "codes", e) for e in again[:-1]] == [getattr(e, "codes", e) for e in whole[:-1]]
