@@ -300,6 +300,16 @@ class TestOutputFolder:
         run(tmp_path, PICTURE)
         assert folder.exists()
 
+    def test_a_disk_without_room_for_a_folder_is_one_sentence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(OSError, match="no folder for the results can be made: No space left"):
+            run(tmp_path, PICTURE)
+
     @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
     def test_a_folder_that_cant_be_written_to_is_one_sentence(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o500)
