@@ -1,6 +1,6 @@
 """Emu3.5 on Cog: words and photos in, pictures out. Cog reads this file without importing it: Inputs are literal.
 
-The inputs' meaning is in emu_cog/config.py (Request), the inference in emu_cog/pipeline.py; here is only the door.
+What the inputs mean is in emu_cog/request.py, the inference in emu_cog/pipeline.py.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,16 @@ from emu_cog import Settings
 from emu_cog.service import Service
 
 TASK_TYPES = ["t2i", "x2i", "howto", "story", "explore", "vla"]
-ASPECT_RATIOS = ["auto", "model", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom"]
+ASPECT_RATIOS = [
+    "auto", "model", "1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom"
+]  # fmt: skip
 RESOLUTIONS = ["auto", "512", "720", "1024"]
 OUTPUT_FORMATS = ["png", "jpeg", "webp"]
 
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the model that EMU_CHECKPOINT names, by the code that EMU_BACKEND names, and warm it up."""
+        """Load the model that EMU_CHECKPOINT names with the backend that EMU_BACKEND names, and warm it up."""
         self.service = Service.from_settings(Settings.from_env())
         self.service.warm_up()
 
@@ -34,14 +36,16 @@ class Predictor(BasePredictor):
             default="t2i",
         ),
         reference_image: Optional[Path] = Input(
-            description="A photo to edit or to start from. Needed by x2i, allowed for all but t2i.", default=None
+            description="A photo to edit or to start from. Needed by x2i, allowed for all but t2i.",
+            accept="image/*",
+            default=None,
         ),
         reference_image_2: Optional[Path] = Input(
-            description="A second photo; the prompt may call it the second image.", default=None
+            description="A second photo; the prompt may call it the second image.", accept="image/*", default=None
         ),
-        reference_image_3: Optional[Path] = Input(description="A third photo.", default=None),
+        reference_image_3: Optional[Path] = Input(description="A third photo.", accept="image/*", default=None),
         aspect_ratio: str = Input(
-            description="Width:height. auto: the first photo's, else 1:1. model: it chooses. custom: as given below.",
+            description="Width:height. auto: the first photo's, else 1:1 for t2i, the model's choice for sequences.",
             choices=ASPECT_RATIOS,
             default="auto",
         ),
@@ -63,7 +67,7 @@ class Predictor(BasePredictor):
             default=1,
         ),
         guidance_scale: Optional[float] = Input(
-            description="How strongly to follow the prompt. Empty: the task's own, 5 for t2i and 3 for the others.",
+            description="How strongly the prompt pulls. Empty: 5 for t2i, else 3; base model 2 for t2i, x2i, else 3.",
             ge=1.0,
             le=20.0,
             default=None,
@@ -97,13 +101,13 @@ class Predictor(BasePredictor):
             default=None,
         ),
         seed: Optional[int] = Input(
-            description="The same seed and settings give the same picture. Empty: a random one, told in the log.",
+            description="The same seed and settings give the same picture. Empty: a random seed, which the log names.",
             default=None,
         ),
         output_format: str = Input(description="Format of the pictures.", choices=OUTPUT_FORMATS, default="png"),
         output_quality: int = Input(description="Quality of jpeg and webp pictures.", ge=1, le=100, default=95),
     ) -> Iterator[Path]:
-        """Make pictures, or texts and pictures and at last a page that shows them together."""
+        """Yield pictures, or texts and pictures and, last, a page that shows them together."""
         files = self.service.run(
             references={
                 "reference_image": reference_image,

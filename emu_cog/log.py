@@ -9,7 +9,7 @@ log = logging.getLogger("emu_cog")
 
 
 def log_to_stderr() -> None:
-    """Let the log be seen: a server's logs are what its process writes to stderr. Calling it again adds nothing."""
+    """Write the log to stderr, where a server's logs are read from. A second call changes nothing."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,13 +1,15 @@
-"""Events to files: pictures with their settings inside, texts, and one page that shows a sequence whole."""
+"""Events to files: pictures with their settings inside, texts, and one page that shows a whole sequence."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def encode_picture(image: Image.Image, settings: dict[str, Any], *, output_forma
     else:
         options |= {"quality": quality}
         if output_format == "jpeg":
-            options |= {"subsampling": 0 if quality >= 90 else 2}  # full colour resolution where quality is asked for
+            options |= {"subsampling": 0 if quality >= 90 else 2}  # full colour resolution at high quality
     buffer = io.BytesIO()
     image.save(buffer, format=output_format, **options)
     return buffer.getvalue()
@@ -57,8 +59,8 @@ def read_settings(image: Image.Image) -> dict[str, Any]:
 class Writer:
     """Writes one prediction's files into `folder`. Names are unique over predictions: hosts upload by file name.
 
-    Interleaved tasks get a text file for each text and, at the end, the page; t2i and x2i get pictures alone,
-    and what the model wrote beside them goes to the log.
+    Interleaved tasks get a text file for each text and, at the end, the page; t2i and x2i get pictures alone. All that
+    the model writes goes to the log as well: hosted pages show text files as bare links.
     """
 
     def __init__(self, folder: Path, *, task: str, prompt: str, interleaved: bool, output_format: str, quality: int):
@@ -77,10 +79,10 @@ class Writer:
         if isinstance(event, Finished):
             if event.reason in _NOTES:
                 log.warning("%s", _NOTES[event.reason])
-                self._body.append(f'<p class="note">{_NOTES[event.reason]}</p>')
+                self._body.append(f'<p class="note" dir="auto">{_NOTES[event.reason]}</p>')
             return None
-        if not self._interleaved or event.kind != "text":
-            log.info("%s: %s", _HEADINGS.get(event.kind, "the model wrote"), event.text.strip())
+        # The bar keeps a line of the model's from being read as a line of progress.
+        log.info("%s: %s", _HEADINGS.get(event.kind, "the model wrote"), event.text.strip().replace("\n", "\n| "))
         self._show_text(event)
         if self._interleaved and event.kind == "text":
             return self._save(event.text.strip().encode() + b"\n", "txt")
@@ -90,7 +92,7 @@ class Writer:
         """The page of an interleaved task; None for the others."""
         if not self._interleaved:
             return None
-        body = "\n".join(self._body) or '<p class="note">The model ended without writing anything.</p>'
+        body = "\n".join(self._body) or '<p class="note" dir="auto">The model ended without writing anything.</p>'
         page = _PAGE.format(title=html.escape(f"{self._task}: {self._prompt}"[:120]), task=self._task,
                             prompt=html.escape(self._prompt), body=body)  # fmt: skip
         return self._save(page.encode(), "html")
@@ -103,11 +105,12 @@ class Writer:
             part.write_bytes(data)
             os.replace(part, path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = ", free some space" if full else ""
             raise OSError(
-                error.errno,
-                f"the result ({len(data):,} bytes) can't be saved, free some space: {error.strerror}",
-                str(path),
+                error.errno, f"the result ({len(data):,} bytes) can't be saved{advice}: {error.strerror}", str(path)
             ) from error
         self._count += 1
         return path
@@ -120,31 +123,33 @@ class Writer:
         self._body.append(f'<img src="{source}" width="{width}" height="{height}" alt="Picture {picture.number}">')
 
     def _show_text(self, text: Text) -> None:
-        words = "".join(f"<p>{html.escape(part)}</p>" for part in text.text.strip().split("\n") if part.strip())
+        lines = [line for line in text.text.strip().split("\n") if line.strip()]
+        words = "".join(f'<p dir="auto">{html.escape(line)}</p>' for line in lines)
         if text.kind in _HEADINGS:
             cut = "" if text.complete else " (unfinished)"
             words = f"<details><summary>{_HEADINGS[text.kind]}{cut}</summary>{words}</details>"
         self._body.append(words)
 
 
+# The direction of the page is that of its first letter outside elements with a `dir` of their own: the prompt's.
 _PAGE = """<!doctype html>
-<html lang="en">
+<html lang="en" dir="auto">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title dir="ltr">{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1.05rem/1.6 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }}
 header p {{ font-size: 1.3rem; font-weight: 600; white-space: pre-wrap; }}
 header small, .note, summary {{ opacity: .7; }}
 img {{ display: block; max-width: 100%; height: auto; margin: 1rem 0 2rem; border-radius: .5rem; }}
-details {{ border-left: 3px solid; padding-left: 1rem; margin: 1rem 0; opacity: .85; }}
+details {{ border-inline-start: 3px solid; padding-inline-start: 1rem; margin: 1rem 0; opacity: .85; }}
 summary {{ cursor: pointer; }}
 </style>
 </head>
 <body>
-<header><small>{task}</small><p>{prompt}</p></header>
+<header><small dir="ltr">{task}</small><p>{prompt}</p></header>
 <main>
 {body}
 </main>

@@ -1,8 +1,8 @@
-"""Load everything once, then turn each Request into a stream of texts and pictures.
+"""Loads the model once, then turns each Request into a stream of texts and pictures.
 
-prepare(request)          every default settled, photos encoded, prompts built: what the engine needs
-stream(request)           the events of one request as they happen
-stream_batch(requests)    the events of several requests, generated side by side
+prepare(request)          fills in defaults, encodes photos, builds prompts: what the engine needs
+stream(request)           yields the events of one request as they happen
+stream_batch(requests)    yields the events of several requests, generated side by side
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emu_cog.engine.image_schedule import Trace
 from emu_cog.engine.runner import ModelRunner, build
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
 from emu_cog.errors import CheckpointError
-from emu_cog.events import Event, Finished, Picture, Progress, RunStats
+from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import PROMPT_TOKENS, Budget, check_memory_budget
 from emu_cog.model import torch_settings
@@ -31,7 +31,6 @@ from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.prompt import geometry, prompts, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tokenizer import Tokenizer
-from emu_cog.prompt.tokens import TokenIds
 from emu_cog.request import Request
 from emu_cog.settings import Settings
 from emu_cog.vision.compiled import CompiledDecoder
@@ -139,8 +138,8 @@ class Pipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
-        """Load the checkpoint that the environment names, brought here first where it is missing."""
-        torch_settings.keep_compiled(settings.compile_cache or settings.weights_dir / ".compiled")
+        """Load the checkpoint that the environment names, after downloading it if it is missing."""
+        torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(
             found.model,
@@ -157,10 +156,10 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as later ones: small pictures on a GPU, nothing on a CPU.
+        """Make the first request as fast as later ones, by small pictures on a GPU; does nothing on a CPU.
 
-        With one output, and with as many as EMU_MAX_OUTPUTS guarantees room for. Other numbers are captured by the
-        first request that uses them, in a second or two: few of the kernels they need are new by then.
+        Captures steps for one output and for as many as EMU_MAX_OUTPUTS guarantees memory for. Other numbers are
+        captured by the first request that uses them, in a second or two: most of their kernels are compiled by then.
         """
         if self.lm.device.type != "cuda":
             return
@@ -171,7 +170,7 @@ class Pipeline:
         config = generation_config(typical)
         for outputs in sorted({self.max_outputs, 1}, reverse=True):
             started = time.perf_counter()
-            # The cache that a usual picture will need: captured steps hold its address.
+            # Allocate the cache that a usual picture needs: captured steps hold its address.
             self.engine.cache(rows=2 * outputs, capacity=config.longest(PROMPT_TOKENS, self.lm.context))
             small = Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4, num_outputs=outputs)
             for _ in self.stream(small):
@@ -180,14 +179,14 @@ class Pipeline:
 
     @torch.inference_mode()
     def prepare(self, request: Request) -> Prepared:
-        """Settle every default, refuse what can't be done, encode the photos and build the prompts.
+        """Fill in every default, refuse what can't be done, encode the photos and build the prompts.
 
         Raises InputError before any model work.
         """
         plan = tasks.plan(request, self.defaults)
         self._check_fits(request, plan)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+        log.info("seed %d, %s", seed, plan.summary())
         started = time.perf_counter()
         images = [encode_image(image, plan.image_area, self.vision) for image in request.images]
         vq_seconds = time.perf_counter() - started
@@ -227,8 +226,8 @@ class Pipeline:
 
     def stream_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
         """Yield (index of the request, event) for several requests, generated side by side where their settings are
-        the same and memory allows. Each request's events are those of `stream`, its RunStats the last of them; a
-        request with too few pictures is not an error here. InputError for any request comes before all model work.
+        the same and memory allows. Each request's events are those of `stream`, RunStats last; too few pictures are no
+        error here. Raises InputError for any of the requests before any model work.
         """
         yield from self._run([self.prepare(request) for request in requests], None, None)
 
@@ -238,28 +237,43 @@ class Pipeline:
     ) -> Iterator[tuple[int, Event]]:
         """Generate all outputs of all requests, batch by batch."""
         runs = [_Run(self, one) for one in prepared]
+        pairs = [(r, output) for r, one in enumerate(prepared) for output in range(len(one.outputs))]
+        numbers = {pair: number for number, pair in enumerate(pairs)}
+        meter = ProgressMeter(
+            on_progress,
+            limits=[self._limit(prepared[r], output) for r, output in pairs],
+            first_visual=self.tokenizer.ids.visual,
+        )
         waiting = [len(one.outputs) for one in prepared]
         for batch in self._batches(prepared):
             config = prepared[batch[0][0]].config
-            progress = _Reporter(on_progress, len(batch), self.tokenizer.ids)
             outputs = [prepared[r].outputs[output] for r, output in batch]
             for event in self.engine.generate(outputs, config, trace=trace):
+                for pair in batch:
+                    meter.prompt_read(numbers[pair])
                 if isinstance(event, Stats):
                     for r in dict.fromkeys(r for r, _ in batch):
                         runs[r].add(event)
                     continue
-                progress.see(event)
                 r, output = batch[event.index]
                 for made in runs[r].read(output, event):
                     yield r, made
+                _measure(meter, numbers[r, output], event)
             for r, _ in batch:
                 waiting[r] -= 1
                 if waiting[r] == 0:
                     yield r, runs[r].stats()
 
+    def _limit(self, prepared: Prepared, output: int) -> int | None:
+        """The most tokens that a sequence may have; None for a single picture."""
+        if prepared.config.single_image:
+            return None
+        room = self.lm.context - len(prepared.outputs[output].conditional)
+        return min(room, prepared.config.max_new_tokens or room)
+
     def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[tuple[int, int]]]:
-        """(request, output) pairs to be generated side by side: of one GenerationConfig, and as many as memory
-        holds the caches of."""
+        """(request, output) pairs to be generated side by side: of one GenerationConfig, as many as memory has room
+        for."""
         groups: dict[GenerationConfig, list[tuple[int, int]]] = {}
         for r, one in enumerate(prepared):
             groups.setdefault(one.config, []).extend((r, output) for output in range(len(one.outputs)))
@@ -271,7 +285,7 @@ class Pipeline:
             yield from (pairs[first : first + fitting] for first in range(0, len(pairs), fitting))
 
     def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
-        """Refuse a prompt that leaves no room for one picture, before anything is computed."""
+        """Refuse a prompt that leaves no room for one picture, before photos are encoded."""
         shapes = [geometry.reference_size(image.size, plan.image_area) for image in request.images]
         blank = [[[0] * columns] * rows for rows, columns in shapes]
         prompt = prompts.build(plan.task, request.prompt, blank, self.tokenizer)
@@ -279,13 +293,13 @@ class Pipeline:
 
 
 class _Run:
-    """One request being generated: its readers, and what it has cost so far."""
+    """One request being generated: its readers and its stats so far."""
 
     def __init__(self, pipeline: Pipeline, prepared: Prepared) -> None:
         self._pipeline, self._prepared = pipeline, prepared
         self._readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(prepared.outputs))]
         self._pictures = [0] * len(prepared.outputs)
-        self._stats = RunStats(seed=prepared.seed, vq_seconds=prepared.vq_seconds)
+        self._stats = RunStats(seed=prepared.seed, clipped=prepared.plan.clipped, vq_seconds=prepared.vq_seconds)
 
     def read(self, output: int, event: Tokens | Opened | Ended) -> Iterator[Event]:
         """The texts and pictures that `event` of `output` completes."""
@@ -318,7 +332,7 @@ class _Run:
         )
 
     def add(self, batch: Stats) -> None:
-        """Count in the time of a batch that this request was part of."""
+        """Add the time of a batch that this request was part of."""
         self._stats = replace(
             self._stats,
             prefill_seconds=self._stats.prefill_seconds + batch.prefill_seconds,
@@ -327,6 +341,14 @@ class _Run:
 
     def stats(self) -> RunStats:
         return self._stats
+
+
+def compile_cache(settings: Settings) -> Path:
+    """The folder for compiled code. Where TORCHINDUCTOR_CACHE_DIR is set, by a user or by a host that keeps that
+    folder between containers, Triton's cache goes into it, too: as a subfolder, where inductor itself would put it."""
+    if inductor := settings.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(inductor)
+    return settings.compile_cache or settings.weights_dir / ".compiled"
 
 
 def generation_config(plan: tasks.Plan) -> GenerationConfig:
@@ -341,28 +363,10 @@ def generation_config(plan: tasks.Plan) -> GenerationConfig:
     )
 
 
-class _Reporter:
-    """Turns engine events into Progress. Outputs step together, so one of them, the lead, stands for all."""
-
-    def __init__(self, report: Callable[[Progress], None] | None, outputs: int, ids: TokenIds) -> None:
-        self._report_to, self._row_ends = report, (ids.eol, ids.eoi)
-        self._number = [0] * outputs
-        self._lead: int | None = None
-        self._rows, self._row, self._tokens = 0, 0, 0
-
-    def see(self, event: Tokens | Opened | Ended) -> None:
-        if isinstance(event, Opened):
-            self._number[event.index] += 1
-            if self._lead is None:
-                self._lead, self._rows, self._row, self._tokens = event.index, event.size[0], 0, 0
-                self._report()
-        elif isinstance(event, Tokens) and event.index == self._lead and event.ids[-1] in self._row_ends:
-            self._row += 1
-            self._tokens += len(event.ids) - 1
-            self._report()
-            if self._row == self._rows:
-                self._lead = None
-
-    def _report(self) -> None:
-        if self._report_to and self._lead is not None:
-            self._report_to(Progress(self._number[self._lead], self._row, self._rows, self._tokens))
+def _measure(meter: ProgressMeter, output: int, event: Tokens | Opened | Ended) -> None:
+    if isinstance(event, Opened):
+        meter.opened(output, event.size)
+    elif isinstance(event, Tokens):
+        meter.tokens(output, event.ids)
+    else:
+        meter.ended(output)

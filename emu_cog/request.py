@@ -1,7 +1,4 @@
-"""What can be asked for and where things come from: frozen dataclasses, pinned sources, InputError.
-
-Nothing here imports torch; every other module may import this one.
-"""
+"""What can be requested, and the checks that need no model. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -20,11 +17,13 @@ TASKS: tuple[str, ...] = get_args(Task)
 PIXELS_PER_TOKEN = 16
 """One visual token covers 16x16 pixels: the vision tokenizer halves four times."""
 
-ASPECT_RATIOS = ("auto", "model", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom")
+ASPECT_RATIOS = (
+    "auto", "model", "1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "custom"
+)  # fmt: skip
 RESOLUTIONS = ("auto", "512", "720", "1024")
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 MIN_SIDE, MAX_SIDE = 160, 1584
-"""Pixels a side for custom sizes: 10 to 99 tokens, what two decimal digits can say."""
+"""Pixels per side of custom sizes: 10 to 99 tokens, the numbers with two digits."""
 MAX_OUTPUTS = 4
 MAX_REFERENCES = 3
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 512, 32768
@@ -35,7 +34,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one kind of token is drawn. `top_k` 0 and `top_p` 1.0 switch that filter off."""
+    """How one kind of token is sampled. `top_k` 0 and `top_p` 1.0 switch that filter off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -44,11 +43,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One order, as the caller gave it; None and "auto" stand for the task's defaults.
+    """What a caller asks for; None and "auto" stand for the task's defaults.
 
-    `images` are PIL images in reading order. `image_area` (pixels) and `size` (token rows, columns)
-    are for library callers and win over `resolution`, `aspect_ratio`, `width` and `height`.
-    Raises InputError on construction for everything that can be judged without the model.
+    `images` are PIL images in reading order. `image_area` (pixels) and `size` (token rows, columns) are for library
+    callers and override `resolution`, `aspect_ratio`, `width` and `height`. The constructor raises InputError for
+    everything that can be checked without the model.
     """
 
     prompt: str

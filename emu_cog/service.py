@@ -1,15 +1,21 @@
-"""One prediction, from a server's inputs to files: the part of predict.py that needs no Cog."""
+"""One prediction, from a server's inputs to files: all of predict.py that needs no Cog."""
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from emu_cog.errors import InputError
 from emu_cog.events import Event, Progress, RunStats
@@ -22,7 +28,8 @@ from emu_cog.settings import Settings
 from emu_cog.vision.images import open_reference
 
 KEEP_SECONDS = 3600
-"""Files of past predictions are swept after this: uploads are long done, and Cog itself deletes none."""
+"""Files of past predictions are removed after this: their upload is done by then, and Cog itself deletes none."""
+FOLDER_PREFIX = "prediction-"
 
 
 class Service:
@@ -31,12 +38,13 @@ class Service:
     def __init__(self, pipeline: Backend, *, root: Path | None = None) -> None:
         log_to_stderr()
         self.pipeline = pipeline
-        self._root = root or Path(tempfile.gettempdir()) / "emu-cog-outputs"
+        self._root = root or output_root()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Service:
-        """Load what the environment names, by the backend it names; the log is seen from the first line on."""
+        """Load the model that the environment names with the backend that it names."""
         log_to_stderr()
+        check_root(output_root())  # before minutes of loading
         return cls(load(settings))
 
     def warm_up(self) -> None:
@@ -57,10 +65,10 @@ class Service:
             open_reference(_uploaded(value, name), name=name) for name, value in references.items() if value is not None
         )
         request = Request(images=images, **_whole_numbers(fields))
+        check_root(self._root)
         _sweep(self._root)
-        self._root.mkdir(parents=True, exist_ok=True)
         writer = Writer(
-            Path(tempfile.mkdtemp(dir=self._root)),
+            _new_folder(self._root),
             task=request.task,
             prompt=request.prompt,
             interleaved=TABLE[request.task].interleaved,
@@ -73,15 +81,21 @@ class Service:
                     _record(event, record_metric)
                 elif file := writer.write(event):
                     yield file
-        if page := writer.finish():
-            yield page
+            if page := writer.finish():
+                yield page
+            bar.finish()
 
 
 def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
-    """Report what a request cost: as metrics, and in the log."""
-    metrics: dict[str, Any] = {"seed": stats.seed, "pictures": stats.pictures, "tokens": stats.tokens}
+    """Report what a request cost: as metrics, and in the log. `image_output_count` is the usual billing metric."""
+    metrics: dict[str, Any] = {"seed": stats.seed, "image_output_count": stats.pictures, "tokens": stats.tokens}
     if stats.size:
-        metrics |= {"width": stats.size[0], "height": stats.size[1]}
+        width, height = stats.size
+        metrics |= {"width": width, "height": height}
+        if stats.clipped:
+            divisor = math.gcd(width, height)
+            made = f"{width // divisor}:{height // divisor}"
+            metrics |= {"aspect_ratio_requested": stats.clipped, "aspect_ratio_made": made}
     for name in ("tokens_per_second", "prefill_seconds", "decode_seconds", "vq_seconds"):
         metrics[name] = round(getattr(stats, name), 3)
     for name, value in metrics.items():
@@ -90,7 +104,7 @@ def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
 
 
 def _uploaded(value: Any, name: str) -> Path:
-    """Only a file that the server downloaded is a Path; any other string arrives as str and is never opened."""
+    """`value` if it is a file that the server downloaded. Other strings arrive as str and are never opened."""
     if not isinstance(value, Path):
         raise InputError(
             f"{name}: {str(value)[:80]!r} is not an uploaded file: give a file, an https URL or a data URL"
@@ -99,41 +113,104 @@ def _uploaded(value: Any, name: str) -> Path:
 
 
 def _whole_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """2.0 passes an integer input as a float; it is meant as 2."""
+    """Integers for 2.0 and the like, which Cog passes to integer inputs as floats."""
     return {k: int(v) if isinstance(v, float) and v.is_integer() and k in _WHOLE else v for k, v in fields.items()}
 
 
 _WHOLE = ("width", "height", "num_outputs", "text_top_k", "image_top_k", "max_new_tokens", "seed")
 
 
+def output_root() -> Path:
+    """The folder for this user's outputs: one per user, so that two users of a machine don't meet."""
+    return Path(tempfile.gettempdir()) / f"emu-cog-outputs-{os.getuid()}"
+
+
+def check_root(root: Path) -> None:
+    """Make `root`, readable by its owner alone. InputError where something else is in its place: files written there
+    could be read or replaced by somebody else, and the sweep would delete what is not ours."""
+    advice = "remove it, or set TMPDIR to a folder of your own"
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+        found = root.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            if stat.S_IMODE(found.st_mode) & 0o077:
+                root.chmod(0o700)
+            return
+    except FileExistsError:
+        found = root.lstat()
+    except OSError as error:
+        raise InputError(f"outputs can't be written to {root}: {error.strerror}; set TMPDIR to a folder") from None
+    if stat.S_ISLNK(found.st_mode):
+        raise InputError(f"outputs can't be written to {root}: it is a symbolic link; {advice}")
+    if not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"outputs can't be written to {root}: it is not a folder; {advice}")
+    raise InputError(f"outputs can't be written to {root}: it belongs to another user (uid {found.st_uid}); {advice}")
+
+
+def _new_folder(root: Path) -> Path:
+    """A new folder for one prediction. OSError in one sentence where the disk has no room for it."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
+    except OSError as error:
+        raise OSError(error.errno, f"no folder for the results can be made: {error.strerror}", str(root)) from error
+
+
 def _sweep(root: Path) -> None:
-    """Remove what predictions of more than an hour ago left."""
-    for folder in root.glob("*"):
+    """Remove the folders of predictions of more than an hour ago: real folders of our naming that belong to us.
+
+    A link is neither followed nor removed (rmtree does not follow those inside a folder either).
+    """
+    for folder in root.glob(f"{FOLDER_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime > KEEP_SECONDS:
+            found = folder.lstat()
+            old = time.time() - found.st_mtime > KEEP_SECONDS
+            if old and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 shutil.rmtree(folder)
         except OSError as error:
             log.warning("%s can't be removed: %s", folder, error)
 
 
 class _Bar:
-    """A tqdm bar in rows of the picture in the making; hosted playgrounds read its last line."""
+    r"""The progress of one prediction: a moving bar on a terminal, lines in the log elsewhere.
+
+    Replicate's client libraries read the log for lines that begin with the percentage and end in a newline, by
+    `^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)` (lib/util.js in replicate-javascript, prediction.py in replicate-python).
+    """
+
+    STEP = 2
+    """Percent from one line to the next: 51 lines at most."""
+    FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._started, self._percent = time.monotonic(), -self.STEP
+        self._stack = ExitStack()
+        self._moving: tqdm[Any] | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._moving = self._stack.enter_context(tqdm(total=100, bar_format=self.FORMAT, ncols=80, leave=True))
+            self._stack.enter_context(logging_redirect_tqdm([log]))  # log lines go above the bar
 
     def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._stack.close()
 
     def show(self, progress: Progress) -> None:
-        if progress.row == 0 or self._bar is None:
-            self.__exit__()
-            self._bar = tqdm(total=progress.rows, desc=f"picture {progress.number}", unit="row", ascii=False, ncols=80)
-        self._bar.update(progress.row - self._bar.n)
+        """100 % is left for `finish`: files may be still to be written, and what came last may fail."""
+        self._show(min(int(100 * progress.done), 99))
+
+    def finish(self) -> None:
+        self._show(100)
+
+    def _show(self, percent: int) -> None:
+        if self._moving is not None:
+            self._moving.update(percent - self._moving.n)
+        elif percent >= self._percent + self.STEP or percent == 100:
+            self._percent = percent
+            elapsed = time.monotonic() - self._started
+            line = tqdm.format_meter(percent, 100, elapsed, ncols=80, ascii=True, bar_format=self.FORMAT)
+            log.info("%s", line)
 
 
 class Backend(Protocol):

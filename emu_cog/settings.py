@@ -1,4 +1,4 @@
-"""What the environment says: EMU_* as one frozen dataclass."""
+"""The environment variables EMU_* as one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _switch(env: Mapping[str, str], name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the environment chooses. Each field is EMU_<FIELD>, but `upstream_commit`, which the environment can't
-    change; see the README's table."""
+    """What the environment sets. Each field is EMU_<FIELD>, but for `upstream_commit`, which is fixed; the README's
+    table explains them."""
 
     checkpoint: str = "mini"
     vision_tokenizer: str | None = None

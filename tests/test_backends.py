@@ -45,7 +45,7 @@ def pictures(events: list[Event]) -> list[Picture]:
 
 
 class TestCheckpoint:
-    def test_image_is_brought_and_loaded(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_image_is_downloaded_and_loaded(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
         pipeline = load(replace(settings(hub, tmp_path / "w", source="hub"), device="cpu"))
         assert isinstance(pipeline, Pipeline)
@@ -62,7 +62,7 @@ class TestCheckpoint:
         assert_whole(tmp_path / "w" / "Emu3.5-Base", BASE)
         assert pictures(list(pipeline.stream(BOAT)))[0].settings["guidance_scale"] == 2.0
 
-    def test_mini_is_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mini_is_the_model_in_the_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = make_tiny(tmp_path / "mini", seed=4)
         monkeypatch.setattr(store, "MINIATURE", tmp_path / "mini")
         found = store.resolve(Settings(weights_dir=tmp_path / "w"))
@@ -70,7 +70,7 @@ class TestCheckpoint:
         assert (found.revision, found.kind) == ("mini", "mini")
         assert not (tmp_path / "w").exists()
 
-    def test_a_vision_tokenizer_of_ones_own(self, tmp_path: Path) -> None:
+    def test_another_vision_tokenizer_can_be_named(self, tmp_path: Path) -> None:
         a, b = make_tiny(tmp_path / "a"), make_tiny(tmp_path / "b")
         chosen = Settings(checkpoint=str(a.model), vision_tokenizer=str(b.vision), weights_dir=tmp_path / "w")
         assert store.resolve(chosen).vision_tokenizer == b.vision
@@ -86,9 +86,7 @@ class TestCheckpoint:
         ({"weights_source": "ftp"}, "EMU_WEIGHTS_SOURCE='ftp' is not known, accepted are local, cdn, hub"),
     ],
 )
-def test_settings_that_are_not_known_are_told_with_those_that_are(
-    tmp_path: Path, changes: dict[str, str], says: str
-) -> None:
+def test_unknown_settings_are_refused_with_what_is_accepted(tmp_path: Path, changes: dict[str, str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         load(replace(Settings(weights_dir=tmp_path, device="cpu"), **changes))  # type: ignore[arg-type]
 
@@ -133,14 +131,17 @@ class TestUpstream:
     """The upstream backend over a repository that stands in for upstream's."""
 
     def test_one_picture_with_progress_and_stats(self, pipeline: UpstreamPipeline) -> None:
-        told: list[Progress] = []
+        reported: list[Progress] = []
         request = Request(prompt="a fox", size=(3, 4), seed=5)
-        events = list(pipeline.stream(request, on_progress=told.append))
+        events = list(pipeline.stream(request, on_progress=reported.append))
         picture = pictures(events)[0]
         assert picture.image.size == (64, 48)
         assert str(picture.settings["model"]).endswith("upstream 8fcf1da")
         assert (len(picture.codes), len(picture.codes[0])) == (3, 4)
-        assert [p.row for p in told] == [0, 1, 2, 3]
+        done = [progress.done for progress in reported]
+        assert done == sorted(set(done))
+        assert (done[0], done[1], done[-1]) == (0.0, 0.02, 1.0)
+        assert len(done) == 2 + 3 * 4
         assert isinstance(events[-2], Finished)
         stats = events[-1]
         assert isinstance(stats, RunStats)
@@ -152,13 +153,18 @@ class TestUpstream:
         assert codes[0] == codes[1] != codes[2]
 
     def test_a_story_comes_in_reading_order(self, pipeline: UpstreamPipeline) -> None:
-        events = list(pipeline.stream(Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)))
+        reported: list[Progress] = []
+        request = Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)
+        events = list(pipeline.stream(request, on_progress=reported.append))
         kinds = [event.kind if isinstance(event, Text) else type(event).__name__ for event in events]
         assert kinds[0] == "global_reasoning"
         assert kinds.index("image_reasoning") < kinds.index("Picture")
-        assert kinds[-1] == "Finished"
+        assert kinds[-2:] == ["Finished", "RunStats"]
+        done = [progress.done for progress in reported]
+        assert done == sorted(set(done))
+        assert (done[0], done[-1]) == (0.0, 1.0)
 
-    def test_at_top_k_1_it_says_what_native_says(self, pipeline: UpstreamPipeline, teller: TinyFolders) -> None:
+    def test_at_top_k_1_it_makes_what_native_makes(self, pipeline: UpstreamPipeline, teller: TinyFolders) -> None:
         native = Pipeline.load(teller.model, teller.vision, device="cpu")
         for request in (
             Request(prompt="a fox", size=(3, 4), image_top_k=1, text_top_k=1),
@@ -205,7 +211,7 @@ class TestUpstream:
         with pytest.raises(CheckpointError, match="8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"):
             load(chosen)
 
-    def test_memory_is_reckoned_and_told_before_anything_is_loaded(
+    def test_the_memory_budget_is_checked_and_logged_before_anything_is_loaded(
         self, teller: TinyFolders, repository: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         chosen = upstream_settings(teller, repository, tmp_path / "w")

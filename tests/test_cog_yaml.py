@@ -1,19 +1,25 @@
-"""cog.yaml and the two lists of pins: valid for Cog, and of one mind."""
+"""cog.yaml, the push to Replicate and the two lists of pins: valid, and in agreement with each other."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import _predictor
 import jsonschema
 import pytest
 import yaml
 
+from emu_cog.errors import InputError
+from emu_cog.pipeline import compile_cache
+from emu_cog.prompt import geometry
+from emu_cog.request import TASKS, Request
 from emu_cog.settings import Settings
 from tests.cog_kit import cog_data
-from tests.conftest import ROOT
+from tests.conftest import ROOT, photo
 
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text())
 BUILD = CONFIG["build"]
@@ -41,7 +47,7 @@ def pins(name: str) -> dict[str, str]:
 IMAGE, LOCAL = pins("requirements.txt"), pins("requirements-local.txt")
 
 
-def test_cogs_own_schema_takes_it() -> None:
+def test_it_is_valid_by_cogs_own_schema() -> None:
     schema = json.loads((cog_data() / "config_schema_v1.0.json").read_text())
     jsonschema.Draft7Validator.check_schema(schema)
     jsonschema.Draft7Validator(schema).validate(CONFIG)
@@ -55,7 +61,7 @@ def test_cog_knows_the_pair_of_torch_and_cuda() -> None:
     assert any(image["CUDA"].startswith(f"{BUILD['cuda']}.") for image in images)
 
 
-def test_what_was_agreed() -> None:
+def test_versions_and_entry_point() -> None:
     assert BUILD["gpu"] is True
     assert (BUILD["python_version"], BUILD["cuda"], IMAGE["torch"]) == ("3.12", "12.8", "2.8.0")
     assert BUILD["sdk_version"] == LOCAL["cog"] == LOCAL["coglet"] == "0.23.1"
@@ -82,19 +88,71 @@ def test_pget_is_the_release_binary_and_never_the_other_pget_of_pypi() -> None:
 
 
 @pytest.mark.parametrize("entry", CONFIG["environment"])
-def test_environment_names_are_ones_that_cog_takes(entry: str) -> None:
+def test_environment_names_are_accepted_by_cog(entry: str) -> None:
     name, equals, _ = entry.partition("=")
     assert equals
     assert not REFUSED.fullmatch(name)
 
 
+ENVIRONMENT = dict(entry.split("=", 1) for entry in CONFIG["environment"])
+
+
 def test_the_image_runs_the_image_model_and_a_plain_checkout_the_miniature() -> None:
-    environment = dict(entry.split("=", 1) for entry in CONFIG["environment"])
-    assert Settings.from_env(environment).checkpoint == "image"
+    assert Settings.from_env(ENVIRONMENT).checkpoint == "image"
     assert Settings.from_env({}).checkpoint == "mini"
 
 
-def test_the_image_and_a_plain_machine_run_the_same_versions() -> None:
+def test_compiled_code_lies_where_a_host_looks_for_it() -> None:
+    """It lay in `checkpoints`, which a host that keeps inductor's folder between containers does not know."""
+    assert compile_cache(Settings.from_env(ENVIRONMENT)) == Path("/tmp/torchinductor_root")
+    assert compile_cache(Settings.from_env(ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": "/kept"})) == Path("/kept")
+    assert compile_cache(Settings.from_env({})) == Path("checkpoints/.compiled")
+
+
+PUSH: dict[str, Any] = yaml.safe_load((ROOT / "cog-safe-push.yaml").read_text())
+CASES: list[dict[str, Any]] = PUSH["predict"]["test_cases"]
+
+
+def request(inputs: dict[str, Any]) -> Request:
+    """What predict.py makes of a test case's inputs, with a photo for every URL."""
+    known = _predictor.read(ROOT / "predict.py").inputs
+    assert set(inputs) <= set(known)
+    for name, value in inputs.items():
+        assert not known[name].choices or value in known[name].choices
+    images = tuple(photo(1) for name in inputs if name.startswith("reference_image"))
+    output = ("output_format", "output_quality")
+    rest = {n: v for n, v in inputs.items() if not n.startswith("reference_image") and n not in output}
+    return Request(images=images, **{"task": rest.pop("task_type", "t2i"), **rest})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.get("error_contains") or case["inputs"]["prompt"]))
+def test_cases_of_the_push_are_accepted_or_refused_as_they_say(case: dict[str, Any]) -> None:
+    # The keys of TestCase in cog-safe-push's config.py, which takes one kind of check.
+    assert len(set(case) & {"match_prompt", "error_contains"}) == 1
+    assert set(case) <= {"inputs", "match_prompt", "error_contains"}
+    if "error_contains" not in case:
+        request(case["inputs"])
+        return
+    with pytest.raises(InputError) as refused:
+        request(case["inputs"])
+    assert case["error_contains"] in str(refused.value)
+
+
+def test_the_push_tests_every_task() -> None:
+    assert {case["inputs"].get("task_type", "t2i") for case in CASES if "match_prompt" in case} == set(TASKS)
+    assert set(PUSH["predict"]["fuzz"]["disabled_inputs"]) <= set(_predictor.read(ROOT / "predict.py").inputs)
+    rows, columns = geometry.PRESETS_1024["16:9"]
+    assert f"{16 * columns} pixels wide and {16 * rows} high" in CASES[0]["match_prompt"]
+
+
+def test_the_push_workflow_installs_cog_yamls_version_and_runs_no_input_as_code() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/push.yaml").read_text())
+    commands = [step.get("run", "") for step in workflow["jobs"]["push"]["steps"]]
+    assert any(f"/v{BUILD['sdk_version']}/cog_Linux_x86_64" in command for command in commands)
+    assert not any("${{" in command for command in commands)
+
+
+def test_the_image_and_a_local_environment_have_the_same_versions() -> None:
     assert LOCAL["torch"] == "2.13.0"
     assert {name: LOCAL.get(name) for name in IMAGE if name != "torch"} == {
         name: version for name, version in IMAGE.items() if name != "torch"

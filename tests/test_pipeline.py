@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from emu_cog import pipeline as pipeline_module
 from emu_cog.errors import InputError
 from emu_cog.events import Finished, Picture, Progress, RunStats
+from emu_cog.log import log
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.segments import Text
 from emu_cog.request import TASKS, Request
+from emu_cog.service import Service
 from tests.conftest import photo
 
 Pipelines = Callable[[str], Pipeline]
@@ -53,7 +61,7 @@ def test_four_pictures_are_those_of_four_seeds(pipelines: Pipelines) -> None:
         np.testing.assert_array_equal(np.asarray(together.image), np.asarray(single.image))
 
 
-def test_without_a_seed_each_run_differs_and_tells_its_seed(pipelines: Pipelines) -> None:
+def test_without_a_seed_each_run_differs_and_reports_its_seed(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     first, second = (
         next(e for e in pipeline.stream(Request(prompt="a boat", size=(4, 4))) if isinstance(e, Picture))
@@ -64,7 +72,7 @@ def test_without_a_seed_each_run_differs_and_tells_its_seed(pipelines: Pipelines
     assert next(e for e in pipeline.stream(again) if isinstance(e, Picture)).codes == first.codes
 
 
-def test_settings_tell_what_made_the_picture(pipelines: Pipelines) -> None:
+def test_settings_are_those_that_made_the_picture(pipelines: Pipelines) -> None:
     request = Request(prompt="a boat", size=(2, 3), seed=1, guidance_scale=2.5, image_top_k=7)
     picture = next(e for e in pipelines("picture").stream(request) if isinstance(e, Picture))
     assert picture.settings == {
@@ -80,12 +88,137 @@ def test_settings_tell_what_made_the_picture(pipelines: Pipelines) -> None:
     }
 
 
-def test_progress_is_told_row_by_row(pipelines: Pipelines) -> None:
-    told: list[Progress] = []
-    request = Request(prompt="a boat", size=(5, 3), seed=1, num_outputs=3)
-    list(pipelines("picture").stream(request, on_progress=told.append))
-    assert [(p.number, p.row, p.rows) for p in told] == [(1, row, 5) for row in range(6)]
-    assert told[-1].tokens == 15
+def progress(pipeline: Pipeline, request: Request) -> list[float]:
+    reported: list[Progress] = []
+    list(pipeline.stream(request, on_progress=reported.append))
+    return [progress.done for progress in reported]
+
+
+def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines) -> None:
+    done = progress(pipelines("picture"), Request(prompt="a boat", size=(5, 3), seed=1))
+    assert done == pytest.approx([0, 0.02, 0.216, 0.412, 0.608, 0.804, 1])
+
+
+@pytest.mark.parametrize("side_by_side", [3, 1])
+def test_progress_covers_all_outputs(side_by_side: int, pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began anew for every batch where memory holds only some of the outputs at a time."""
+    pipeline = pipelines("picture")
+    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    done = progress(pipeline, Request(prompt="a boat", size=(5, 3), seed=1, num_outputs=3))
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, 1)
+    assert len(done) >= 3 * 5
+
+
+@pytest.mark.parametrize("limit", [100, None])
+def test_progress_of_a_sequence_is_its_tokens_out_of_the_most_it_may_have(
+    limit: int | None, pipelines: Pipelines
+) -> None:
+    pipeline = pipelines("storyteller")
+    request = Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=limit)
+    done = progress(pipeline, request)
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, 1)
+    most = limit or pipeline.lm.context
+    assert done[2] - done[1] < 5 / most  # one token of text
+
+
+def capture(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> io.StringIO:
+    """Let `stream` be stderr, where a Service made from now on writes its log."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    return stream
+
+
+# How replicate-javascript (lib/util.js) and replicate-python (prediction.py) read progress from the log.
+CLIENTS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)")
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "a fox", "output_format": "png", "output_quality": 90, "seed": 16} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "side_by_side", "inputs"),
+    [
+        ("picture", 3, {"task": "t2i", "size": (20, 4), "num_outputs": 3}),
+        ("picture", 1, {"task": "t2i", "size": (20, 4), "num_outputs": 3}),
+        ("picture", 1, {"task": "x2i", "size": (60, 2)}),
+        ("storyteller", 1, {"task": "story", "size": (4, 4), "max_new_tokens": 512}),
+    ],
+)
+def test_replicates_clients_read_the_progress_of_the_whole_prediction(
+    name: str,
+    side_by_side: int,
+    inputs: dict[str, Any],
+    pipelines: Pipelines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lines began with "picture 1:", ended in a carriage return and started anew with every picture."""
+    pipeline = pipelines(name)
+    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    stderr = capture(monkeypatch, io.StringIO())
+    photo(1).save(tmp_path / "photo.png")
+    references = {"reference_image": tmp_path / "photo.png" if inputs["task"] == "x2i" else None}
+    files = list(
+        Service(pipeline, root=tmp_path / "out").run(
+            references=references, record_metric=lambda name, value: None, **fields(**inputs)
+        )
+    )
+    assert files
+    lines = stderr.getvalue().split("\n")
+    found = [tuple(map(int, match.groups())) for line in lines if (match := CLIENTS.match(line))]
+    percents = [percent for percent, _, _ in found]
+    assert percents == sorted(set(percents))
+    assert (percents[0], percents[-1]) == (0, 100)
+    assert 10 <= len(percents) <= 51
+    assert all((done, total) == (percent, 100) for percent, done, total in found)
+    assert "\r" not in stderr.getvalue()
+
+
+def test_on_a_terminal_progress_is_one_moving_bar(
+    pipelines: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = capture(monkeypatch, Terminal())
+    run = Service(pipelines("picture"), root=tmp_path / "out").run(
+        references={}, record_metric=lambda name, value: None, **fields(size=(30, 4))
+    )
+    assert len(list(run)) == 1
+    bar = terminal.getvalue()
+    assert "100%|" in bar
+    assert bar.count("\r") > 2
+    assert len(re.findall(r"%\|[^\r]*\n", bar)) == 1  # the bar stays on one line until the end
+
+
+def test_an_error_in_the_middle_keeps_what_was_made_and_spoils_nothing_after_it(
+    pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipelines("storyteller")
+    request = Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=170)
+    whole = list(pipeline.stream(request))
+    pictures = [i for i, event in enumerate(whole) if isinstance(event, Picture)]
+    assert len(pictures) > 1
+    decode, calls = pipeline_module.decode_image, iter([True, False])
+
+    def fails_the_second_time(codes: Any, vision: Any) -> Any:
+        if next(calls):
+            return decode(codes, vision)
+        raise RuntimeError("the device is gone")
+
+    made: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module, "decode_image", fails_the_second_time)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            made.extend(pipeline.stream(request))
+    assert len(made) == pictures[1]
+    again = list(pipeline.stream(request))
+    assert [getattr(e, "codes", e) for e in again[:-1]] == [getattr(e, "codes", e) for e in whole[:-1]]
 
 
 def test_a_prompt_beyond_the_context_is_refused_before_any_work(
@@ -100,8 +233,8 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(
         next(pipeline.stream(Request(prompt="boat", task="x2i", images=images, resolution="1024")))
 
 
-def test_a_size_the_model_chose_that_does_not_fit_is_an_error_that_says_so(pipelines: Pipelines) -> None:
-    """t2i never ends without a picture in silence: what is left of the context holds 10x10 tokens and little more."""
+def test_a_size_that_the_model_chose_and_does_not_fit_is_an_error(pipelines: Pipelines) -> None:
+    """t2i never ends silently without a picture. The rest of the context holds little more than 10x10 tokens."""
     pipeline = pipelines("picture")
 
     def until_one_does_not_fit() -> None:

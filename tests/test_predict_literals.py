@@ -94,6 +94,7 @@ def test_files_are_single_and_optional() -> None:
     for name in FILES:
         assert INPUTS[name].schema == {"type": "string", "format": "uri"}
         assert INPUTS[name].nullable
+        assert INPUTS[name].keywords["x-cog-accept"] == "image/*"
     assert [name for name, field in INPUTS.items() if field.schema.get("format") == "uri"] == list(FILES)
 
 
@@ -117,12 +118,14 @@ def test_every_input_is_described_in_a_short_sentence() -> None:
 
 
 def test_numbers_in_descriptions_are_the_tables() -> None:
-    image = {name: task.guidance["image"] for name, task in TABLE.items()}
     words = INPUTS["guidance_scale"].keywords["description"]
-    assert re.search(r"(\d+) for t2i and (\d+) for the others", words).groups() == (  # type: ignore[union-attr]
-        f"{image.pop('t2i'):g}", f"{set(image.values()).pop():g}"
-    )  # fmt: skip
-    assert len(set(image.values())) == 1
+    found = re.search(r"(\d+) for t2i, else (\d+); base model (\d+) for t2i, x2i, else (\d+)", words)
+    assert found is not None
+    t2i, others, base, base_others = map(float, found.groups())
+    for name, task in TABLE.items():
+        pictures = name in ("t2i", "x2i")
+        expected = {"image": t2i if name == "t2i" else others, "base": base if pictures else base_others}
+        assert task.guidance == expected, name
     sides = {name: round(task.image_area**0.5) for name, task in TABLE.items()}
     words = INPUTS["resolution"].keywords["description"]
     drawn, told = re.search(r"(\d+) for t2i and x2i, (\d+) for sequences", words).groups()  # type: ignore[union-attr]

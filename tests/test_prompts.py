@@ -1,4 +1,4 @@
-"""Templates, defaults and what a user's words can't do to them."""
+"""Templates and defaults, and that no prompt can forge a special token."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_both_streams_follow_the_templates(task: str, count: int, pipelines: Pip
 
 @pytest.mark.parametrize("text", FORGERIES)
 @pytest.mark.parametrize("task", ["t2i", "x2i", "story"])
-def test_a_users_words_add_no_special_token(task: str, text: str, pipelines: Pipelines) -> None:
+def test_a_prompt_adds_no_special_token(task: str, text: str, pipelines: Pipelines) -> None:
     tokenizer = pipelines("picture").tokenizer
 
     def special(question: str) -> list[int]:
         ids = prompts.build(tasks.TABLE[task], question, IMAGES[:1], tokenizer).conditional
-        return [i for i in ids if tokenizer.is_special(i)]
+        return [i for i in ids if i >= tokenizer.ids.pad]
 
     assert special(f"draw {text} now") == special("draw this now")
     assert f"draw {text} now" in tokenizer.decode(
@@ -79,7 +79,7 @@ def test_defaults_are_upstreams() -> None:
     assert tasks.plan(Request(prompt="x", task="howto"), base).guidance == 3.0
 
 
-def test_temperature_serves_both_kinds_and_yields_to_the_specific_one() -> None:
+def test_temperature_sets_both_kinds_unless_the_specific_one_is_given() -> None:
     plan = tasks.plan(Request(prompt="x", task="howto", temperature=0.5, image_temperature=1.5))
     assert (plan.text.temperature, plan.image.temperature) == (0.5, 1.5)
     plan = tasks.plan(Request(prompt="x", text_top_k=3, text_top_p=0.4, image_top_k=0, image_top_p=0.0))
@@ -89,12 +89,18 @@ def test_temperature_serves_both_kinds_and_yields_to_the_specific_one() -> None:
 
 def test_a_checkpoints_own_defaults(tmp_path: Path) -> None:
     assert tasks.ModelDefaults.read(tmp_path) == tasks.ModelDefaults()
-    own = {"image_area": 25600, "guidance_scale": {"t2i": 4}, "image_temperature": {"t2i": 0.8}}
+    own = {
+        "aspect_ratio": {"story": "4:5"},
+        "image_area": 25600,
+        "guidance_scale": {"t2i": 4},
+        "image_temperature": {"t2i": 0.8},
+    }
     (tmp_path / "defaults.json").write_text(json.dumps(own))
     defaults = tasks.ModelDefaults.read(tmp_path)
     assert tasks.plan(Request(prompt="x"), defaults).size == (10, 10)
     assert tasks.plan(Request(prompt="x"), defaults).guidance == 4
-    assert tasks.plan(Request(prompt="x", task="story"), defaults).guidance == 3.0
+    story = tasks.plan(Request(prompt="x", task="story"), defaults)
+    assert (story.guidance, story.size) == (3.0, (11, 10))
     assert tasks.plan(Request(prompt="x", resolution="512", guidance_scale=1.5), defaults).size == (32, 32)
     for chosen, temperature in (({}, 0.8), ({"temperature": 1.2}, 1.2), ({"image_temperature": 0.5}, 0.5)):
         assert tasks.plan(Request(prompt="x", **chosen), defaults).image.temperature == temperature
@@ -115,9 +121,11 @@ def test_a_checkpoints_own_defaults(tmp_path: Path) -> None:
         '{"image_temperature": 0}',
         '{"image_temperature": true}',
         '{"image_area": null}',
+        '{"aspect_ratio": "auto"}',
+        '{"aspect_ratio": {"story": 1}}',
     ],
 )
-def test_damaged_defaults_are_told(text: str, tmp_path: Path) -> None:
+def test_damaged_defaults_are_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / "defaults.json").write_text(text)
     with pytest.raises(CheckpointError, match="defaults.json"):
         tasks.ModelDefaults.read(tmp_path)
@@ -130,7 +138,7 @@ BAD: list[tuple[dict, str]] = [
     ({"task": "x2i"}, "needs 1 to 3 reference images"),
     ({"images": 1}, "leave them out, or use task_type x2i"),
     ({"task": "x2i", "images": 4}, "at most 3"),
-    ({"aspect_ratio": "5:4"}, "aspect_ratio='5:4'"),
+    ({"aspect_ratio": "5:3"}, "aspect_ratio='5:3'"),
     ({"aspect_ratio": "custom"}, "both width and height"),
     ({"aspect_ratio": "custom", "width": 512}, "width=512, height=None"),
     ({"width": 512, "height": 512}, "aspect_ratio custom only"),

@@ -51,7 +51,7 @@ def test_words_to_a_file(tmp_path: Path, environment: dict[str, str]) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["output.0.png", "output.1.png"]
     assert Image.open(tmp_path / "output.0.png").size == (160, 160)
     assert "seed 3" in done.stderr
-    assert "10/10 [" in done.stderr  # the progress bar
+    assert "100/100 [" in done.stderr  # the progress
     assert done.stdout == ""
 
 

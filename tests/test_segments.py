@@ -42,7 +42,7 @@ def test_segments_come_in_reading_order_however_they_arrive(step: int, tokenizer
     ]
 
 
-def test_a_segment_is_told_as_soon_as_it_is_whole(tokenizer: Tokenizer) -> None:
+def test_a_segment_is_yielded_as_soon_as_it_is_complete(tokenizer: Tokenizer) -> None:
     t = tokenizer.ids
     reader = Reader(tokenizer)
     assert list(reader.feed([*tokenizer.encode("one"), t.boi])) == [Text(0, "text", "one")]
@@ -60,7 +60,7 @@ def test_text_before_an_image_and_after_it_is_kept(tokenizer: Tokenizer) -> None
         list(reader.finish())
 
 
-def test_unclosed_reasoning_is_told_as_such(tokenizer: Tokenizer) -> None:
+def test_unclosed_reasoning_is_marked_incomplete(tokenizer: Tokenizer) -> None:
     t = tokenizer.ids
     assert read(tokenizer, [t.boc, *tokenizer.encode("and so")], 1) == [Text(3, "image_reasoning", "and so", False)]
 

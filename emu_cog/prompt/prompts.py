@@ -1,4 +1,4 @@
-"""A question and its reference images to the ids of the two streams."""
+"""From a question and its reference images to the ids of the two streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream of ids to what a reader sees: text, reasoning and images, in reading order and as early as possible."""
+"""From a stream of ids to texts, reasoning and images, in reading order and as early as possible."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class ImageCodes:
 
 
 class Reader:
-    """Reads one output's ids. `feed` gives the segments that became whole, `finish` what is left.
+    """Reads one output's ids. `feed` yields the segments that are complete, `finish` what is left.
 
     Special tokens inside text keep their written form, as upstream shows them; only ESS and EOS are dropped
-    (source: multimodal_decode in upstream's generation_utils.py). An image block always ends the text before
-    it; an image is read by its declared size.
+    (source: multimodal_decode in upstream's generation_utils.py). An image block always ends the text before it, but
+    not the reasoning that this text is part of; reasoning that is never closed lasts to the end. An image is read by
+    its declared size.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, output: int = 0) -> None:
@@ -48,13 +49,8 @@ class Reader:
         self._opens: dict[int, Kind] = {ids.bog: "global_reasoning", ids.boc: "image_reasoning"}
         self._closes: dict[int, Kind] = {ids.eog: "global_reasoning", ids.eoc: "image_reasoning"}
 
-    @property
-    def partial_text(self) -> str:
-        """The text read so far of the segment that is not whole yet."""
-        return self._text
-
     def feed(self, tokens: Sequence[int]) -> Iterator[Text | ImageCodes]:
-        """Read `tokens` and yield each segment as soon as it is whole."""
+        """Read `tokens` and yield each segment as soon as it is complete."""
         for token in tokens:
             if self._image is not None:
                 yield from self._feed_image(token)
@@ -71,7 +67,7 @@ class Reader:
                 self._text += self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> Iterator[Text]:
-        """The last text, also when its closing token never came. An unfinished image is an error of the caller."""
+        """The last text, also without its closing token. ValueError for an unfinished image: the engine makes none."""
         if self._image is not None:
             raise ValueError(f"output {self._output}: the ids end inside an image")
         yield from self._flush(complete=self._kind == "text")

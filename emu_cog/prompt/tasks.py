@@ -2,12 +2,13 @@
 
 Sources: t2i = configs/example_config_t2i.py, x2i = example_config_x2i.py, howto = example_config_visual_guidance.py,
 story = example_config_visual_narrative.py. There is no example for explore and vla; they take story's values.
+Sizes: of these only t2i's config sets one, so in sequences without photos the model chooses, as upstream lets it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.prompt import geometry
 from emu_cog.prompt.tokens import block_length
-from emu_cog.request import MAX_NEW_TOKENS, TASKS, Request, Sampling
+from emu_cog.request import MAX_NEW_TOKENS, MIN_SIDE, PIXELS_PER_TOKEN, TASKS, Request, Sampling
 
 DEFAULTS_FILE = "defaults.json"
 
@@ -31,6 +32,8 @@ class Task:
     name: str
     images_first: bool
     interleaved: bool
+    aspect_ratio: str
+    """Without a photo and with aspect_ratio auto; "model" lets the model choose."""
     guidance: Mapping[str, float]
     image_area: int
     image: Sampling
@@ -52,6 +55,7 @@ def _story_like(name: str) -> Task:
         name=name,
         images_first=False,
         interleaved=True,
+        aspect_ratio="model",
         guidance={"image": 3.0, "base": 3.0},
         image_area=518400,
         image=_STORY_IMAGE,
@@ -64,6 +68,7 @@ TABLE: Mapping[str, Task] = {
         name="t2i",
         images_first=False,
         interleaved=False,
+        aspect_ratio="1:1",
         guidance={"image": 5.0, "base": 2.0},
         image_area=1048576,
         image=_PICTURE_IMAGE,
@@ -73,8 +78,9 @@ TABLE: Mapping[str, Task] = {
         name="x2i",
         images_first=True,
         interleaved=False,
-        # Upstream says 3.0 in its runnable x2i example and 5 in a comment of configs/config.py. The example is
-        # what upstream runs for edits, and a weaker push keeps more of the photo, so 3.0 it is.
+        aspect_ratio="1:1",  # never used: x2i always has a photo
+        # Upstream has 3.0 in its runnable x2i example and 5 in a comment of configs/config.py. The example is what
+        # upstream runs for edits, and less guidance keeps more of the photo.
         guidance={"image": 3.0, "base": 2.0},
         image_area=1048576,
         image=_PICTURE_IMAGE,
@@ -84,6 +90,7 @@ TABLE: Mapping[str, Task] = {
         name="howto",
         images_first=False,
         interleaved=True,
+        aspect_ratio="model",
         guidance={"image": 3.0, "base": 3.0},
         image_area=518400,
         image=_STORY_IMAGE,
@@ -106,16 +113,18 @@ class ModelDefaults:
     """A checkpoint's own defaults. `kind` picks the guidance column; the maps override task by task."""
 
     kind: str = "image"
+    aspect_ratio: Mapping[str, str] = field(default_factory=dict)
     image_area: Mapping[str, int] = field(default_factory=dict)
     guidance_scale: Mapping[str, float] = field(default_factory=dict)
     image_temperature: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, *, kind: str = "image") -> ModelDefaults:
-        """Read `folder/defaults.json`; where it does not say, the defaults of `kind` hold, "image" or "base".
+        """Read `folder/defaults.json`; for what it lacks, the defaults of `kind` ("image" or "base") hold.
 
-        Keys, all optional: `kind` ("image" or "base"); `image_area`, `guidance_scale` and `image_temperature`,
-        each one number for all tasks or a map from task to number. CheckpointError names a key that is wrong.
+        Keys, all optional: `kind` ("image" or "base"); `aspect_ratio` (of pictures without a photo: "model" or a
+        preset), `image_area` (pixels), `guidance_scale` and `image_temperature`, each one value for all tasks or a map
+        from task to value. CheckpointError names a key that is wrong.
         """
         path = folder / DEFAULTS_FILE
         if not path.exists():
@@ -130,24 +139,34 @@ class ModelDefaults:
         if kind not in ("image", "base"):
             raise CheckpointError(f"{path}: kind is {kind!r}, accepted are image and base")
         numbers = {
-            key: _per_task(data.get(key, {}), f"{path}: {key}")
+            key: _per_task(data.get(key, {}), f"{path}: {key}", "a positive number", _is_positive)
             for key in ("image_area", "guidance_scale", "image_temperature")
         }
         areas = {task: int(value) for task, value in numbers.pop("image_area").items()}
-        return cls(kind=kind, image_area=areas, **numbers)
+        ratios = _per_task(
+            data.get("aspect_ratio", {}),
+            f"{path}: aspect_ratio",
+            f"model or one of {', '.join(geometry.PRESETS_1024)}",
+            lambda value: isinstance(value, str) and (value == "model" or value in geometry.PRESETS_1024),
+        )
+        return cls(kind=kind, aspect_ratio=ratios, image_area=areas, **numbers)
 
 
-def _per_task(value: Any, where: str) -> dict[str, float]:
-    numbers = value if isinstance(value, dict) else dict.fromkeys(TASKS, value)
-    good = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers.values())
-    if not good or set(numbers) - set(TASKS):
-        raise CheckpointError(f"{where} must be a positive number, or a map from task to such numbers")
-    return numbers
+def _per_task(value: Any, where: str, wanted: str, is_good: Callable[[Any], bool]) -> dict[str, Any]:
+    values = value if isinstance(value, dict) else dict.fromkeys(TASKS, value)
+    if not all(map(is_good, values.values())) or set(values) - set(TASKS):
+        raise CheckpointError(f"{where} must be {wanted}, or a map from task to such values")
+    return values
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A Request with every default filled in. `size` is (rows, columns), or None where the model chooses.
+    """A Request with every default filled in. `size` is (rows, columns), or None where the model chooses; `clipped` is
+    the requested aspect ratio where pictures of this area can't have it.
 
     `max_new_tokens` None means: as much as the context holds.
     """
@@ -156,6 +175,7 @@ class Plan:
     guidance: float
     image_area: int
     size: tuple[int, int] | None
+    clipped: str | None
     image: Sampling
     text: Sampling
     max_new_tokens: int | None
@@ -174,8 +194,19 @@ class Plan:
                 "or choose a smaller resolution"
             )
 
+    def summary(self) -> str:
+        """What was settled, for the log."""
+        chosen = f"guidance {self.guidance:g}, size {self.size or 'chosen by the model'}"
+        if self.clipped is None or self.size is None:
+            return chosen
+        rows, columns = self.size
+        return (
+            f"{chosen}: aspect_ratio {self.clipped} would have a side under {MIN_SIDE} pixels at this resolution, "
+            f"{columns * PIXELS_PER_TOKEN}x{rows * PIXELS_PER_TOKEN} pixels are made instead"
+        )
+
     def settings(self, seed: int, size: tuple[int, int], model: str) -> dict[str, object]:
-        """What a picture of `size` (width, height) tells of how it was made; not the prompt."""
+        """What made a picture of `size` (width, height), for its file: everything but the prompt."""
         return {
             "task": self.task.name,
             "seed": seed,
@@ -190,7 +221,7 @@ class Plan:
 
 
 def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
-    """Fill in what `request` leaves open. Raises InputError for a reference of an impossible shape."""
+    """Fill in what `request` leaves open. Raises InputError for a photo of an impossible shape."""
     defaults = defaults or ModelDefaults()
     task = TABLE[request.task]
     area = request.image_area or _area(request.resolution) or defaults.image_area.get(task.name) or task.image_area
@@ -201,11 +232,13 @@ def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
     max_new_tokens = request.max_new_tokens
     if max_new_tokens is None and not task.interleaved:
         max_new_tokens = PICTURE_TEXT_TOKENS
+    size, clipped = _size(request, area, defaults.aspect_ratio.get(task.name, task.aspect_ratio))
     return Plan(
         task=task,
         guidance=guidance,
         image_area=area,
-        size=_size(request, area),
+        size=size,
+        clipped=clipped,
         image=_sampling(request, "image", image),
         text=_sampling(request, "text", task.text),
         max_new_tokens=max_new_tokens if max_new_tokens is None else min(max_new_tokens, MAX_NEW_TOKENS),
@@ -216,17 +249,21 @@ def _area(resolution: str) -> int | None:
     return None if resolution == "auto" else int(resolution) ** 2
 
 
-def _size(request: Request, area: int) -> tuple[int, int] | None:
-    shapes = [geometry.reference_size(image.size, area) for image in request.images]  # judges every shape
+def _size(request: Request, area: int, default: str) -> tuple[tuple[int, int] | None, str | None]:
+    """(rows, columns) or None where the model chooses, and the aspect ratio that had to be clipped, if any."""
+    shapes = [geometry.reference_size(image.size, area) for image in request.images]  # checks every photo's shape
     if request.size is not None:
-        return request.size
+        return request.size, None
     if request.width is not None and request.height is not None:
-        return geometry.custom_size(request.width, request.height)
-    if request.aspect_ratio == "model":
-        return None
+        return geometry.custom_size(request.width, request.height), None
     if request.aspect_ratio == "auto" and shapes:
-        return shapes[0]
-    return geometry.preset_size("1:1" if request.aspect_ratio == "auto" else request.aspect_ratio, area)
+        # Of several photos upstream takes the last one's size, against its own intention (the switch for it,
+        # force_same_image_size, is off then, without effect). Prompts speak of editing the first.
+        return shapes[0], None
+    ratio = default if request.aspect_ratio == "auto" else request.aspect_ratio
+    if ratio == "model":
+        return None, None
+    return geometry.preset_size(ratio, area), ratio if geometry.is_clipped(ratio, area) else None
 
 
 def _sampling(request: Request, kind: str, default: Sampling) -> Sampling:

@@ -37,7 +37,6 @@ class Tokenizer:
             raise CheckpointError(f"{RANKS_FILE}: the ranks must run from 0 to {first - 1} without a gap")
         self._special = {name: first + i for i, name in enumerate(names)}
         self._bytes = {rank: token for token, rank in ranks.items()} | {i: n.encode() for n, i in self._special.items()}
-        self._first_special = first
         # Without special tokens: what a user types is always split and merged as plain text.
         self._encoding = tiktoken.Encoding("emu3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.ids = self._token_ids(ranks, vision_tokens)
@@ -61,15 +60,12 @@ class Tokenizer:
         return TokenIds(**roles, visual=visual, visual_count=count, digits=digits, star=ranks[b"*"])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, NFC-normalised. `<|extra_204|>` and its like are letters here, never roles."""
+        """Ids of plain text, NFC-normalised. `<|extra_204|>` and the like are plain characters here."""
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one token; a special token gives its written form, as upstream's decode does."""
         return self._bytes[token]
-
-    def is_special(self, token: int) -> bool:
-        return token >= self._first_special
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""

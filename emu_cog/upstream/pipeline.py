@@ -17,7 +17,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from emu_cog.errors import InputError
-from emu_cog.events import Event, Finished, Picture, Progress, RunStats
+from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import check_memory_budget
 from emu_cog.model.device import choose_device, choose_dtype, choose_spread
@@ -111,7 +111,7 @@ class UpstreamPipeline:
         self._refuse(request, plan)
         limit = self._limit(request, plan)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
+        log.info("seed %d, %s", seed, plan.summary())
 
         # 2. words and photos to ids, ids to more ids
         started = time.perf_counter()
@@ -119,7 +119,10 @@ class UpstreamPipeline:
             plan.task.name, request.prompt, request.images, plan.image_area
         )
         vq_seconds = time.perf_counter() - started
-        teller = _ProgressTeller(on_progress, self.upstream.ids)
+        meter = ProgressMeter(
+            on_progress, limits=[limit if plan.task.interleaved else None], first_visual=self.upstream.ids.visual
+        )
+        streamer = _ProgressStreamer(meter, self.upstream.ids)
         made = self.upstream.generate(
             conditional,
             unconditional,
@@ -132,7 +135,7 @@ class UpstreamPipeline:
             seed=seed,
             # As in upstream's vLLM path, these tasks end with their picture.
             stop=() if plan.task.interleaved else [self.upstream.ids.eoi],
-            streamer=teller,
+            streamer=streamer,
         )
         done = time.perf_counter()
 
@@ -155,12 +158,14 @@ class UpstreamPipeline:
             yield Picture(output=0, number=number + 1, image=value, codes=grids[number], settings=settings)
             number += 1
         yield Finished(0, self._reason(plan, made, len(conditional[0])))
+        meter.ended(0)
 
         # 4. what it cost
-        first = teller.first or done
+        first = streamer.first or done
         yield RunStats(
             seed=seed,
             size=drawn[-1].size if drawn else None,
+            clipped=plan.clipped,
             pictures=len(drawn),
             tokens=_sampled(made, self.upstream.ids, size_known=plan.size is not None),
             prefill_seconds=first - started - (vq_seconds if request.images else 0.0),
@@ -250,42 +255,32 @@ def _sampled(made: Sequence[int], ids: TokenIds, *, size_known: bool) -> int:
     return count + (4 if not size_known and ids.img in made else 0)
 
 
-class _ProgressTeller(BaseStreamer):
-    """Sees upstream's ids as they are chosen and turns the ends of rows into Progress."""
+class _ProgressStreamer(BaseStreamer):
+    """Sees upstream's ids as they are sampled and passes them to the meter."""
 
-    def __init__(self, tell: Callable[[Progress], None] | None, ids: TokenIds) -> None:
-        self._tell, self._ids = tell, ids
+    def __init__(self, meter: ProgressMeter, ids: TokenIds) -> None:
+        self._meter, self._ids = meter, ids
         self.first: float | None = None
         self._prompt_seen = False
-        self._number = self._row = self._rows = self._tokens = 0
-        self._header: list[int] | None = None
+        self._header: list[str] | None = None
 
     def put(self, value: Any) -> None:
-        """transformers gives the prompt first, then one id a call."""
+        """transformers gives the prompt first, then one id per call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
         self.first = self.first or time.perf_counter()
         token, ids = int(torch.as_tensor(value).flatten()[0]), self._ids
+        self._meter.prompt_read(0)
         if token == ids.boi:
             self._header = []
         elif token == ids.img and self._header is not None:
-            digits = [str(ids.digits.index(t)) if t in ids.digits else "*" for t in self._header]
-            self._rows, self._row, self._tokens = int("".join(digits).split("*")[0]), 0, 0
-            self._number, self._header = self._number + 1, None
-            self._report()
+            rows, columns = (int(n) for n in "".join(self._header).split("*"))
+            self._meter.opened(0, (rows, columns))
+            self._header = None
         elif self._header is not None:
-            self._header.append(token)
-        elif token >= ids.visual:
-            self._tokens += 1
-        elif self._rows and token in (ids.eol, ids.eoi):
-            self._row += 1
-            self._report()
-            self._rows = 0 if token == ids.eoi else self._rows
+            self._header.append(str(ids.digits.index(token)) if token in ids.digits else "*")
+        self._meter.tokens(0, [token])
 
     def end(self) -> None:
         """Nothing is held back."""
-
-    def _report(self) -> None:
-        if self._tell:
-            self._tell(Progress(self._number, self._row, self._rows, self._tokens))

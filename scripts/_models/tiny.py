@@ -156,7 +156,7 @@ def make_tiny(
 
 def small_defaults(area: int = 160 * 160) -> dict[str, Any]:
     """A `defaults.json` that lets every task draw `area` pixels, so that a tiny model answers in seconds."""
-    return {"kind": "image", "image_area": dict.fromkeys(TASKS, area)}
+    return {"kind": "image", "aspect_ratio": "1:1", "image_area": dict.fromkeys(TASKS, area)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ LIMIT = 40 * 10**6
 """Bytes the two folders may take together."""
 DEFAULTS = {
     "kind": "image",
+    "aspect_ratio": "1:1",
     "image_area": AREA,
     "guidance_scale": {"t2i": 2.0, "x2i": 1.7, "howto": 2.0, "story": 2.0, "explore": 1.0, "vla": 2.0},
     "image_temperature": {"t2i": 0.7, "x2i": 0.6, "howto": 0.7, "story": 0.9, "explore": 0.3, "vla": 0.7},
