@@ -11,7 +11,7 @@ from typing import Any
 import _predictor
 import pytest
 
-from emu_cog import request
+from emu_cog import request as limits
 from emu_cog.errors import InputError
 from emu_cog.prompt.tasks import TABLE
 from emu_cog.request import Request
@@ -30,10 +30,10 @@ def bounds(name: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("name", "table", "default"),
     [
-        ("task_type", request.TASKS, "t2i"),
-        ("aspect_ratio", request.ASPECT_RATIOS, "auto"),
-        ("resolution", request.RESOLUTIONS, "auto"),
-        ("output_format", request.OUTPUT_FORMATS, "png"),
+        ("task_type", limits.TASKS, "t2i"),
+        ("aspect_ratio", limits.ASPECT_RATIOS, "auto"),
+        ("resolution", limits.RESOLUTIONS, "auto"),
+        ("output_format", limits.OUTPUT_FORMATS, "png"),
     ],
 )
 def test_choices_are_the_packages(name: str, table: tuple[str, ...], default: str) -> None:
@@ -44,13 +44,13 @@ def test_choices_are_the_packages(name: str, table: tuple[str, ...], default: st
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
-        ("width", request.MIN_SIDE, request.MAX_SIDE),
-        ("height", request.MIN_SIDE, request.MAX_SIDE),
-        ("num_outputs", 1, request.MAX_OUTPUTS),
-        ("guidance_scale", 1, request.MAX_GUIDANCE),
-        ("max_new_tokens", request.MIN_NEW_TOKENS, request.MAX_NEW_TOKENS),
+        ("width", limits.MIN_SIDE, limits.MAX_SIDE),
+        ("height", limits.MIN_SIDE, limits.MAX_SIDE),
+        ("num_outputs", 1, limits.MAX_OUTPUTS),
+        ("guidance_scale", 1, limits.MAX_GUIDANCE),
+        ("max_new_tokens", limits.MIN_NEW_TOKENS, limits.MAX_NEW_TOKENS),
         ("output_quality", 1, 100),
-        *((f"{kind}temperature", request.MIN_TEMPERATURE, request.MAX_TEMPERATURE) for kind in ("", "text_", "image_")),
+        *((f"{kind}temperature", limits.MIN_TEMPERATURE, limits.MAX_TEMPERATURE) for kind in ("", "text_", "image_")),
     ],
 )
 def test_ranges_are_the_packages(name: str, low: float, high: float) -> None:
@@ -67,7 +67,7 @@ def test_what_the_door_lets_in_the_package_takes_and_no_more(name: str) -> None:
     low, high = bounds(name)
     request(name, low)
     request(name, high)
-    step = request.PIXELS_PER_TOKEN if name in ("width", "height") else 1 if INPUTS[name].type == "integer" else 0.001
+    step = limits.PIXELS_PER_TOKEN if name in ("width", "height") else 1 if INPUTS[name].type == "integer" else 0.001
     with pytest.raises(InputError, match=name):
         request(name, high + step)
     if name != "max_new_tokens":  # a library may ask for less than the playground offers
@@ -90,7 +90,7 @@ def test_defaults_are_the_requests() -> None:
 
 def test_files_are_single_and_optional() -> None:
     """A list can't be filled by `cog predict -i reference_image=@photo.jpg`: that sends one string."""
-    assert len(FILES) == request.MAX_REFERENCES
+    assert len(FILES) == limits.MAX_REFERENCES
     for name in FILES:
         assert INPUTS[name].schema == {"type": "string", "format": "uri"}
         assert INPUTS[name].nullable
