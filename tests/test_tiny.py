@@ -69,7 +69,7 @@ def next_token(folder: Path, last: list[int]) -> int:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_favour_steers_what_is_written(tmp_path: Path, seed: int) -> None:
     made = {
-        name: tiny.make_tiny(tmp_path / name, seed=seed, favour=getattr(tiny, name)).model
+        name: tiny.make_tiny(tmp_path / name, seed=seed, logit_bias=getattr(tiny, name)).model
         for name in ("PICTURE", "TALKER", "SILENT", "STORYTELLER")
     }
     ids = Tokenizer.load(made["PICTURE"]).ids

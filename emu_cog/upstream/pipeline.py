@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from emu_cog.errors import InputError
+from emu_cog.errors import CheckpointError, InputError
 from emu_cog.events import Event, Finished, Picture, Progress, RunStats
 from emu_cog.log import log
 from emu_cog.memory import check_memory_budget
@@ -85,9 +85,12 @@ class UpstreamPipeline:
                 f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
                 f"leave one of the two out; {_INSTEAD}"
             )
-        clone = ensure_clone(
-            settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
-        )
+        try:
+            clone = ensure_clone(
+                settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or use EMU_BACKEND=native, which needs no clone") from None
         found = resolve(settings)
         return cls.load(
             found.model,

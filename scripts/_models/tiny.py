@@ -4,9 +4,9 @@ Every weight comes from the raw bits of NumPy's PCG64, keyed by (seed, name of t
 NumPy's compatibility policy and the arithmetic behind it is exact, so a seed gives the same file on every machine
 and under every version of torch.
 
-What a random model does can be steered. Hidden channel 0 holds a constant, and for each entry of `favour` one more
+What a random model does can be steered. Hidden channel 0 holds a constant, and for each entry of `logit_bias` one more
 channel tells whether the last token belongs to that entry's group; no layer writes to these channels, and the head
-turns them into logits. So `favour={"bss": {"boi": 20.0}}` reads: after BSS, BOI's logit is about 20 higher.
+turns them into logits. So `logit_bias={"bss": {"boi": 20.0}}` reads: after BSS, BOI's logit is about 20 higher.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from emu_cog.prompt.tokens import ROLES
 from emu_cog.request import TASKS
 from emu_cog.vision.ibq import IBQ, VisionConfig
 
-Favour = Mapping[str, Mapping[str, float]]
+LogitBias = Mapping[str, Mapping[str, float]]
 """Group of the last token -> group of the next token -> about how much its logits are raised.
 
 A group is a role of `tokens.ROLES` ("boi"), "text" (all byte-pair tokens), "special" (all special tokens but the
@@ -43,13 +43,13 @@ _ORDERLY: dict[str, float] = {"special": -40.0}
 # Ten to nineteen rows and columns where the model chooses the size itself.
 _SMALL_SIZES: dict[str, Mapping[str, float]] = {"boi": {"1": 20.0}, "*": {"1": 20.0}, "1": {"0": 3.0, "2": 3.0}}
 
-PICTURE: Favour = {"any": _ORDERLY, "bss": {"boi": 80.0}, "eoi": {"eos": 80.0}, **_SMALL_SIZES}
+PICTURE: LogitBias = {"any": _ORDERLY, "bss": {"boi": 80.0}, "eoi": {"eos": 80.0}, **_SMALL_SIZES}
 """Begins one image at once and ends after it."""
-TALKER: Favour = {"any": {**_ORDERLY, "text": 40.0}}
+TALKER: LogitBias = {"any": {**_ORDERLY, "text": 40.0}}
 """Writes text for ever: no image, no end."""
-SILENT: Favour = {"any": {"eos": 80.0}}
+SILENT: LogitBias = {"any": {"eos": 80.0}}
 """Ends at once."""
-STORYTELLER: Favour = {
+STORYTELLER: LogitBias = {
     "any": _ORDERLY,
     "bss": {"bog": 80.0},
     "bog": {"words/0": 40.0},
@@ -95,7 +95,7 @@ def make_tiny(
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
     sharpness: float = 3.0,
-    favour: Favour = PICTURE,
+    logit_bias: LogitBias = PICTURE,
     defaults: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     vision_ch: int = 32,
@@ -126,7 +126,7 @@ def make_tiny(
         kv_heads=kv_heads,
         head_dim=head_dim,
     )
-    state = _language_model(shape, vocabulary, favour, seed=seed, sharpness=sharpness)
+    state = _language_model(shape, vocabulary, logit_bias, seed=seed, sharpness=sharpness)
     _write_shards(folders.model, {name: value.to(dtype) for name, value in state.items()}, shards)
     settings = _config_json(shape, vocabulary, context, rms_norm_eps, rope_theta, dtype) | dict(config or {})
     _write_json(folders.model / "config.json", {k: v for k, v in settings.items() if v is not None})
@@ -179,13 +179,13 @@ def _noise(seed: int, name: str, *shape: int) -> Tensor:
 
 
 def _language_model(
-    shape: _Shape, vocabulary: Tokenizer, favour: Favour, *, seed: int, sharpness: float
+    shape: _Shape, vocabulary: Tokenizer, logit_bias: LogitBias, *, seed: int, sharpness: float
 ) -> dict[str, Tensor]:
     h, size = shape.hidden, vocabulary.ids.vocab_size
-    steered: dict[str, Mapping[str, float]] = {"any": {}, **favour}
+    steered: dict[str, Mapping[str, float]] = {"any": {}, **logit_bias}
     steering = len(steered)
     if steering > h // 2:
-        raise ValueError(f"favour has {steering} entries, too many for {h} hidden channels: at most {h // 2}")
+        raise ValueError(f"logit_bias has {steering} entries, too many for {h} hidden channels: at most {h // 2}")
 
     def noise(name: str, *dims: int, gain: float = 1.0) -> Tensor:
         return _noise(seed, name, *dims) * (gain / dims[-1] ** 0.5)
@@ -224,7 +224,7 @@ def _language_model(
 
 
 def _group(name: str, vocabulary: Tokenizer) -> list[int] | slice:
-    """Ids of a group of `Favour`."""
+    """Ids of a group of `LogitBias`."""
     ids = vocabulary.ids
     if name == "any":
         return slice(None)

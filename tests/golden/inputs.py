@@ -20,21 +20,21 @@ from safetensors.torch import load_file
 from emu_cog.request import Sampling
 
 
-def _chatty(leave: float, end: float) -> tiny.Favour:
+def _chatty(leave: float, end: float) -> tiny.LogitBias:
     """STORYTELLER that moves on from one kind of text to the next with `leave` and ends with `end` after an image."""
-    favour = {last: dict(raised) for last, raised in tiny.STORYTELLER.items()}
+    logit_bias = {last: dict(raised) for last, raised in tiny.STORYTELLER.items()}
     for last, closing in (("words/0", "eog"), ("words/1", "boc"), ("words/2", "eoc")):
-        favour[last][closing] = leave
-    favour["eoi"]["eos"] = end
-    return favour
+        logit_bias[last][closing] = leave
+    logit_bias["eoi"]["eos"] = end
+    return logit_bias
 
 
 # embed_dim is 256 because upstream's decode_image asks for 256 channels whatever the model has.
 CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
-    "picture": {"seed": 21, "favour": tiny.PICTURE, "embed_dim": 256},
+    "picture": {"seed": 21, "logit_bias": tiny.PICTURE, "embed_dim": 256},
     "storyteller": {
         "seed": 33,
-        "favour": _chatty(88.0, 82.0),
+        "logit_bias": _chatty(88.0, 82.0),
         "embed_dim": 256,
         # heads x head_dim differs from hidden, one key-value head, another eps and rotary base
         "hidden": 48,
@@ -52,7 +52,7 @@ CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
 # With the released tokenizer's files; visual tokens cut short to keep the weights small.
 REAL_CHECKPOINT: Mapping[str, Any] = {
     "seed": 5,
-    "favour": _chatty(95.0, 88.0),
+    "logit_bias": _chatty(95.0, 88.0),
     "embed_dim": 256,
     "hidden": 32,
     "layers": 1,
