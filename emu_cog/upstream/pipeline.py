@@ -1,7 +1,7 @@
-"""EMU_BACKEND=upstream: the same requests and events as `Pipeline`, made by upstream's own functions.
+"""EMU_BACKEND=upstream: the same requests and events as `Pipeline`, computed by upstream's own functions.
 
-Upstream answers when it is done, so events come at the end; progress comes under way. What upstream can't do is
-refused in one sentence before any model work.
+Upstream returns its answer at the end, so all events come then, except progress. What upstream can't do is refused in
+one sentence before any model work.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class UpstreamPipeline:
     ) -> UpstreamPipeline:
         """Load two folders in Emu3.5's format with the code in `clone`. Defaults are those of `Pipeline.load`.
 
-        Raises CheckpointError for what is wrong with a folder or rules upstream's code out for it, InputError with
-        the numbers where memory is short.
+        Raises CheckpointError for a folder that is wrong or that upstream's code can't use, and InputError with the
+        numbers if there is too little memory.
         """
         folder, vision, target = Path(checkpoint), Path(vision_tokenizer), choose_device(device)
         chosen, spread = choose_dtype(dtype, target), choose_spread(device_map)
@@ -79,7 +79,7 @@ class UpstreamPipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> UpstreamPipeline:
-        """Clone upstream's code if need be, then load what the environment names."""
+        """Clone upstream's code if it is missing, then load the checkpoint that the environment names."""
         if settings.quantize is not None:
             raise InputError(
                 f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
@@ -105,10 +105,10 @@ class UpstreamPipeline:
         )
 
     def warm_up(self) -> None:
-        """Nothing: upstream compiles and captures nothing that the first request would wait for."""
+        """Nothing: upstream's code compiles and captures nothing."""
 
     def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]:
-        """Yield texts and pictures in reading order once all are made. Raises InputError before any model work."""
+        """Yield texts and pictures in reading order, after all are made. Raises InputError before any model work."""
         # 1. settle every default and refuse what upstream can't do
         plan = tasks.plan(request, self.defaults)
         self._refuse(request, plan)
@@ -116,13 +116,13 @@ class UpstreamPipeline:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
 
-        # 2. words and photos to ids, ids to more ids
+        # 2. prompt and photos to ids, ids to the answer's ids
         started = time.perf_counter()
         conditional, unconditional = self.upstream.prompt(
             plan.task.name, request.prompt, request.images, plan.image_area
         )
         vq_seconds = time.perf_counter() - started
-        teller = _ProgressTeller(on_progress, self.upstream.ids)
+        reporter = _Reporter(on_progress, self.upstream.ids)
         made = self.upstream.generate(
             conditional,
             unconditional,
@@ -133,21 +133,21 @@ class UpstreamPipeline:
             max_new_tokens=limit,
             references=len(request.images),
             seed=seed,
-            # As in upstream's vLLM path, these tasks end with their picture.
+            # As in upstream's vLLM path, t2i and x2i end with their picture.
             stop=() if plan.task.interleaved else [self.upstream.ids.eoi],
-            streamer=teller,
+            streamer=reporter,
         )
         done = time.perf_counter()
 
         # 3. ids to texts and pictures
-        whole, cut = _without_cut_image(made, self.upstream.ids)
+        kept, cut = _without_cut_image(made, self.upstream.ids)
         if cut:
-            log.warning("upstream's token limit of %d fell into a picture, which is lost", limit)
-        segments = self.upstream.segments(whole)
-        grids = [parse_image(inner, self.upstream.own_tokenizer) for inner in _images(whole, self.upstream.ids)]
-        drawn = [value for kind, value in segments if kind == "image"]
-        if len(drawn) != len(grids):
-            raise RuntimeError(f"upstream's code decoded {len(drawn)} of {len(grids)} pictures")
+            log.warning("upstream's token limit of %d ended inside a picture, which is dropped", limit)
+        segments = self.upstream.segments(kept)
+        grids = [parse_image(inner, self.upstream.own_tokenizer) for inner in _images(kept, self.upstream.ids)]
+        pictures = [value for kind, value in segments if kind == "image"]
+        if len(pictures) != len(grids):
+            raise RuntimeError(f"upstream's code decoded {len(pictures)} of {len(grids)} pictures")
         vq_seconds += time.perf_counter() - done
         number = 0
         for kind, value in segments:
@@ -160,17 +160,17 @@ class UpstreamPipeline:
         yield Finished(0, self._reason(plan, made, len(conditional[0])))
 
         # 4. what it cost
-        first = teller.first or done
+        first = reporter.first or done
         yield RunStats(
             seed=seed,
-            size=drawn[-1].size if drawn else None,
-            pictures=len(drawn),
+            size=pictures[-1].size if pictures else None,
+            pictures=len(pictures),
             tokens=_sampled(made, self.upstream.ids, size_known=plan.size is not None),
             prefill_seconds=first - started - (vq_seconds if request.images else 0.0),
             decode_seconds=done - first,
             vq_seconds=vq_seconds,
         )
-        if not plan.task.interleaved and not drawn:
+        if not plan.task.interleaved and not pictures:
             raise RuntimeError(
                 f"upstream's code wrote {len(made)} tokens without a whole picture, and has no way to ask the model "
                 f"for one; {_INSTEAD}"
@@ -225,14 +225,15 @@ class UpstreamPipeline:
 
 
 def _without_cut_image(made: Sequence[int], ids: TokenIds) -> tuple[list[int], bool]:
-    """`made` up to a last image that has no end. Upstream's decoding would lose the text before it as well."""
+    """`made` without a last image that has no end, and whether there was one. Upstream's decoding would also drop the
+    text before it."""
     opened = max((i for i, token in enumerate(made) if token == ids.boi), default=-1)
     cut = opened >= 0 and ids.eoi not in made[opened:]
     return list(made[:opened] if cut else made), cut
 
 
 def _images(made: Sequence[int], ids: TokenIds) -> Iterator[list[int]]:
-    """What lies between BOI and EOI, image by image."""
+    """The ids between BOI and EOI, image by image."""
     inner: list[int] | None = None
     for token in made:
         if token == ids.boi:
@@ -245,7 +246,7 @@ def _images(made: Sequence[int], ids: TokenIds) -> Iterator[list[int]]:
 
 
 def _sampled(made: Sequence[int], ids: TokenIds, *, size_known: bool) -> int:
-    """How many of `made` were drawn: text and visual tokens, and the four digits of a size the model chose."""
+    """How many of `made` were sampled: text and visual tokens, and the four digits of a size the model chose."""
     inside, count = False, 0
     for token in made:
         count += token >= ids.visual or (not inside and token != ids.eoi)
@@ -253,18 +254,18 @@ def _sampled(made: Sequence[int], ids: TokenIds, *, size_known: bool) -> int:
     return count + (4 if not size_known and ids.img in made else 0)
 
 
-class _ProgressTeller(BaseStreamer):
-    """Sees upstream's ids as they are chosen and turns the ends of rows into Progress."""
+class _Reporter(BaseStreamer):
+    """Receives upstream's ids as they are sampled, and reports Progress at the end of each image row."""
 
-    def __init__(self, tell: Callable[[Progress], None] | None, ids: TokenIds) -> None:
-        self._tell, self._ids = tell, ids
+    def __init__(self, report_to: Callable[[Progress], None] | None, ids: TokenIds) -> None:
+        self._report_to, self._ids = report_to, ids
         self.first: float | None = None
         self._prompt_seen = False
         self._number = self._row = self._rows = self._tokens = 0
         self._header: list[int] | None = None
 
     def put(self, value: Any) -> None:
-        """transformers gives the prompt first, then one id a call."""
+        """transformers passes the prompt first, then one id per call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -287,8 +288,8 @@ class _ProgressTeller(BaseStreamer):
             self._rows = 0 if token == ids.eoi else self._rows
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def _report(self) -> None:
-        if self._tell:
-            self._tell(Progress(self._number, self._row, self._rows, self._tokens))
+        if self._report_to:
+            self._report_to(Progress(self._number, self._row, self._rows, self._tokens))
