@@ -18,7 +18,7 @@ from emu_cog.log import log
 from emu_cog.settings import UPSTREAM_COMMIT, UPSTREAM_URL
 
 FOLDERS = ("Emu3.5", "Emu3.5-upstream")
-"""Where the clone may lie. The second serves where the first holds something else: the base model's weights, say."""
+"""Where the clone may be. The second is for when the first holds something else, such as the base model's weights."""
 USED = (
     "src/utils",
     "src/vision_tokenizer",
@@ -191,16 +191,16 @@ def _is_local(url: str) -> bool:
     return url.startswith(("file:", "/", "."))
 
 
-def _advice(url: str, said: str) -> str:
-    """What to do after git failed to fetch from `url` with the error `said`."""
-    if "No space left on device" in said:
+def _advice(url: str, cause: str) -> str:
+    """What to do after git failed to fetch from `url` because of `cause`."""
+    if "No space left on device" in cause:
         return "free some disk space, or set EMU_WEIGHTS_DIR to another folder"
     if url == UPSTREAM_URL:
         return (
             "check the network and its proxy settings, or set EMU_UPSTREAM_URL to a mirror of that repository "
             "(https://... or file:///path)"
         )
-    if "not our ref" in said:
+    if "not our ref" in cause:
         return (
             "EMU_UPSTREAM_URL names a repository that lacks this commit: update that mirror, or unset EMU_UPSTREAM_URL"
         )
@@ -241,8 +241,8 @@ def _run(*arguments: str) -> str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(_BOILERPLATE)]
         causes = [line for line in lines if line.startswith(("fatal:", "error:", "remote:", "ssh:"))] or lines[-3:]
-        said = "; ".join(dict.fromkeys(line.strip().rstrip(".") for line in causes[:4]))
-        raise _GitError(redacted(said) or f"git ended with code {done.returncode}")
+        message = "; ".join(dict.fromkeys(line.strip().rstrip(".") for line in causes[:4]))
+        raise _GitError(redacted(message) or f"git ended with code {done.returncode}")
     return done.stdout.strip()
 
 

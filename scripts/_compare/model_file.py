@@ -102,10 +102,10 @@ def run_reference(
                 "torch, numpy and transformers 4.48.2"
             ) from None
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in done.stderr.splitlines() if line.strip()]
             raise CheckpointError(
                 f"upstream's model file failed in --reference-python {python}, which must have torch, numpy and "
-                f"transformers 4.48.2: {said[-1] if said else f'exit code {done.returncode}'}"
+                f"transformers 4.48.2: {errors[-1] if errors else f'exit code {done.returncode}'}"
             )
         versions = json.loads(done.stdout.splitlines()[-1])
         with np.load(target) as made:
