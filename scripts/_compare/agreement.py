@@ -36,10 +36,10 @@ EDGES = 100
 """At most one step in EDGES may exceed the tolerance because of an edge token, the least likely of those that top-k or
 top-p keeps on one side only.
 
-Known, in fp32: at the released vocabulary and the default top-k, 43 of 3060 steps had an edge token, each with less than
-1e-4 of the probability, so those steps agreed within `Tolerance.mass` without this allowance. On tiny checkpoints none
-of 23050 steps had one. The allowance is for an edge token with more probability, which a low top-k makes possible. It
-does not hide a filter that keeps one token too many: that is off at every step, and at SHARP beyond the tolerance.
+Known, in fp32: at the released vocabulary and the default top-k, 43 of 3060 steps had an edge token, each with less
+than 1e-4 of the probability, so those steps agreed within `Tolerance.mass` without this allowance. On tiny checkpoints
+none of 23050 steps had one. The allowance is for an edge token with more probability, which a low top-k makes possible.
+It does not hide a filter that keeps one token too many: that is off at every step, and at SHARP beyond the tolerance.
 """
 
 
