@@ -116,13 +116,13 @@ class UpstreamPipeline:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         log.info("seed %d, guidance %g, size %s", seed, plan.guidance, plan.size or "chosen by the model")
 
-        # 2. prompt and photos to ids, ids to the answer's ids
+        # 2. words and photos to ids, ids to more ids
         started = time.perf_counter()
         conditional, unconditional = self.upstream.prompt(
             plan.task.name, request.prompt, request.images, plan.image_area
         )
         vq_seconds = time.perf_counter() - started
-        reporter = _Reporter(on_progress, self.upstream.ids)
+        teller = _ProgressTeller(on_progress, self.upstream.ids)
         made = self.upstream.generate(
             conditional,
             unconditional,
@@ -133,9 +133,9 @@ class UpstreamPipeline:
             max_new_tokens=limit,
             references=len(request.images),
             seed=seed,
-            # As in upstream's vLLM path, t2i and x2i end with their picture.
+            # As in upstream's vLLM path, these tasks end with their picture.
             stop=() if plan.task.interleaved else [self.upstream.ids.eoi],
-            streamer=reporter,
+            streamer=teller,
         )
         done = time.perf_counter()
 
@@ -145,9 +145,9 @@ class UpstreamPipeline:
             log.warning("upstream's token limit of %d ended inside a picture, which is dropped", limit)
         segments = self.upstream.segments(kept)
         grids = [parse_image(inner, self.upstream.own_tokenizer) for inner in _images(kept, self.upstream.ids)]
-        pictures = [value for kind, value in segments if kind == "image"]
-        if len(pictures) != len(grids):
-            raise RuntimeError(f"upstream's code decoded {len(pictures)} of {len(grids)} pictures")
+        drawn = [value for kind, value in segments if kind == "image"]
+        if len(drawn) != len(grids):
+            raise RuntimeError(f"upstream's code decoded {len(drawn)} of {len(grids)} pictures")
         vq_seconds += time.perf_counter() - done
         number = 0
         for kind, value in segments:
@@ -160,17 +160,17 @@ class UpstreamPipeline:
         yield Finished(0, self._reason(plan, made, len(conditional[0])))
 
         # 4. what it cost
-        first = reporter.first or done
+        first = teller.first or done
         yield RunStats(
             seed=seed,
-            size=pictures[-1].size if pictures else None,
-            pictures=len(pictures),
+            size=drawn[-1].size if drawn else None,
+            pictures=len(drawn),
             tokens=_sampled(made, self.upstream.ids, size_known=plan.size is not None),
             prefill_seconds=first - started - (vq_seconds if request.images else 0.0),
             decode_seconds=done - first,
             vq_seconds=vq_seconds,
         )
-        if not plan.task.interleaved and not pictures:
+        if not plan.task.interleaved and not drawn:
             raise RuntimeError(
                 f"upstream's code wrote {len(made)} tokens without a whole picture, and has no way to ask the model "
                 f"for one; {_INSTEAD}"
@@ -254,18 +254,18 @@ def _sampled(made: Sequence[int], ids: TokenIds, *, size_known: bool) -> int:
     return count + (4 if not size_known and ids.img in made else 0)
 
 
-class _Reporter(BaseStreamer):
-    """Receives upstream's ids as they are sampled, and reports Progress at the end of each image row."""
+class _ProgressTeller(BaseStreamer):
+    """Sees upstream's ids as they are chosen and turns the ends of rows into Progress."""
 
-    def __init__(self, report_to: Callable[[Progress], None] | None, ids: TokenIds) -> None:
-        self._report_to, self._ids = report_to, ids
+    def __init__(self, tell: Callable[[Progress], None] | None, ids: TokenIds) -> None:
+        self._tell, self._ids = tell, ids
         self.first: float | None = None
         self._prompt_seen = False
         self._number = self._row = self._rows = self._tokens = 0
         self._header: list[int] | None = None
 
     def put(self, value: Any) -> None:
-        """transformers passes the prompt first, then one id per call."""
+        """transformers gives the prompt first, then one id a call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -288,8 +288,8 @@ class _Reporter(BaseStreamer):
             self._rows = 0 if token == ids.eoi else self._rows
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Nothing is held back."""
 
     def _report(self) -> None:
-        if self._report_to:
-            self._report_to(Progress(self._number, self._row, self._rows, self._tokens))
+        if self._tell:
+            self._tell(Progress(self._number, self._row, self._rows, self._tokens))

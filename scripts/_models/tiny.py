@@ -154,7 +154,7 @@ def make_tiny(
 
 
 def small_defaults(area: int = 160 * 160) -> dict[str, Any]:
-    """A `defaults.json` that sets every task's image area to `area` pixels, so that a tiny model answers in seconds."""
+    """A `defaults.json` that lets every task draw `area` pixels, so that a tiny model answers in seconds."""
     return {"kind": "image", "image_area": dict.fromkeys(TASKS, area)}
 
 
