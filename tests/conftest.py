@@ -53,7 +53,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def make(name: str) -> tiny.TinyFolders:
         if name not in made:
             made[name] = tiny.make_tiny(
-                tmp_path_factory.mktemp(name), seed=7, favour=FAVOURS[name], defaults=tiny.small_defaults()
+                tmp_path_factory.mktemp(name), seed=7, logit_bias=FAVOURS[name], defaults=tiny.small_defaults()
             )
         return made[name]
 

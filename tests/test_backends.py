@@ -99,7 +99,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def teller(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
     folder = tmp_path_factory.mktemp("teller")
-    return make_tiny(folder, seed=7, favour=STORYTELLER, defaults=small_defaults(64 * 64))
+    return make_tiny(folder, seed=7, logit_bias=STORYTELLER, defaults=small_defaults(64 * 64))
 
 
 def upstream_settings(folders: TinyFolders, repository: tuple[str, str], place: Path) -> Settings:
@@ -192,7 +192,7 @@ class TestUpstream:
         assert "EMU_BACKEND=native can" in str(refused.value)
 
     def test_no_picture_is_an_error_not_silence(self, repository: tuple[str, str], tmp_path: Path) -> None:
-        talker = make_tiny(tmp_path / "talker", favour=TALKER, defaults=small_defaults(64 * 64), context=700)
+        talker = make_tiny(tmp_path / "talker", logit_bias=TALKER, defaults=small_defaults(64 * 64), context=700)
         pipeline = load(upstream_settings(talker, repository, tmp_path / "w"))
         with pytest.raises(RuntimeError, match="without a whole picture"):
             list(pipeline.stream(Request(prompt="a", size=(2, 2), max_new_tokens=5)))

@@ -1,4 +1,4 @@
-"""The engine against its slow twin, and the promises that hold whatever the model says."""
+"""The engine against its slow twin, and guarantees that hold whatever the model generates."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.twin import judge
 Pipelines = Callable[[str], Pipeline]
 Models = Callable[[str], torch.nn.Module]
 TOLERANCE = 2e-5
-"""fp32 probabilities: the engine batches two streams over a cache, the twin runs each alone and whole."""
+"""fp32 probabilities: the engine batches two streams over a cache, the twin runs each alone without one."""
 
 
-def job_and_rules(pipeline: Pipeline, request: Request, **changes: object) -> tuple[EngineRequest, GenerationConfig]:
+def prepare(pipeline: Pipeline, request: Request, **changes: object) -> tuple[EngineRequest, GenerationConfig]:
     prepared = pipeline.prepare(request if request.seed is not None else replace(request, seed=0))
     return prepared.outputs[0], replace(prepared.config, **changes)  # type: ignore[arg-type]
 
 
 def answers(events: list[Event]) -> dict[int, list[int]]:
-    told: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
     for event in events:
         if isinstance(event, Tokens):
-            told.setdefault(event.index, []).extend(event.ids)
-    return told
+            found.setdefault(event.index, []).extend(event.ids)
+    return found
 
 
 def reasons(events: list[Event]) -> list[str]:
@@ -66,7 +66,7 @@ CASES = {
         "storyteller",
         Request(prompt="a fox", task="howto", images=(photo(4),), image_area=2304, seed=5, max_new_tokens=150),
     ),
-    "an EOI amid text": ("stray", Request(prompt="a fox", task="story", size=(3, 4), seed=1, max_new_tokens=40)),
+    "an EOI within text": ("stray", Request(prompt="a fox", task="story", size=(3, 4), seed=1, max_new_tokens=40)),
     "vla": ("storyteller", Request(prompt="a fox", task="vla", size=(3, 4), seed=15, max_new_tokens=150)),
 }
 
@@ -75,19 +75,19 @@ CASES = {
 def test_every_sampled_distribution_is_the_twins(name: str, pipelines: Pipelines, plain_models: Models) -> None:
     model, request = CASES[name]
     pipeline = pipelines(model)
-    job, rules = job_and_rules(pipeline, request)
+    output, config = prepare(pipeline, request)
     traced: list[tuple[str, torch.Tensor]] = []
     events = list(
-        pipeline.engine.generate([job], rules, trace=lambda kind, probs: traced.append((kind, probs.clone())))
+        pipeline.engine.generate([output], config, trace=lambda kind, probs: traced.append((kind, probs.clone())))
     )
     answer = answers(events)[0]
-    steps = judge(plain_models(model), pipeline.lm.ids, job.conditional, job.unconditional, answer, rules)
+    steps = judge(plain_models(model), pipeline.lm.ids, output.conditional, output.unconditional, answer, config)
     ids = pipeline.lm.ids
-    drawn = [step for step in steps if step.kind != "forced"]
-    texts = [step.kind for step in drawn].index("visual" if rules.size else "digit")
-    if rules.single_image and texts - 1 == rules.max_new_tokens:
-        assert drawn.pop(texts - 1).token == ids.boi  # opened at the limit, in the model's stead
-    for step, (kind, probs) in zip(drawn, traced, strict=True):
+    sampled = [step for step in steps if step.kind != "forced"]
+    texts = [step.kind for step in sampled].index("visual" if config.size else "digit")
+    if config.single_image and texts - 1 == config.max_new_tokens:
+        assert sampled.pop(texts - 1).token == ids.boi  # opened at the limit, on the model's behalf
+    for step, (kind, probs) in zip(sampled, traced, strict=True):
         assert kind == step.kind
         offset = ids.visual if kind == "visual" else 0
         full = torch.zeros_like(step.probs)
@@ -108,23 +108,23 @@ def test_greedy_tokens_are_the_twins(name: str, pipelines: Pipelines, plain_mode
     model, request = CASES[name]
     pipeline = pipelines(model)
     greedy = Sampling(top_k=1)
-    job, rules = job_and_rules(pipeline, request, image=greedy, text=greedy, max_new_tokens=60)
-    events = list(pipeline.engine.generate([job], rules))
+    output, config = prepare(pipeline, request, image=greedy, text=greedy, max_new_tokens=60)
+    events = list(pipeline.engine.generate([output], config))
     answer = answers(events)[0]
-    steps = judge(plain_models(model), pipeline.lm.ids, job.conditional, job.unconditional, answer, rules)
+    steps = judge(plain_models(model), pipeline.lm.ids, output.conditional, output.unconditional, answer, config)
     wrong = [i for i, step in enumerate(steps) if int(step.probs.argmax()) != step.token]
-    # The one token that need not be the likeliest is the BOI that opens the image at the limit.
-    assert wrong in ([], [60] if rules.single_image else [])
+    # Only the BOI that opens the image at the limit need not be the likeliest token.
+    assert wrong in ([], [60] if config.single_image else [])
     assert all(steps[i].token == pipeline.lm.ids.boi for i in wrong)
 
 
 def test_four_outputs_are_four_runs(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
-    job, rules = job_and_rules(pipeline, Request(prompt="a small red boat", size=(5, 6), seed=40))
+    output, config = prepare(pipeline, Request(prompt="a small red boat", size=(5, 6), seed=40))
     seeds = [40, 41, 42, 43]
-    jobs = [EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in seeds]
-    together = answers(list(pipeline.engine.generate(jobs, rules)))
-    alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
+    outputs = [replace(output, seed=seed) for seed in seeds]
+    together = answers(list(pipeline.engine.generate(outputs, config)))
+    alone = {i: answers(list(pipeline.engine.generate([single], config)))[0] for i, single in enumerate(outputs)}
     assert together == alone
     assert len({tuple(ids) for ids in together.values()}) == 4
 
@@ -132,23 +132,21 @@ def test_four_outputs_are_four_runs(pipelines: Pipelines) -> None:
 def test_different_prompts_share_a_batch(pipelines: Pipelines) -> None:
     pipeline = pipelines("storyteller")
     made = [
-        job_and_rules(pipeline, Request(prompt=prompt, task="story", size=(2, 3), seed=seed, max_new_tokens=120))
+        prepare(pipeline, Request(prompt=prompt, task="story", size=(2, 3), seed=seed, max_new_tokens=120))
         for prompt, seed in (("a fox", 1), ("the long way home over the hills", 2), ("a fox", 3))
     ]
-    jobs, rules = [job for job, _ in made], made[0][1]
-    together = answers(list(pipeline.engine.generate(jobs, rules)))
-    alone = {i: answers(list(pipeline.engine.generate([job], rules)))[0] for i, job in enumerate(jobs)}
+    outputs, config = [output for output, _ in made], made[0][1]
+    together = answers(list(pipeline.engine.generate(outputs, config)))
+    alone = {i: answers(list(pipeline.engine.generate([output], config)))[0] for i, output in enumerate(outputs)}
     assert together == alone
 
 
 def test_the_models_own_sizes_may_differ_within_a_batch(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
-    job, rules = job_and_rules(pipeline, Request(prompt="boat", aspect_ratio="model"))
-    jobs = [
-        EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed) for seed in (0, 1, 2)
-    ]
-    events = list(pipeline.engine.generate(jobs, rules))
-    alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
+    output, config = prepare(pipeline, Request(prompt="boat", aspect_ratio="model"))
+    outputs = [replace(output, seed=seed) for seed in (0, 1, 2)]
+    events = list(pipeline.engine.generate(outputs, config))
+    alone = {i: answers(list(pipeline.engine.generate([single], config)))[0] for i, single in enumerate(outputs)}
     sizes = {event.size for event in events if isinstance(event, Opened)}
     assert answers(events) == alone
     assert len(sizes) > 1
@@ -160,9 +158,9 @@ def test_first_size_holds_for_later_images(pipelines: Pipelines) -> None:
     pipeline = pipelines("storyteller")
     request = Request(prompt="walk", task="explore", aspect_ratio="model", max_new_tokens=900)
     for seed in range(6):
-        job, rules = job_and_rules(pipeline, request)
-        job = EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=seed)
-        sizes = [e.size for e in pipeline.engine.generate([job], rules) if isinstance(e, Opened)]
+        output, config = prepare(pipeline, request)
+        output = replace(output, seed=seed)
+        sizes = [e.size for e in pipeline.engine.generate([output], config) if isinstance(e, Opened)]
         if len(sizes) > 1:
             assert len(set(sizes)) == 1
             return
@@ -171,12 +169,12 @@ def test_first_size_holds_for_later_images(pipelines: Pipelines) -> None:
 
 @pytest.mark.parametrize("model", ["talker", "silent"])
 @pytest.mark.parametrize("task", ["t2i", "x2i"])
-def test_a_picture_comes_even_if_the_model_never_asks(model: str, task: str, pipelines: Pipelines) -> None:
+def test_an_image_is_made_even_if_the_model_never_begins_one(model: str, task: str, pipelines: Pipelines) -> None:
     pipeline = pipelines(model)
     images = (photo(1),) if task == "x2i" else ()
     request = Request(prompt="boat", task=task, images=images, image_area=2304, max_new_tokens=20)
-    job, rules = job_and_rules(pipeline, request)
-    events = list(pipeline.engine.generate([job, job], rules))
+    output, config = prepare(pipeline, request)
+    events = list(pipeline.engine.generate([output, output], config))
     assert reasons(events) == ["image", "image"]
     assert sum(isinstance(event, Opened) for event in events) == 2
     for ids in answers(events).values():
@@ -189,8 +187,8 @@ def test_an_image_begun_below_the_limit_is_finished_beyond_it(pipelines: Pipelin
     pipeline = pipelines("storyteller")
     for limit in range(6, 90, 3):
         request = Request(prompt="walk", task="story", size=(6, 6), seed=2, max_new_tokens=limit)
-        job, rules = job_and_rules(pipeline, request)
-        events = list(pipeline.engine.generate([job], rules))
+        output, config = prepare(pipeline, request)
+        events = list(pipeline.engine.generate([output], config))
         ids = answers(events)[0]
         assert ids.count(pipeline.lm.ids.boi) == ids.count(pipeline.lm.ids.eoi)
         if pipeline.lm.ids.boi in ids:
@@ -203,61 +201,63 @@ def test_an_image_begun_below_the_limit_is_finished_beyond_it(pipelines: Pipelin
 
 def test_text_alone_ends_at_the_limit(pipelines: Pipelines) -> None:
     pipeline = pipelines("talker")
-    job, rules = job_and_rules(pipeline, Request(prompt="walk", task="story", max_new_tokens=33))
-    events = list(pipeline.engine.generate([job], rules))
+    output, config = prepare(pipeline, Request(prompt="walk", task="story", max_new_tokens=33))
+    events = list(pipeline.engine.generate([output], config))
     assert reasons(events) == ["limit"]
     assert isinstance(events[-1], Stats)
     assert len(answers(events)[0]) == events[-1].sampled == 33
 
 
-def test_a_full_context_ends_text_but_never_an_image(pipelines: Pipelines) -> None:
+def test_a_full_context_ends_text_but_never_an_image(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = pipelines("talker")
-    job, rules = job_and_rules(pipeline, Request(prompt="walk", task="story", size=(3, 3)), max_new_tokens=None)
-    events = list(pipeline.engine.generate([job], rules))
+    monkeypatch.setattr(pipeline.lm, "context", 400)
+    output, config = prepare(pipeline, Request(prompt="walk", task="story", size=(3, 3)), max_new_tokens=None)
+    events = list(pipeline.engine.generate([output], config))
     assert reasons(events) == ["context"]
-    assert len(job.conditional) + len(answers(events)[0]) == pipeline.lm.context
-    single = GenerationConfig(**{**vars(rules), "single_image": True})
-    events = list(pipeline.engine.generate([job], single))
+    assert len(output.conditional) + len(answers(events)[0]) == pipeline.lm.context
+    events = list(pipeline.engine.generate([output], replace(config, single_image=True)))
     assert reasons(events) == ["image"]
-    assert len(job.conditional) + len(answers(events)[0]) <= pipeline.lm.context
+    assert len(output.conditional) + len(answers(events)[0]) <= pipeline.lm.context
 
 
-def test_a_long_prompt_is_prefilled_in_chunks(pipelines: Pipelines, plain_models: Models) -> None:
-    """2100 tokens: three chunks, the last two without the short unconditional prompt."""
+def test_a_long_prompt_is_prefilled_in_chunks(
+    pipelines: Pipelines, plain_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks, the last two without the shorter unconditional prompt."""
+    monkeypatch.setattr("emu_cog.engine.prefill.PREFILL_CHUNK", 100)
     pipeline = pipelines("picture")
-    job, rules = job_and_rules(pipeline, Request(prompt="boat " * 2100, size=(2, 2), seed=1))
-    assert len(job.conditional) > 2048 > 1024 > len(job.unconditional)
+    output, config = prepare(pipeline, Request(prompt="boat " * 210, size=(2, 2), seed=1))
+    assert 300 > len(output.conditional) > 200 > 100 > len(output.unconditional)
     traced: list[torch.Tensor] = []
-    events = list(pipeline.engine.generate([job], rules, trace=lambda _, probs: traced.append(probs.clone())))
-    steps = judge(
-        plain_models("picture"), pipeline.lm.ids, job.conditional, job.unconditional, answers(events)[0], rules
-    )
-    drawn = [step.probs for step in steps if step.kind != "forced"]
-    torch.testing.assert_close(traced[0][0], drawn[0][: pipeline.lm.ids.visual], atol=TOLERANCE, rtol=1e-3)
-    torch.testing.assert_close(traced[-1][0], drawn[-1][pipeline.lm.ids.visual :], atol=TOLERANCE, rtol=1e-3)
+    events = list(pipeline.engine.generate([output], config, trace=lambda _, probs: traced.append(probs.clone())))
+    ids, model = pipeline.lm.ids, plain_models("picture")
+    steps = judge(model, ids, output.conditional, output.unconditional, answers(events)[0], config)
+    sampled = [step.probs for step in steps if step.kind != "forced"]
+    torch.testing.assert_close(traced[0][0], sampled[0][: ids.visual], atol=TOLERANCE, rtol=1e-3)
+    torch.testing.assert_close(traced[-1][0], sampled[-1][ids.visual :], atol=TOLERANCE, rtol=1e-3)
 
 
-def test_the_cache_is_reused_and_leaks_nothing(pipelines: Pipelines) -> None:
-    """A run must not see what an earlier, longer one left in the cache."""
+def test_a_reused_cache_leaks_nothing(pipelines: Pipelines) -> None:
+    """A run must not read what an earlier, longer one left in the cache."""
     pipeline = pipelines("picture")
-    short, rules = job_and_rules(pipeline, Request(prompt="boat", size=(3, 3), seed=5))
-    long, _ = job_and_rules(pipeline, Request(prompt="street " * 300, size=(3, 3), seed=6))
-    first = answers(list(pipeline.engine.generate([short], rules)))
-    list(pipeline.engine.generate([long], rules))
+    short, config = prepare(pipeline, Request(prompt="boat", size=(3, 3), seed=5))
+    long, _ = prepare(pipeline, Request(prompt="street " * 300, size=(3, 3), seed=6))
+    first = answers(list(pipeline.engine.generate([short], config)))
+    list(pipeline.engine.generate([long], config))
     cache = pipeline.engine._cache
     assert cache is not None
     with torch.inference_mode():
         for buffer in (*cache.keys, *cache.values):
             buffer.fill_(1e4)
-    assert answers(list(pipeline.engine.generate([short], rules))) == first
+    assert answers(list(pipeline.engine.generate([short], config))) == first
 
 
 def test_stopping_early_leaves_the_engine_usable(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
-    job, rules = job_and_rules(pipeline, Request(prompt="boat", size=(8, 8), seed=5))
-    expected = answers(list(pipeline.engine.generate([job], rules)))
-    run = pipeline.engine.generate([job], rules)
+    output, config = prepare(pipeline, Request(prompt="boat", size=(8, 8), seed=5))
+    expected = answers(list(pipeline.engine.generate([output], config)))
+    run = pipeline.engine.generate([output], config)
     for _ in range(4):
         next(run)
     run.close()
-    assert answers(list(pipeline.engine.generate([job], rules))) == expected
+    assert answers(list(pipeline.engine.generate([output], config))) == expected

@@ -1,23 +1,25 @@
-"""Ours against vectors made by upstream's own code at the pinned commit (tests/golden/make.py).
+"""This package against vectors that upstream's own code made at the pinned commit (tests/golden/make.py).
 
-Vectors over the small vocabulary run everywhere; those over the released one need its tokenizer files.
+The vectors with the small vocabulary need nothing else; those with the released one need its tokenizer files.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Tokens
+from emu_cog.engine.sequence import Tokens
 from emu_cog.events import Picture
-from emu_cog.pipeline import Pipeline
+from emu_cog.pipeline import Pipeline, Prepared
 from emu_cog.prompt import geometry, prompts, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
+from emu_cog.request import Request
 from emu_cog.vision.images import decode_image, encode_image
 from tests.golden import inputs
 from tests.golden.inputs import Run
@@ -26,7 +28,7 @@ HERE = Path(__file__).resolve().parent / "golden"
 FACTS: Mapping[str, Any] = json.loads((HERE / "facts.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-4
 """Largest difference of a processed probability, fp32. Upstream runs each stream alone with eager attention, and
-guidance multiplies what rounding is left by up to five."""
+guidance multiplies rounding errors by up to 5."""
 
 Load = Callable[[str], Pipeline]
 Arrays = Mapping[str, np.ndarray]
@@ -34,14 +36,14 @@ Arrays = Mapping[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """`load(name)`: a Pipeline over one of the golden checkpoints, remade by its seed and held to its hash."""
+    """`load(name)`: a Pipeline over one of the golden checkpoints, made from its seed and verified by its hash."""
     made: dict[str, Pipeline] = {}
 
     def load(name: str, tokenizer: Path | None = None) -> Pipeline:
         if name not in made:
             folders = inputs.make(name, tmp_path_factory.mktemp(name), tokenizer=tokenizer)
             assert inputs.digest(folders) == FACTS["digests"][name], (
-                "make_tiny makes another checkpoint than when the vectors were made: run tests/golden/make.py"
+                "make_tiny no longer makes the checkpoint that the vectors were made with: run tests/golden/make.py"
             )
             made[name] = Pipeline.load(folders.model, folders.vision, device="cpu", dtype="float32")
         return made[name]
@@ -55,55 +57,69 @@ def arrays() -> Arrays:
         return dict(file)
 
 
-def codes_of(pipeline: Pipeline, references: int, area: int) -> list[tuple[tuple[int, ...], ...]]:
-    names = inputs.REFERENCES[:references]
-    return [encode_image(inputs.picture(name), area, pipeline.vision) for name in names]
+def prepare(pipeline: Pipeline, run: Run) -> Prepared:
+    """The run as a user's request. Upstream takes the last reference's size where none is given."""
+    images = tuple(inputs.picture(name) for name in inputs.REFERENCES[: run.references])
+    size = run.size or (geometry.reference_size(images[-1].size, run.area) if images else None)
+    return pipeline.prepare(
+        Request(
+            prompt=inputs.QUESTIONS[run.task],
+            task=run.task,
+            images=images,
+            image_area=run.area,
+            size=size,
+            aspect_ratio="model",  # where there is no size
+            guidance_scale=run.guidance,
+            seed=run.seed,
+        )
+    )
 
 
 def check_prompts(pipeline: Pipeline, expected: Mapping[str, Any]) -> None:
     assert len(expected) == 24
     for name, (conditional, unconditional) in expected.items():
         task, references = name.split()
-        images = codes_of(pipeline, int(references), 64 * 64)
-        if task == "x2i" and not images:
-            continue  # upstream has a template for it, but x2i without a picture is refused here
-        made = prompts.build(tasks.TABLE[task], inputs.QUESTIONS[task], images, pipeline.tokenizer)
-        assert list(made.conditional) == conditional, name
-        assert list(made.unconditional) == unconditional, name
+        if task == "x2i" and references == "0":
+            continue  # upstream has a template for it; here x2i needs a picture
+        if task == "t2i" and references != "0":  # refused as a request, so without `prepare`
+            images = [encode_image(inputs.picture(r), 64 * 64, pipeline.vision) for r in inputs.REFERENCES]
+            made = prompts.build(
+                tasks.TABLE[task], inputs.QUESTIONS[task], images[: int(references)], pipeline.tokenizer
+            )
+            streams = (made.conditional, made.unconditional)
+        else:
+            run = Run(checkpoint="-", task=task, references=int(references), size=(2, 2), guidance=1.0, seed=0, limit=0)
+            (output,) = prepare(pipeline, run).outputs
+            streams = (output.conditional, output.unconditional)
+        assert [list(stream) for stream in streams] == [conditional, unconditional], name
 
 
 def generate(pipeline: Pipeline, run: Run, arrays: Arrays, name: str, *, greedy: bool) -> list[tuple[str, np.ndarray]]:
-    """Run our engine from the golden prompt, hold its tokens against the golden ones; what its draws came from."""
+    """Compare our prompts and tokens with the golden ones. Returns (kind, probabilities) of every sampled token."""
     expected = arrays[f"{name}/{'greedy' if greedy else 'sampled'}"].tolist()
-    interleaved = tasks.TABLE[run.task].interleaved
-    size = run.size
-    if size is None and run.references:  # upstream takes the last reference's
-        size = geometry.reference_size(inputs.picture(inputs.REFERENCES[run.references - 1]).size, run.area)
-    rules = GenerationConfig(
-        cfg_scale=run.guidance,
+    prepared = prepare(pipeline, run)
+    config = replace(
+        prepared.config,
         image=inputs.GREEDY if greedy else run.image,
         text=inputs.GREEDY if greedy else run.text,
-        size=size,
         max_new_tokens=None,
-        single_image=not interleaved,
     )
-    prompt = (tuple(arrays[f"{name}/{stream}"].tolist()) for stream in ("conditional", "unconditional"))
-    conditional, unconditional = prompt
+    (output,) = prepared.outputs
+    assert list(output.conditional) == arrays[f"{name}/conditional"].tolist()
+    assert list(output.unconditional) == arrays[f"{name}/unconditional"].tolist()
     steps: list[tuple[str, np.ndarray]] = []
-    told: list[int] = []
+    made: list[int] = []
     for event in pipeline.engine.generate(
-        [EngineRequest(conditional=conditional, unconditional=unconditional, seed=run.seed)],
-        rules,
-        trace=lambda kind, probs: steps.append((kind, probs[0].numpy())),
+        [output], config, trace=lambda kind, probs: steps.append((kind, probs[0].numpy()))
     ):
         if isinstance(event, Tokens):
-            told += event.ids
-        if len(told) >= len(expected):
-            break  # upstream's run was cut off by its limit
-    if not interleaved:  # ours ends with its picture, upstream may go on to an EOS
-        assert told[-1] == pipeline.tokenizer.ids.eoi
+            made += event.ids
+        if len(made) >= len(expected):
+            break  # upstream's run ended at its token limit
+    if config.single_image:  # ours ends with its image, upstream may continue to an EOS
+        assert made[-1] == pipeline.tokenizer.ids.eoi
         expected = expected[: expected.index(pipeline.tokenizer.ids.eoi) + 1]
-    assert told[: len(expected)] == expected
+    assert made[: len(expected)] == expected
     return steps
 
 
@@ -140,7 +156,7 @@ def test_codes_of_pictures(load: Load, name: str) -> None:
 
 @pytest.mark.parametrize("name", inputs.CHECKPOINTS)
 def test_pixels_of_codes(load: Load, arrays: Arrays, name: str) -> None:
-    """Within one step of 255: the last bit of a sum may fall to either side of a whole number."""
+    """Within 1 of 255: rounding in a sum may move a value across a whole number."""
     prefix = f"pixels {name}/"
     keys = [key for key in arrays if key.startswith(prefix)]
     assert len(keys) == len(inputs.REFERENCES)
@@ -173,7 +189,7 @@ def test_processed_probabilities_and_seeded_tokens(load: Load, arrays: Arrays, n
 
 
 def test_segments(load: Load, arrays: Arrays) -> None:
-    """What upstream's multimodal_decode makes of the same ids: kinds, texts, and pictures' sizes, in order."""
+    """The segments of upstream's multimodal_decode for the same ids: kinds, texts and picture sizes, in order."""
     kinds = {"text": "text", "global_reasoning": "global_cot", "image_reasoning": "image_cot"}
     passages = inputs.passages(load("storyteller").tokenizer.ids, load("storyteller").tokenizer)
     for name, expected in FACTS["segments"].items():
@@ -190,10 +206,8 @@ def test_segments(load: Load, arrays: Arrays) -> None:
         assert made == expected, name
 
 
-def test_a_whole_request_gives_the_golden_picture(load: Load, arrays: Arrays) -> None:
-    """From words to pixels through the public door, with upstream's tokens in between."""
-    from emu_cog import Request
-
+def test_a_request_gives_the_golden_codes(load: Load, arrays: Arrays) -> None:
+    """Through `Pipeline.stream`, with upstream's tokens as the codes."""
     name = "t2i fixed size"
     run, pipeline = inputs.RUNS[name], load("picture")
     request = Request(

@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folders = tiny.make_tiny(
         tmp_path_factory.mktemp("http"),
         seed=7,
-        favour=tiny.STORYTELLER,
+        logit_bias=tiny.STORYTELLER,
         defaults=tiny.small_defaults(),
         context=16384,
     )

@@ -25,7 +25,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = tiny.make_tiny(
         tmp_path_factory.mktemp("scripts"),
         seed=7,
-        favour=tiny.STORYTELLER,
+        logit_bias=tiny.STORYTELLER,
         defaults=tiny.small_defaults(),
         context=16384,
     )

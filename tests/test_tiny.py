@@ -1,4 +1,4 @@
-"""Tiny checkpoints: the format they claim, the same bytes for the same seed, and the steering."""
+"""Tiny checkpoints: their format, the same bytes for the same seed, and the logit biases."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(state[k].numpy().tobytes() for k in sorted(state))).hexdigest()
 
 
-def test_a_seed_gives_the_same_weights_for_ever(tmp_path: Path) -> None:
-    """The golden vectors lean on this: the hash was taken with torch 2.13 and NumPy 2.4."""
+def test_a_seed_always_gives_the_same_weights(tmp_path: Path) -> None:
+    """The golden vectors depend on this. The hash was made with torch 2.13 and NumPy 2.4."""
     one = tiny.make_tiny(tmp_path / "a", seed=5, hidden=32, layers=1)
     two = tiny.make_tiny(tmp_path / "b", seed=6, hidden=32, layers=1)
     assert digest(one.model) == "be5d60fb3686eda38702440e52710499f6580a9df0643baa9120a5d7c6b85b6d"
@@ -44,7 +44,7 @@ def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
 
 
 def test_small_vocabulary_has_the_released_order(tmp_path: Path) -> None:
-    """Digits and "*" have the released vocabulary's ids, which upstream's size grammar has hard-coded."""
+    """Digits and "*" have the released vocabulary's ids, which are constants in upstream's size grammar."""
     ids = Tokenizer.load(tiny.make_tiny(tmp_path, visual_tokens=96).model).ids
     assert ids.star == 9
     assert ids.digits == tuple(range(15, 25))
@@ -52,7 +52,7 @@ def test_small_vocabulary_has_the_released_order(tmp_path: Path) -> None:
     assert (ids.bos, ids.eos, ids.img, ids.boi, ids.eoi, ids.visual) == tuple(ids.pad + i for i in range(206, 212))
 
 
-def test_released_tokenizer_files_are_taken_over(tmp_path: Path, real_tokenizer_folder: Path) -> None:
+def test_released_tokenizer_files_are_used(tmp_path: Path, real_tokenizer_folder: Path) -> None:
     made = tiny.make_tiny(tmp_path, tokenizer=real_tokenizer_folder, visual_tokens=50, hidden=32, layers=1)
     ids = Tokenizer.load(made.model).ids
     assert ids.visual == 151854
@@ -67,9 +67,9 @@ def next_token(folder: Path, last: list[int]) -> int:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_favour_steers_what_is_written(tmp_path: Path, seed: int) -> None:
+def test_logit_bias_controls_what_is_written(tmp_path: Path, seed: int) -> None:
     made = {
-        name: tiny.make_tiny(tmp_path / name, seed=seed, favour=getattr(tiny, name)).model
+        name: tiny.make_tiny(tmp_path / name, seed=seed, logit_bias=getattr(tiny, name)).model
         for name in ("PICTURE", "TALKER", "SILENT", "STORYTELLER")
     }
     ids = Tokenizer.load(made["PICTURE"]).ids
@@ -82,10 +82,10 @@ def test_favour_steers_what_is_written(tmp_path: Path, seed: int) -> None:
     assert next_token(made["STORYTELLER"], [ids.eoc]) == ids.boi
 
 
-def test_vision_half_uses_many_codes_and_draws_within_range(tmp_path: Path) -> None:
+def test_vision_tokenizer_uses_many_codes_and_decodes_within_range(tmp_path: Path) -> None:
     model = load_vision_tokenizer(tiny.make_tiny(tmp_path).vision)
     ramp = torch.linspace(-1, 1, 128)
     picture = torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), (ramp * 20).sin().expand(128, 128)])
     assert model.encode(picture[None]).unique().numel() >= 16
-    drawn = model.decode(torch.arange(64).view(1, 8, 8))
-    assert 0.3 < drawn.std() < 1.5
+    decoded = model.decode(torch.arange(64).view(1, 8, 8))
+    assert 0.3 < decoded.std() < 1.5

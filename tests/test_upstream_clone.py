@@ -1,4 +1,4 @@
-"""The clone of upstream's code: the pinned commit or none, whole or not at all, and its import without a trace."""
+"""The clone of upstream's code: exactly the pinned commit, complete or absent; importing it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from weights_kit import ROOT
 
 from emu_cog.errors import CheckpointError
 from emu_cog.settings import UPSTREAM_COMMIT
-from emu_cog.upstream.clone import ensure_clone, find_clone, verify
+from emu_cog.upstream import clone as clones
+from emu_cog.upstream.clone import ensure_clone, find_clone, redacted, verify
 from emu_cog.upstream.imports import import_code
 from tests.upstream_kit import git, make_clone, make_repository
 
@@ -31,7 +32,7 @@ def repository(tmp_path: Path) -> tuple[str, str]:
 
 
 class TestClone:
-    def test_the_commit_asked_for_and_no_other(self, tmp_path: Path, repository: tuple[str, str]) -> None:
+    def test_the_requested_commit_and_no_other(self, tmp_path: Path, repository: tuple[str, str]) -> None:
         url, commit = repository
         (tmp_path / "repository" / "src" / "utils" / "new.py").write_text("later = True\n")
         git(tmp_path / "repository", "add", "-A")
@@ -44,16 +45,10 @@ class TestClone:
         assert git(clone, "rev-list", "--count", "HEAD") == "1"  # shallow
         assert not (tmp_path / "w" / ".upstream-staging").exists()
 
-    def test_a_second_start_asks_nobody(self, tmp_path: Path, repository: tuple[str, str]) -> None:
+    def test_a_second_start_contacts_no_server(self, tmp_path: Path, repository: tuple[str, str]) -> None:
         url, commit = repository
         first = ensure_clone(tmp_path / "w", url=url, commit=commit)
         assert ensure_clone(tmp_path / "w", url="file:///nowhere", commit=commit) == first
-
-    def test_a_repository_without_the_commit(self, tmp_path: Path, repository: tuple[str, str]) -> None:
-        with pytest.raises(CheckpointError, match=f"could not be cloned from .* at {UPSTREAM_COMMIT}.*EMU_UPSTREAM_UR"):
-            ensure_clone(tmp_path / "w", url=repository[0])
-        assert find_clone(tmp_path / "w") is None
-        assert not (tmp_path / "w" / "Emu3.5").exists()
 
     def test_a_clone_of_another_commit_is_replaced(self, tmp_path: Path, repository: tuple[str, str]) -> None:
         url, commit = repository
@@ -67,7 +62,7 @@ class TestClone:
         assert (clone / "src/utils/new.py").exists()
 
     @pytest.mark.parametrize("change", ["altered", "removed", "added"])
-    def test_a_changed_file_is_noticed_and_made_good(
+    def test_a_changed_file_is_noticed_and_restored(
         self, tmp_path: Path, repository: tuple[str, str], change: str
     ) -> None:
         url, commit = repository
@@ -95,19 +90,97 @@ class TestClone:
         assert clone == tmp_path / "w" / "Emu3.5-upstream"
         assert [p.name for p in weights.iterdir()] == ["config.json"]
 
-    def test_without_git_it_says_so(
-        self, tmp_path: Path, repository: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_git(self, tmp_path: Path, repository: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(CheckpointError, match="there is no git on PATH"):
             ensure_clone(tmp_path / "w", url=repository[0], commit=repository[1])
+
+    def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:
+        """Was a traceback."""
+        (tmp_path / "w").write_text("")
+        with pytest.raises(CheckpointError, match=r"cloned into .*/w \(File exists\).*set EMU_WEIGHTS_DIR"):
+            ensure_clone(tmp_path / "w", url="file:///nonexistent")
+
+
+class TestErrors:
+    """An error must keep git's "fatal:" line and advise what the user can change; the first version kept git's last
+    lines, which are always the same."""
+
+    @pytest.mark.parametrize(
+        ("url", "cause", "advice"),
+        [
+            ("file:///nonexistent", "fatal: '/nonexistent' does not appear to be a git repository", "on this machine"),
+            ("/nonexistent\n", "fatal: '/nonexistent' does not appear to be a git repository", "on this machine"),
+            ("http://127.0.0.1:1/x.git", "fatal: unable to access .*127.0.0.1 port 1", "EMU_UPSTREAM_URL and the netw"),
+        ],
+    )
+    def test_of_a_mirror(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, cause: str, advice: str
+    ) -> None:
+        monkeypatch.setattr(clones, "_FIRST_WAIT", 0.0)
+        with pytest.raises(CheckpointError, match=rf"{cause}.*: .*{advice}.*unset EMU_UPSTREAM_URL") as caught:
+            ensure_clone(tmp_path / "w", url=url)
+        assert "EMU_BACKEND" not in str(caught.value)  # not every caller has another backend
+        assert "access rights" not in str(caught.value)
+        assert not (tmp_path / "w" / ".upstream-staging").exists()
+
+    def test_of_the_default_url(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(clones, "_FIRST_WAIT", 0.0)
+        monkeypatch.setattr(clones, "UPSTREAM_URL", "http://127.0.0.1:1/x.git")
+        with pytest.raises(CheckpointError, match=r"check the network .* set EMU_UPSTREAM_URL to a mirror"):
+            ensure_clone(tmp_path / "w", url="http://127.0.0.1:1/x.git")
+
+    def test_a_mirror_without_the_commit(self, tmp_path: Path, repository: tuple[str, str]) -> None:
+        with pytest.raises(CheckpointError, match=rf"from .* at {UPSTREAM_COMMIT} .*not our ref.*lacks this commit"):
+            ensure_clone(tmp_path / "w", url=repository[0])
+        assert find_clone(tmp_path / "w") is None
+        assert not (tmp_path / "w" / "Emu3.5").exists()
+
+    def test_what_cannot_succeed_is_not_retried(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with SlowFiles(tmp_path) as server, pytest.raises(CheckpointError, match="fatal: repository .* not found"):
+            ensure_clone(tmp_path / "w", url=f"{server.url}/none.git")
+        assert "attempt 2" not in caplog.text
+
+    def test_credentials_reach_neither_log_nor_error(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(clones, "_FIRST_WAIT", 0.0)
+        with caplog.at_level(logging.DEBUG), pytest.raises(CheckpointError) as caught:
+            ensure_clone(tmp_path / "w", url="http://joe:s3cret@127.0.0.1:1/x.git?token=s3cret")
+        assert "http://***@127.0.0.1:1/x.git?***" in str(caught.value)
+        assert "s3cret" not in caplog.text + str(caught.value)
+
+    def test_credentials_do_not_stay_in_the_clone(
+        self, tmp_path: Path, repository: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """git keeps the URL it cloned from in .git/config. Here it maps that URL to the repository on this machine."""
+        home, url = tmp_path / "home", "https://joe:s3cret@host.invalid/x.git"
+        home.mkdir()
+        (home / ".gitconfig").write_text(f'[url "{repository[0]}"]\n\tinsteadOf = {url}\n')
+        monkeypatch.setenv("HOME", str(home))
+        clone = ensure_clone(tmp_path / "w", url=url, commit=repository[1])
+        assert git(clone, "config", "remote.origin.url") == "https://***@host.invalid/x.git"
+        assert not [p for p in clone.rglob("*") if p.is_file() and b"s3cret" in p.read_bytes()]
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("https://github.com/baaivision/Emu3.5", "https://github.com/baaivision/Emu3.5"),
+            ("unable to access 'https://joe:a@b@host/x/': no", "unable to access 'https://***@host/x/': no"),
+            ("https://token@host/x?a=b c", "https://***@host/x?*** c"),
+            ("from joe:token@host/x at", "from ***@host/x at"),
+            ("git@host:x and file:///home/a@b/x", "git@host:x and file:///home/a@b/x"),
+        ],
+    )
+    def test_redacted(self, text: str, shown: str) -> None:
+        assert redacted(text) == shown
 
 
 _CHILD = """
 import logging, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from emu_cog.upstream_clone import ensure_clone
+from emu_cog.upstream.clone import ensure_clone
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 print(ensure_clone(Path(sys.argv[2]), url=sys.argv[3], commit=sys.argv[4]))
 """
@@ -119,19 +192,19 @@ def start(weights: Path, url: str, commit: str) -> subprocess.Popen[str]:
 
 
 class SlowFiles:
-    """Serves a bare repository's files over HTTP; `pause` seconds before each but the first few."""
+    """Serves a folder over HTTP and waits `pause` seconds before every file but the first two."""
 
     def __init__(self, folder: Path) -> None:
         slow = self
-        self.pause, self.asked = 0.0, 0
+        self.pause, self.requests = 0.0, 0
 
         class Handler(http.server.SimpleHTTPRequestHandler):
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
             def do_GET(self) -> None:
-                slow.asked += 1
-                time.sleep(slow.pause if slow.asked > 2 else 0.0)
+                slow.requests += 1
+                time.sleep(slow.pause if slow.requests > 2 else 0.0)
                 super().do_GET()
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
@@ -139,7 +212,10 @@ class SlowFiles:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def close(self) -> None:
+    def __enter__(self) -> SlowFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -150,18 +226,17 @@ class TestProcesses:
         bare = tmp_path / "served" / "repository.git"
         git(tmp_path, "clone", "--quiet", "--bare", str(tmp_path / "repository"), str(bare))
         git(bare, "update-server-info")
-        server = SlowFiles(bare.parent)
-        yield server, f"{server.url}/repository.git", repository[1]
-        server.close()
+        with SlowFiles(bare.parent) as server:
+            yield server, f"{server.url}/repository.git", repository[1]
 
-    def test_killed_it_leaves_nothing_that_passes_for_a_clone(
+    def test_a_killed_process_leaves_nothing_that_passes_for_a_clone(
         self, tmp_path: Path, repository: tuple[str, str], slow: tuple[SlowFiles, str, str]
     ) -> None:
         server, url, commit = slow
         server.pause = 30.0
         child = start(tmp_path / "w", url, commit)
-        deadline = time.monotonic() + 30
-        while server.asked < 3 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while server.requests < 3 and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         child.kill()
         child.communicate()
@@ -172,16 +247,16 @@ class TestProcesses:
         verify(clone, commit=commit)
         assert not (tmp_path / "w" / ".upstream-staging").exists()
 
-    def test_of_two_at_once_one_clones(self, tmp_path: Path, repository: tuple[str, str]) -> None:
+    def test_of_two_concurrent_processes_one_clones(self, tmp_path: Path, repository: tuple[str, str]) -> None:
         children = [start(tmp_path / "w", *repository) for _ in range(2)]
-        said = [child.communicate(timeout=60) for child in children]
-        assert [child.returncode for child in children] == [0, 0], said
-        assert said[0][0] == said[1][0] == f"{tmp_path / 'w' / 'Emu3.5'}\n"
-        assert sum("cloning " in err and "another process" not in err.split("cloning ")[0] for _, err in said) == 1
+        printed = [child.communicate(timeout=120) for child in children]
+        assert [child.returncode for child in children] == [0, 0], printed
+        assert printed[0][0] == printed[1][0] == f"{tmp_path / 'w' / 'Emu3.5'}\n"
+        assert sum("cloning file:" in err for _, err in printed) == 1
 
 
 class TestImport:
-    def test_leaves_no_trace(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_leaves_nothing_behind(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         clone = make_clone(tmp_path)
         modules, path, builtin_print = dict(sys.modules), list(sys.path), print
         code = import_code(clone, dtype=torch.float32, attention="sdpa")
@@ -195,22 +270,22 @@ class TestImport:
             code.model_utils.print("a line", 1)
         assert "upstream: a line 1" in caplog.text
 
-    def test_another_src_is_given_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The user's program may have a package of that name, imported already."""
+    def test_another_package_src_is_restored(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The user's program may have imported a package of that name."""
         mine = tmp_path / "mine" / "src"
         mine.mkdir(parents=True)
-        (mine / "__init__.py").write_text("whose = 'mine'\n")
+        (mine / "__init__.py").write_text("owner = 'user'\n")
         monkeypatch.syspath_prepend(str(mine.parent))
         import src  # type: ignore[import-not-found]
 
         try:
             import_code(make_clone(tmp_path), dtype=torch.float32, attention="sdpa")
             assert sys.modules["src"] is src
-            assert src.whose == "mine"
+            assert src.owner == "user"
         finally:
             del sys.modules["src"]
 
-    def test_a_failing_import_leaves_no_trace_either(self, tmp_path: Path) -> None:
+    def test_a_failing_import_leaves_nothing_behind(self, tmp_path: Path) -> None:
         clone = make_clone(tmp_path)
         (clone / "src/utils/model_utils.py").write_text("import src.emu3p5\nraise RuntimeError('no')\n")
         path = list(sys.path)

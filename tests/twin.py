@@ -1,8 +1,8 @@
-"""The slow, obvious twin of the engine: it judges a finished answer token by token.
+"""The slow, obvious twin of the engine: it checks a finished answer token by token.
 
-For every token it runs two separate, uncached passes of the whole conditional and the whole unconditional
-sequence through the plain model, masks the full vocabulary, and filters with sorts written out. It shares no code
-with the engine, its cache, its grammar or its sampling.
+For every token it runs two separate, uncached passes of the complete conditional and unconditional sequence through the
+plain model, masks the full vocabulary, and filters with explicit sorts. It shares no code with the engine, its cache,
+its grammar or its sampling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from emu_cog.request import Sampling
 
 @dataclass(frozen=True)
 class Step:
-    """One token of the answer: the full-vocabulary distribution it came from, and what was taken."""
+    """One token of the answer, and the full-vocabulary distribution that it must have been sampled from."""
 
     kind: str  # "text", "digit", "visual" or "forced"
     probs: Tensor
@@ -29,7 +29,7 @@ class Step:
 
 
 def processed(scores: Tensor, sampling: Sampling) -> Tensor:
-    """(V,) masked scores to probabilities: temperature, top-k (ties stay), top-p."""
+    """(V,) masked scores to probabilities: temperature, top-k (ties are kept), top-p."""
     scores = scores / sampling.temperature
     if 0 < sampling.top_k < int(torch.isfinite(scores).sum()):
         kth = sorted(scores.tolist(), reverse=True)[sampling.top_k - 1]
@@ -51,24 +51,24 @@ def judge(
     conditional: Sequence[int],
     unconditional: Sequence[int],
     answer: Sequence[int],
-    rules: GenerationConfig,
+    config: GenerationConfig,
 ) -> list[Step]:
-    """Walk through `answer` and tell what each token's distribution should have been."""
+    """The distribution that each token of `answer` should have come from."""
     steps = []
-    size = rules.size
+    size = config.size
     for at in range(len(answer)):
-        said = list(answer[:at])
-        seen = [*unconditional, *_blocks(said, ids)]
+        made = list(answer[:at])
+        seen = [*unconditional, *_blocks(made, ids)]
 
         @torch.no_grad()
         def last_logits(tokens: list[int]) -> Tensor:
             return model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
 
-        c = last_logits([*conditional, *said])
-        inside = _open_image(said, ids)
+        c = last_logits([*conditional, *made])
+        inside = _open_image(made, ids)
         if inside is None:
             c[ids.visual :] = -torch.inf
-            steps.append(Step("text", processed(c, rules.text), answer[at]))
+            steps.append(Step("text", processed(c, config.text), answer[at]))
             continue
         if ids.img not in inside:
             head = "".join("0123456789*"[[*ids.digits, ids.star].index(t)] for t in inside)
@@ -78,14 +78,14 @@ def judge(
             mask = torch.full_like(c, -torch.inf)
             mask[allowed] = 0.0
             kind = "digit" if len(allowed) > 1 else "forced"
-            steps.append(Step(kind, processed(c + mask, rules.image), answer[at]))
+            steps.append(Step(kind, processed(c + mask, config.image), answer[at]))
             continue
         head = inside[: inside.index(ids.img)]
         star = head.index(ids.star)
         rows, columns = (
             int("".join(str(ids.digits.index(t)) for t in part)) for part in (head[:star], head[star + 1 :])
         )
-        size = rules.size or (rows, columns)
+        size = config.size or (rows, columns)
         done = len(inside) - inside.index(ids.img) - 1
         mask = torch.full_like(c, -torch.inf)
         if done == rows * (columns + 1) - 1:
@@ -96,19 +96,17 @@ def judge(
             steps.append(Step("forced", (c + mask).softmax(-1), answer[at]))
         else:
             u = last_logits(seen)
-            guided = u.log_softmax(-1) + rules.cfg_scale * (c.log_softmax(-1) - u.log_softmax(-1))
+            guided = u.log_softmax(-1) + config.cfg_scale * (c.log_softmax(-1) - u.log_softmax(-1))
             mask[ids.visual : ids.vocab_size] = 0.0
-            steps.append(Step("visual", processed(guided + mask, rules.image), answer[at]))
+            steps.append(Step("visual", processed(guided + mask, config.image), answer[at]))
     return steps
 
 
-def _blocks(said: list[int], ids: TokenIds) -> list[int]:
-    """All that lies between a BOI and its EOI, both included, an image still open, and every EOI amid text.
-
-    The last is upstream's: its processor feeds each EOI to the unconditional stream, whatever came before.
-    """
+def _blocks(made: list[int], ids: TokenIds) -> list[int]:
+    """Every image block from BOI to EOI, a last one that is still open, and every EOI within text: upstream's processor
+    feeds each EOI to the unconditional stream, whatever precedes it."""
     kept, inside = [], False
-    for token in said:
+    for token in made:
         inside = inside or token == ids.boi
         if inside or token == ids.eoi:
             kept.append(token)
@@ -116,11 +114,11 @@ def _blocks(said: list[int], ids: TokenIds) -> list[int]:
     return kept
 
 
-def _open_image(said: list[int], ids: TokenIds) -> list[int] | None:
-    """What was said after the last BOI, if no EOI followed."""
-    if ids.boi not in said:
+def _open_image(made: list[int], ids: TokenIds) -> list[int] | None:
+    """The ids after the last BOI, or None if an EOI follows it."""
+    if ids.boi not in made:
         return None
-    after = said[len(said) - said[::-1].index(ids.boi) :]
+    after = made[len(made) - made[::-1].index(ids.boi) :]
     return None if ids.eoi in after else after
 
 

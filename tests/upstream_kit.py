@@ -22,7 +22,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def make_repository(folder: Path) -> tuple[str, str]:
-    """Commit the stand-in to a new repository in `folder`; its URL and the commit."""
+    """Commit the stand-in to a new repository in `folder`. Returns its URL and the commit."""
     shutil.copytree(STANDIN, folder, ignore=shutil.ignore_patterns("__pycache__"))
     git(folder, "init", "--quiet")
     git(folder, "add", "-A")

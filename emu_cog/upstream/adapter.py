@@ -1,14 +1,14 @@
-"""Upstream's own code at the pinned commit, unmodified, on current transformers: the reference that ours is held to.
+"""Upstream's own code at the pinned commit, unmodified, on current transformers: the reference for this package.
 
 What is not upstream's here, and why:
-- `src.emu3p5` is a stand-in, because upstream's model file does not import on transformers 5. Emu3.5 is Qwen3 layer
-  by layer, so transformers' Qwen3 takes its place; dtype and attention are chosen by what is there, where upstream
-  has bfloat16 and flash-attention 2 written into `build_emu3p5`.
-- `omegaconf` and `einops`, where not installed, are stood in for while upstream's files are imported: its vision
-  tokenizer reads one YAML file with the one and does not use the other.
+- `src.emu3p5` is a stand-in, because upstream's model file does not import on transformers 5. Emu3.5 is Qwen3 layer by
+  layer, so transformers' Qwen3 replaces it (scripts/compare-upstream can compare the two). dtype and attention depend
+  on the machine; upstream's `build_emu3p5` fixes bfloat16 and flash-attention 2.
+- `omegaconf` and `einops`, if not installed, are replaced while upstream's files are imported: its vision tokenizer
+  reads one YAML file with the former and does not use the latter.
 - Token ids are constants upstream; they are set to the checkpoint's, so that smaller vocabularies can be compared.
-- The tokenizer is loaded with `trust_remote_code`. The code that is trusted is the pinned clone's own file on this
-  disk, never one that comes with weights. This is the only place that does so.
+- The tokenizer is loaded with `trust_remote_code`. The trusted code is the pinned clone's own file on this disk, never
+  one that comes with weights. No other place does so.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from emu_cog.upstream.imports import Code, import_code, templates
 
 __all__ = ["Config", "Upstream", "load", "templates"]
 
-# Upstream's size grammar has these ids written out: mask[:, 16:25], mask[:, 9], mask[:, 15:25].
+# The ids in upstream's size grammar: mask[:, 16:25], mask[:, 9], mask[:, 15:25].
 _DIGITS, _STAR = tuple(range(15, 25)), 9
 
 
 def adopt_vocabulary(code: Code, ids: TokenIds) -> None:
-    """Set the ids that upstream's logits processor has as constants to those of the checkpoint."""
+    """Set the constant ids of upstream's logits processor to those of the checkpoint."""
     if ids.digits != _DIGITS or ids.star != _STAR:
         raise CheckpointError(
-            f"upstream has the ids of the digits ({_DIGITS[0]} to {_DIGITS[-1]}) and of '*' ({_STAR}) written into its "
+            f"the ids of the digits ({_DIGITS[0]} to {_DIGITS[-1]}) and of '*' ({_STAR}) are constants in upstream's "
             f"code, but this checkpoint's are {ids.digits} and {ids.star}: it can only be used with EMU_BACKEND=native"
         )
     for name in ("BOS", "EOS", "IMG", "BOI", "EOI", "EOL", "EOF"):
@@ -57,7 +57,7 @@ def adopt_vocabulary(code: Code, ids: TokenIds) -> None:
 
 @contextmanager
 def _tokenizer_folder(code: Code, model: Path, ids: TokenIds) -> Iterator[Path]:
-    """Upstream's tokenizer code beside the checkpoint's vocabulary, in a folder that lasts for the load."""
+    """A temporary folder with upstream's tokenizer code and the checkpoint's vocabulary."""
     source = code.clone / "src/tokenizer_emu3_ibq"
     with tempfile.TemporaryDirectory(prefix="emu-cog-") as temporary:
         folder = Path(temporary) / "emu3_tokenizer"
@@ -73,7 +73,7 @@ def _tokenizer_folder(code: Code, model: Path, ids: TokenIds) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            sys.path[:] = path  # transformers adds the folder of its copies of such code
+            sys.path[:] = path  # transformers adds the folder with its copies of such code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ class Config:
     streaming: bool = False
 
 
-class _Watched:
-    """The model as upstream's `generate` gets it: the same, with processors around upstream's and a streamer."""
+class _Wrapped:
+    """The model for upstream's `generate`, with logits processors around upstream's own and a streamer."""
 
     def __init__(
         self, model: Any, before: Sequence[LogitsProcessor], after: Sequence[LogitsProcessor], streamer: Any
@@ -114,8 +114,8 @@ class _Watched:
 
 
 class _Decoder:
-    """The vision tokenizer as upstream's `decode_image` gets it. That asks for 256 channels whatever the model has;
-    here the codebook's own width is taken, which is 256 in the released one."""
+    """The vision tokenizer for upstream's `decode_image`, which always asks for 256 channels: here they are the
+    codebook's own width, 256 in the released one."""
 
     def __init__(self, vq: Any) -> None:
         self._vq = vq
@@ -176,7 +176,7 @@ class Upstream:
     ) -> list[int]:
         """The ids that upstream's `generate` adds to the prompt, at most `max_new_tokens`, EOS or `stop` included.
 
-        `before` and `after` are run around upstream's own logits processor: to listen, or to choose in its stead.
+        The processors `before` and `after` run around upstream's own: to observe it, or to force a token.
         """
         rows, columns = size or (None, None)
         config = Config(
@@ -186,14 +186,14 @@ class Upstream:
             target_height=rows,
             target_width=columns,
         )
-        watched = _Watched(self.model, before, after, streamer)
+        wrapped = _Wrapped(self.model, before, after, streamer)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             made = next(
                 self.code.generation_utils.generate(
                     config,
-                    watched,
+                    wrapped,
                     self.tokenizer,
                     conditional,
                     unconditional,
@@ -213,7 +213,7 @@ class Upstream:
 
 
 def _sampling_params(image: Sampling, text: Sampling, max_new_tokens: int) -> dict[str, Any]:
-    """`sampling_params` as upstream's configs have them. The general top-k there keeps every visual token."""
+    """`sampling_params` in the form of upstream's configs, whose general top-k keeps every visual token."""
     kinds = {"text": text, "image": image}
     params: dict[str, Any] = {
         f"{kind}_{name}": getattr(sampling, name)
@@ -245,15 +245,15 @@ def load(
 ) -> Upstream:
     """Build a checkpoint's model, tokenizer and vision tokenizer with upstream's `build_emu3p5`.
 
-    `attention` is transformers' name for it: by default "flash_attention_2" where it can run, else "sdpa".
+    `attention` is the name transformers has for it; the default is "flash_attention_2" if that can run, else "sdpa".
     `device_map` "auto" spreads the layers over several devices.
-    Raises CheckpointError for a vocabulary that upstream's constants rule out.
+    Raises CheckpointError for a vocabulary that does not fit upstream's constants.
     """
     tokenizer = Tokenizer.load(model)
     if attention is None:
         flash = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if flash else "sdpa"
-    log.info("upstream's code runs in %s with %s attention (written there: bfloat16, flash_attention_2)", dtype, attention)  # fmt: skip  # noqa: E501
+    log.info("upstream's code runs in %s with %s attention (its own choice: bfloat16, flash_attention_2)", dtype, attention)  # fmt: skip  # noqa: E501
     code = import_code(clone, dtype=dtype, attention=attention)
     adopt_vocabulary(code, tokenizer.ids)
     with _tokenizer_folder(code, model, tokenizer.ids) as folder:

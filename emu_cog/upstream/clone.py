@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -17,15 +18,34 @@ from emu_cog.log import log
 from emu_cog.settings import UPSTREAM_COMMIT, UPSTREAM_URL
 
 FOLDERS = ("Emu3.5", "Emu3.5-upstream")
-"""Where the clone may lie. The second serves where the first holds something else: the base model's weights, say."""
-USED = ("src/utils", "src/vision_tokenizer", "src/tokenizer_emu3_ibq", "src/emu3p5/configuration_emu3.py", "configs")
-"""What is checked out and verified. Pictures, fonts and patches of other programs stay behind."""
+"""Where the clone may be. The second is for when the first holds something else, such as the base model's weights."""
+USED = (
+    "src/utils",
+    "src/vision_tokenizer",
+    "src/tokenizer_emu3_ibq",
+    "src/emu3p5/configuration_emu3.py",
+    "src/emu3p5/modeling_emu3.py",  # only scripts/compare-upstream runs it, in a Python with an old transformers
+    "configs",
+)
+"""What is checked out and verified; not the pictures, the fonts and the patches of other programs."""
 _STAGING = ".upstream-staging"
 _LOCK = ".upstream.lock"
 _MARK = "emu-cog.pinned"
 """Set in the configuration of clones that this program made: those it may replace."""
 _ATTEMPTS = 3
-_FIRST_WAIT = 2.0
+_FIRST_WAIT = 2.0  # seconds, doubled after each failed attempt
+_PERMANENT = (
+    "Authentication failed",
+    "could not read Username",
+    "could not read Password",
+    "does not appear to be a git repository",
+    "not found",
+    "not our ref",
+    "No space left on device",
+    "Permission denied",
+)
+"""Parts of git's errors that a second attempt would only repeat."""
+_BOILERPLATE = ("warning:", "hint:", "Please make sure you have", "and the repository exists")
 _OPTIONS = (
     "-c",
     "core.autocrlf=false",  # the files are compared with the commit, byte for byte
@@ -34,41 +54,60 @@ _OPTIONS = (
     "-c",
     "advice.detachedHead=false",
     "-c",
-    "http.lowSpeedLimit=1000",  # bytes a second, over the next line's seconds: a stalled server is given up
+    "http.lowSpeedLimit=1000",  # bytes per second; slower for 30 s (lowSpeedTime) counts as a failed attempt
     "-c",
     "http.lowSpeedTime=30",
 )
 
 
 class _GitError(CheckpointError):
-    """A git command failed; the message is what git said."""
+    """A git command failed; the message is git's own, without credentials."""
 
 
 def ensure_clone(weights_dir: Path, *, url: str = UPSTREAM_URL, commit: str = UPSTREAM_COMMIT) -> Path:
-    """The folder of a verified clone at `commit`, fetched from `url` when there is none in `weights_dir` yet.
+    """The folder of a verified clone at `commit`, fetched from `url` if `weights_dir` holds none yet.
 
-    Of two processes that start at once one clones and the other waits. Everything lands in a staging folder
-    and is renamed when verified, so a kill leaves nothing that could be taken for a clone. Raises CheckpointError.
+    If two processes start at once, one clones and the other waits. Everything is written to a staging folder that is
+    renamed once verified, so a killed process leaves nothing that could pass for a clone. `url` may hold credentials;
+    they reach neither the log nor an error. Raises CheckpointError.
     """
     if found := find_clone(weights_dir, commit=commit):
         return found
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(weights_dir / _LOCK):
-        if found := find_clone(weights_dir, commit=commit):
-            return found  # another process made it meanwhile
-        target = _target(weights_dir)
-        log.info("cloning %s at %s into %s", url, commit[:12], target)
-        staging = weights_dir / _STAGING
-        _remove(staging)
-        _clone(staging, url, commit)
-        verify(staging, commit=commit)
-        _remove(target)  # a clone of ours at another commit, or a damaged one
-        os.replace(staging, target)
-        return target
+    url = url.strip()
+    try:
+        weights_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(weights_dir / _LOCK):
+            if found := find_clone(weights_dir, commit=commit):
+                return found  # another process has made it meanwhile
+            target = _target(weights_dir)
+            log.info("cloning %s at %s into %s", redacted(url), commit[:12], target)
+            staging = weights_dir / _STAGING
+            _remove(staging)
+            try:
+                _clone(staging, url, commit)
+                verify(staging, commit=commit)
+            except CheckpointError:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            _remove(target)  # a clone of ours at another commit, or a damaged one
+            os.replace(staging, target)
+            return target
+    except OSError as error:
+        raise CheckpointError(
+            f"upstream's code could not be cloned into {weights_dir} ({error.strerror or error}): make that folder "
+            "writable, or set EMU_WEIGHTS_DIR to one that is"
+        ) from None
+
+
+def redacted(text: str) -> str:
+    """`text` with the credentials and query strings of all URLs in it replaced by ***."""
+    text = re.sub(r"(?<!file)://[^\s'\"]*@", "://***@", text)
+    text = re.sub(r"(?<![^\s'\"])[^\s'\"/:@]+:[^\s'\"/@]+@", "***@", text)  # user:token@host, without a scheme
+    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]+", r"\1?***", text)
 
 
 def find_clone(weights_dir: Path, *, commit: str = UPSTREAM_COMMIT) -> Path | None:
-    """The verified clone in `weights_dir`, or None where one must be made; a clone that fails is told in the log."""
+    """The verified clone in `weights_dir`, or None. Logs why a clone that is there is not used."""
     for name in FOLDERS:
         folder = weights_dir / name
         if not (folder / ".git").exists():
@@ -125,8 +164,8 @@ def _clone(folder: Path, url: str, commit: str) -> None:
     ):
         _git(folder, "config", key, value)
     if url.startswith("file:"):
-        # A repository on this machine is asked by a git that we start ourselves, so it may be told to filter:
-        # mirrors that lack the big pictures and fonts then serve as well.
+        # git serves a local repository through a process of ours, which may be asked to filter: so a mirror that
+        # lacks the big pictures and fonts will do.
         served = "git -c uploadpack.allowFilter=true -c uploadpack.allowAnySHA1InWant=true upload-pack"
         _git(folder, "config", "remote.origin.uploadpack", served)
     _git(folder, "sparse-checkout", "set", "--no-cone", *(f"/{path}" for path in USED))
@@ -134,27 +173,48 @@ def _clone(folder: Path, url: str, commit: str) -> None:
         try:
             _git(folder, "fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", commit)
             _git(folder, "checkout", "--quiet", "--detach", commit)
-            return
+            break
         except _GitError as error:
-            if attempt == _ATTEMPTS or not _worth_retrying(url):
+            if attempt == _ATTEMPTS or _is_local(url) or any(words in str(error) for words in _PERMANENT):
                 raise CheckpointError(
-                    f"upstream's code could not be cloned from {url} at {commit}: {error}. Check the network, "
-                    "name a mirror in EMU_UPSTREAM_URL, or use EMU_BACKEND=native, which needs no clone"
+                    f"upstream's code could not be cloned from {redacted(url)} at {commit} ({error}): "
+                    f"{_advice(url, str(error))}"
                 ) from None
             wait = _FIRST_WAIT * 2 ** (attempt - 1)
-            log.warning("cloning failed (%s), attempt %d of %d follows in %g s", error, attempt + 1, _ATTEMPTS, wait)
+            log.warning("cloning failed (%s), attempt %d of %d in %g s", error, attempt + 1, _ATTEMPTS, wait)
             time.sleep(wait)
+    if redacted(url) != url:
+        _git(folder, "config", "remote.origin.url", redacted(url))  # leave no credentials on the disk
 
 
-def _worth_retrying(url: str) -> bool:
-    return not url.startswith(("file:", "/", "."))
+def _is_local(url: str) -> bool:
+    return url.startswith(("file:", "/", "."))
+
+
+def _advice(url: str, cause: str) -> str:
+    """What to do after git failed to fetch from `url` because of `cause`."""
+    if "No space left on device" in cause:
+        return "free some disk space, or set EMU_WEIGHTS_DIR to another folder"
+    if url == UPSTREAM_URL:
+        return (
+            "check the network and its proxy settings, or set EMU_UPSTREAM_URL to a mirror of that repository "
+            "(https://... or file:///path)"
+        )
+    if "not our ref" in cause:
+        return (
+            "EMU_UPSTREAM_URL names a repository that lacks this commit: update that mirror, or unset EMU_UPSTREAM_URL"
+        )
+    unset = f"or unset EMU_UPSTREAM_URL to clone from {UPSTREAM_URL}"
+    if _is_local(url):
+        return f"EMU_UPSTREAM_URL must name a git repository on this machine, as in file:///path: correct it, {unset}"
+    return f"check EMU_UPSTREAM_URL and the network, {unset}"
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Run git on exactly `folder`'s own repository, never on one that encloses it; its output, stripped."""
+    """Run git on `folder`'s own repository, never on one that encloses it. Returns its output, stripped."""
     return _run(
         "-c",
-        f"safe.directory={folder.resolve()}",  # the weights folder may belong to whoever filled it
+        f"safe.directory={folder.resolve()}",  # the weights folder may belong to another user
         f"--git-dir={folder / '.git'}",
         f"--work-tree={folder}",
         *arguments,
@@ -162,7 +222,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _run(*arguments: str) -> str:
-    # Variables like GIT_DIR, set when this program runs inside a git hook, must not lead to another repository.
+    # Variables such as GIT_DIR, set where this program runs inside a git hook, would select another repository.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in ("GIT_SSL_CAINFO",)}
     environment |= {"GIT_TERMINAL_PROMPT": "0", "GIT_LFS_SKIP_SMUDGE": "1", "LC_ALL": "C"}
     try:
@@ -176,18 +236,19 @@ def _run(*arguments: str) -> str:
         )
     except FileNotFoundError:
         raise CheckpointError(
-            "EMU_BACKEND=upstream needs git, and there is no git on PATH: install it (apt-get install git), "
-            "or use EMU_BACKEND=native"
+            "upstream's code is cloned with git, and there is no git on PATH: install it (apt-get install git)"
         ) from None
     if done.returncode:
-        said = [line for line in done.stderr.strip().splitlines() if not line.startswith("warning:")]
-        raise _GitError("; ".join(said[-3:]) or f"git {arguments[-1]} ended with {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(_BOILERPLATE)]
+        causes = [line for line in lines if line.startswith(("fatal:", "error:", "remote:", "ssh:"))] or lines[-3:]
+        message = "; ".join(dict.fromkeys(line.strip().rstrip(".") for line in causes[:4]))
+        raise _GitError(redacted(message) or f"git ended with code {done.returncode}")
     return done.stdout.strip()
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path)  # flock: the system frees it when its holder dies
+    lock = filelock.FileLock(path)  # flock: released by the system when its holder dies
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

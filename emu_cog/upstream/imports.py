@@ -1,4 +1,4 @@
-"""Upstream's files imported and read without a trace: its package `src`, its templates, its defaults."""
+"""Imports upstream's package `src` without leaving anything behind; reads its templates and defaults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TEMPLATES = {
 
 @dataclass(frozen=True)
 class Code:
-    """Upstream's modules, imported for one vocabulary. Nothing of them is left in `sys.modules`."""
+    """Upstream's modules, imported for one vocabulary. None of them stays in `sys.modules`."""
 
     clone: Path
     model_utils: ModuleType
@@ -47,41 +47,41 @@ class Code:
 
 
 def import_code(clone: Path, *, dtype: torch.dtype, attention: str) -> Code:
-    """Import the clone's package `src` afresh, with `src.emu3p5` stood in for. `sys.path` is never touched."""
-    with _IMPORT_LOCK, _src_means(clone, _stand_in(dtype, attention)):
+    """Import the clone's package `src` anew, with a stand-in for `src.emu3p5`. `sys.path` is not changed."""
+    with _IMPORT_LOCK, _src_from(clone, _stand_in(dtype, attention)):
         modules = {name: importlib.import_module(f"src.utils.{name}") for name in _MODULES}
         for name, module in sys.modules.items():
             if name.startswith("src."):
-                module.__dict__["print"] = _tell  # what upstream prints belongs into the log
+                module.__dict__["print"] = _log_print  # upstream prints; here that goes to the log
     return Code(clone, **modules)
 
 
-def _tell(*values: object, **_: object) -> None:
+def _log_print(*values: object, **_: object) -> None:
     log.debug("upstream: %s", " ".join(map(str, values)))
 
 
 @contextmanager
-def _src_means(clone: Path, emu3p5: ModuleType) -> Iterator[None]:
-    """While inside, `src` is the clone's package; after, `sys.modules` is as before."""
+def _src_from(clone: Path, emu3p5: ModuleType) -> Iterator[None]:
+    """Inside, `src` is the clone's package; afterwards `sys.modules` is as before."""
 
-    def taken(name: str) -> bool:
+    def is_src(name: str) -> bool:
         return name == "src" or name.startswith("src.")
 
     package = ModuleType("src")
     package.__path__ = [str(clone / "src")]
-    guests = {"src": package, "src.emu3p5": emu3p5}
-    guests |= {m.__name__: m for m in _missing_dependencies() if importlib.util.find_spec(m.__name__) is None}
-    before = {name: module for name, module in sys.modules.items() if taken(name)}
+    temporary = {"src": package, "src.emu3p5": emu3p5}
+    temporary |= {m.__name__: m for m in _missing_dependencies() if importlib.util.find_spec(m.__name__) is None}
+    before = {name: module for name, module in sys.modules.items() if is_src(name)}
     writes = sys.dont_write_bytecode
     for name in before:
         del sys.modules[name]
-    sys.modules.update(guests)
-    sys.dont_write_bytecode = True  # the clone stays as it was checked out
+    sys.modules.update(temporary)
+    sys.dont_write_bytecode = True  # the clone must stay as it was checked out
     try:
         yield
     finally:
         sys.dont_write_bytecode = writes
-        for name in [name for name in sys.modules if taken(name) or name in guests]:
+        for name in [name for name in sys.modules if is_src(name) or name in temporary]:
             del sys.modules[name]
         sys.modules.update(before)
 
@@ -91,7 +91,7 @@ def _missing_dependencies() -> tuple[ModuleType, ...]:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
     def unused(*_: object, **__: object) -> Any:
-        raise NotImplementedError("einops is not installed, and the IBQ tokenizer was thought not to need it")
+        raise NotImplementedError("einops is not installed; the IBQ tokenizer is not expected to use it")
 
     omegaconf, einops = ModuleType("omegaconf"), ModuleType("einops")
     omegaconf.__dict__["OmegaConf"] = type("OmegaConf", (), {"load": staticmethod(load)})
@@ -100,7 +100,7 @@ def _missing_dependencies() -> tuple[ModuleType, ...]:
 
 
 def _stand_in(dtype: torch.dtype, attention: str) -> ModuleType:
-    """The module `src.emu3p5`: Emu3Config and Emu3ForCausalLM by way of transformers' Qwen3."""
+    """The module `src.emu3p5`: Emu3Config and Emu3ForCausalLM on transformers' Qwen3."""
 
     class Emu3Config:
         @classmethod
@@ -134,7 +134,7 @@ def _stand_in(dtype: torch.dtype, attention: str) -> ModuleType:
 
 
 def config_defaults(clone: Path) -> dict[str, Any]:
-    """What upstream's Emu3Config takes where config.json leaves a field out, read from its file's source."""
+    """Upstream's Emu3Config defaults for fields that config.json leaves out, read from the source of its file."""
     tree = ast.parse((clone / "src/emu3p5/configuration_emu3.py").read_text(encoding="utf-8"))
     init = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     names = [a.arg for a in init.args.args][-len(init.args.defaults) :]
@@ -143,9 +143,9 @@ def config_defaults(clone: Path) -> dict[str, Any]:
 
 
 def templates(clone: Path, task: str, *, with_image: bool) -> tuple[str, str]:
-    """(unconditional, conditional) prompt of `task`, by that function of upstream's config file alone.
+    """(unconditional, conditional) prompt of `task`, from the one function of upstream's config file that makes them.
 
-    The file itself is not run: it would replace Python's `print` and open a log file.
+    The rest of the file is not run: it would replace Python's `print` and open a log file.
     """
     path = clone / "configs" / _TEMPLATES[task]
     tree = ast.parse(path.read_text(encoding="utf-8"))

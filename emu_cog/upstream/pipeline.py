@@ -1,7 +1,7 @@
-"""EMU_BACKEND=upstream: the same requests and events as `Pipeline`, made by upstream's own functions.
+"""EMU_BACKEND=upstream: the same requests and events as `Pipeline`, computed by upstream's own functions.
 
-Upstream answers when it is done, so events come at the end; progress comes under way. What upstream can't do is
-refused in one sentence before any model work.
+Upstream returns its answer at the end, so all events come then, except progress. What upstream can't do is refused in
+one sentence before any model work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from emu_cog.errors import InputError
+from emu_cog.errors import CheckpointError, InputError
 from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import check_memory_budget
@@ -57,8 +57,8 @@ class UpstreamPipeline:
     ) -> UpstreamPipeline:
         """Load two folders in Emu3.5's format with the code in `clone`. Defaults are those of `Pipeline.load`.
 
-        Raises CheckpointError for what is wrong with a folder or rules upstream's code out for it, InputError with
-        the numbers where memory is short.
+        Raises CheckpointError for a folder that is wrong or that upstream's code can't use, and InputError with the
+        numbers if there is too little memory.
         """
         folder, vision, target = Path(checkpoint), Path(vision_tokenizer), choose_device(device)
         chosen, spread = choose_dtype(dtype, target), choose_spread(device_map)
@@ -79,15 +79,18 @@ class UpstreamPipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> UpstreamPipeline:
-        """Clone upstream's code if need be, then load what the environment names."""
+        """Clone upstream's code if it is missing, then load the checkpoint that the environment names."""
         if settings.quantize is not None:
             raise InputError(
                 f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
                 f"leave one of the two out; {_INSTEAD}"
             )
-        clone = ensure_clone(
-            settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
-        )
+        try:
+            clone = ensure_clone(
+                settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or use EMU_BACKEND=native, which needs no clone") from None
         found = resolve(settings)
         return cls.load(
             found.model,
@@ -102,10 +105,10 @@ class UpstreamPipeline:
         )
 
     def warm_up(self) -> None:
-        """Nothing: upstream compiles and captures nothing that the first request would wait for."""
+        """Nothing: upstream's code compiles and captures nothing."""
 
     def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]:
-        """Yield texts and pictures in reading order once all are made. Raises InputError before any model work."""
+        """Yield texts and pictures in reading order, after all are made. Raises InputError before any model work."""
         # 1. settle every default and refuse what upstream can't do
         plan = tasks.plan(request, self.defaults)
         self._refuse(request, plan)
@@ -140,11 +143,11 @@ class UpstreamPipeline:
         done = time.perf_counter()
 
         # 3. ids to texts and pictures
-        whole, cut = _without_cut_image(made, self.upstream.ids)
+        kept, cut = _without_cut_image(made, self.upstream.ids)
         if cut:
-            log.warning("upstream's token limit of %d fell into a picture, which is lost", limit)
-        segments = self.upstream.segments(whole)
-        grids = [parse_image(inner, self.upstream.own_tokenizer) for inner in _images(whole, self.upstream.ids)]
+            log.warning("upstream's token limit of %d ended inside a picture, which is dropped", limit)
+        segments = self.upstream.segments(kept)
+        grids = [parse_image(inner, self.upstream.own_tokenizer) for inner in _images(kept, self.upstream.ids)]
         drawn = [value for kind, value in segments if kind == "image"]
         if len(drawn) != len(grids):
             raise RuntimeError(f"upstream's code decoded {len(drawn)} of {len(grids)} pictures")
@@ -227,14 +230,15 @@ class UpstreamPipeline:
 
 
 def _without_cut_image(made: Sequence[int], ids: TokenIds) -> tuple[list[int], bool]:
-    """`made` up to a last image that has no end. Upstream's decoding would lose the text before it as well."""
+    """`made` without a last image that has no end, and whether there was one. Upstream's decoding would also drop the
+    text before it."""
     opened = max((i for i, token in enumerate(made) if token == ids.boi), default=-1)
     cut = opened >= 0 and ids.eoi not in made[opened:]
     return list(made[:opened] if cut else made), cut
 
 
 def _images(made: Sequence[int], ids: TokenIds) -> Iterator[list[int]]:
-    """What lies between BOI and EOI, image by image."""
+    """The ids between BOI and EOI, image by image."""
     inner: list[int] | None = None
     for token in made:
         if token == ids.boi:
@@ -247,7 +251,7 @@ def _images(made: Sequence[int], ids: TokenIds) -> Iterator[list[int]]:
 
 
 def _sampled(made: Sequence[int], ids: TokenIds, *, size_known: bool) -> int:
-    """How many of `made` were drawn: text and visual tokens, and the four digits of a size the model chose."""
+    """How many of `made` were sampled: text and visual tokens, and the four digits of a size the model chose."""
     inside, count = False, 0
     for token in made:
         count += token >= ids.visual or (not inside and token != ids.eoi)

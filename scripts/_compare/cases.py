@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,33 +11,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Opened, Tokens
+from emu_cog.engine.sequence import Opened, Tokens
 from emu_cog.log import log
-from emu_cog.pipeline import Pipeline
-from emu_cog.prompt import geometry, prompts, tasks
-from emu_cog.prompt.prompts import Codes
+from emu_cog.pipeline import Pipeline, Prepared
+from emu_cog.prompt import geometry, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tokens import TokenIds
-from emu_cog.request import Sampling
+from emu_cog.request import Request, Sampling
 from emu_cog.vision.images import decode_image, encode_image
 
 AREA = 160 * 160
-"""Pixels of the references: small, so that the whole table takes minutes on the released model."""
+"""Pixels of the references: small, so that the comparison takes minutes on the released model."""
 CODE_AREAS = (AREA, 96 * 96)
 GREEDY = Sampling(top_k=1)
 RESIZED = (3, 4)
-"""Rows and columns asked for beside two references, which upstream would discard."""
+"""Rows and columns requested with two references; upstream discards them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One answer to compare. `size` None: the model's choice, or with references the last one's, as upstream has it."""
+    """One answer to compare. `size` None: the model's choice, or upstream's rule with references, the last one's."""
 
     task: str
     references: int = 0
     size: tuple[int, int] | None = None
     sharp: bool = False
-    """Sampled with SHARP instead of the task's defaults: a top-k of thousands cuts nothing in a small vocabulary."""
+    """Sample with SHARP instead of the task's defaults, whose top-k of thousands cuts nothing in a small vocabulary."""
 
     @property
     def name(self) -> str:
@@ -49,8 +48,8 @@ SHARP = (
     Sampling(temperature=8.0, top_k=20, top_p=0.9),
     Sampling(temperature=0.8, top_k=12, top_p=0.95),
 )
-"""Image and text sampling at which top-k and top-p both bite in a vocabulary of any size. Guidance makes image logits
-steep; without the high temperature top-p alone would cut."""
+"""Image and text sampling at which top-k and top-p both cut, in a vocabulary of any size. Guidance makes image logits
+steep: at a lower temperature only top-p would cut."""
 CASES = (
     Case(task="t2i", size=(10, 12)),
     Case(task="t2i", size=(7, 3)),
@@ -69,7 +68,7 @@ QUESTION = 'Put 2 red boats on the shore, "café" style; 東京 🙂\nAt {dusk},
 
 
 def photo(number: int) -> Image.Image:
-    """Reference `number` (from 0): a smooth RGB picture of a shape of its own."""
+    """Reference `number` (from 0): a smooth RGB picture, each of another shape."""
     width, height = ((200, 150), (140, 210), (256, 192))[number]
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     bands = (x * 255 // width, (x + number * y) // 2 % 256, y * 255 // height)
@@ -78,24 +77,25 @@ def photo(number: int) -> Image.Image:
 
 @dataclass
 class Answer:
-    """What one side said in one case."""
+    """The native answer to one case."""
 
     prompt: tuple[list[int], list[int]]
     logits: list[Tensor]
     sampled: list[int] = field(default_factory=list)
-    distributions: dict[int, Tensor] = field(default_factory=dict)  # by place in `sampled`; (vocabulary,) fp32
+    distributions: dict[int, Tensor] = field(default_factory=dict)  # by index into `sampled`; (vocabulary,) fp32
     greedy: list[int] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Native:
-    """All that is kept of the native side once its model is freed."""
+    """What is kept of the native side after its model is freed."""
 
     answers: dict[Case, Answer]
     codes: list[list[tuple[tuple[int, ...], ...]]]
+    """Of the references, by CODE_AREAS and number."""
     resized: tuple[int, int] | None
-    """Rows and columns of what was made where RESIZED was asked for."""
+    """Rows and columns of the picture made where RESIZED was requested."""
 
 
 def run_native(pipeline: Pipeline, cases: Sequence[Case], tokens: int) -> Native:
@@ -104,27 +104,49 @@ def run_native(pipeline: Pipeline, cases: Sequence[Case], tokens: int) -> Native
     answers = {}
     for case in cases:
         log.info("native: %s", case.name)
-        task = tasks.TABLE[case.task]
-        prompt = prompts.build(task, QUESTION, codes[0][: case.references], pipeline.tokenizer)
-        streams = (list(prompt.conditional), list(prompt.unconditional))
+        prepared = _prepare(pipeline, case)
+        (request,) = prepared.outputs
+        streams = (list(request.conditional), list(request.unconditional))
         answer = Answer(streams, [_last_logits(pipeline, stream) for stream in streams])
-        answer.greedy = _generate(pipeline, case, answer, tokens, greedy=True)
-        answer.sampled = _generate(pipeline, case, answer, tokens, greedy=False)
-        reader = Reader(pipeline.tokenizer)
-        for segment in reader.feed(answer.sampled):
+        answer.greedy = _generate(pipeline, case, prepared, tokens, greedy=True)[0]
+        answer.sampled, answer.distributions = _generate(pipeline, case, prepared, tokens, greedy=False)
+        for segment in Reader(pipeline.tokenizer).feed(answer.sampled):
             if isinstance(segment, ImageCodes):
                 answer.pictures.append(np.asarray(decode_image(segment.codes, pipeline.vision)))
         answers[case] = answer
-    return Native(answers, codes, _resized(pipeline, codes[0][:2]))
+    return Native(answers, codes, _resized(pipeline))
 
 
-def _resized(pipeline: Pipeline, codes: Sequence[Codes]) -> tuple[int, int] | None:
-    prompt = prompts.build(tasks.TABLE["x2i"], "-", codes, pipeline.tokenizer)
-    job = EngineRequest(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=0)
-    rules = GenerationConfig(
-        cfg_scale=3.0, image=GREEDY, text=GREEDY, size=RESIZED, max_new_tokens=1, single_image=True
+def _prepare(pipeline: Pipeline, case: Case) -> Prepared:
+    """The case as a user's request, with the size that upstream would take."""
+    return pipeline.prepare(
+        Request(
+            prompt=QUESTION,
+            task=case.task,
+            images=tuple(photo(n) for n in range(case.references)),
+            image_area=AREA,
+            size=case_size(case),
+            aspect_ratio="model",  # where there is no size
+            seed=1,
+        )
     )
-    for event in pipeline.engine.generate([job], rules):
+
+
+def _resized(pipeline: Pipeline) -> tuple[int, int] | None:
+    prepared = pipeline.prepare(
+        Request(
+            prompt="-",
+            task="x2i",
+            images=(photo(0), photo(1)),
+            image_area=AREA,
+            size=RESIZED,
+            image_top_k=1,
+            text_top_k=1,
+            max_new_tokens=1,
+            seed=0,
+        )
+    )
+    for event in pipeline.engine.generate(prepared.outputs, prepared.config):
         if isinstance(event, Opened):
             return event.size
     return None
@@ -153,39 +175,41 @@ def case_size(case: Case) -> tuple[int, int] | None:
     return geometry.reference_size(photo(case.references - 1).size, AREA)
 
 
-def _generate(pipeline: Pipeline, case: Case, answer: Answer, tokens: int, *, greedy: bool) -> list[int]:
+def _generate(
+    pipeline: Pipeline, case: Case, prepared: Prepared, tokens: int, *, greedy: bool
+) -> tuple[list[int], dict[int, Tensor]]:
+    """At most `tokens` ids, and unless `greedy` the distribution of each sampled one by its index."""
     guidance, image, text = case_settings(case, greedy=greedy)
-    ids, steps, said = pipeline.tokenizer.ids, list[tuple[str, Tensor]](), list[int]()
-    rules = GenerationConfig(
-        cfg_scale=guidance,
-        image=image,
-        text=text,
-        size=case_size(case),
-        max_new_tokens=None,
-        single_image=False,  # upstream goes on after a picture, too
+    # Upstream continues after a picture, and its limit counts forced tokens: ours is applied below.
+    config = replace(
+        prepared.config, cfg_scale=guidance, image=image, text=text, max_new_tokens=None, single_image=False
     )
-    job = EngineRequest(conditional=tuple(answer.prompt[0]), unconditional=tuple(answer.prompt[1]), seed=1)
+    ids, steps, made = pipeline.tokenizer.ids, list[tuple[str, Tensor]](), list[int]()
     trace = None if greedy else lambda kind, probs: steps.append((kind, probs[0].cpu()))
-    for event in pipeline.engine.generate([job], rules, trace=trace):
+    for event in pipeline.engine.generate(prepared.outputs, config, trace=trace):
         if isinstance(event, Tokens):
-            said += event.ids
-        if len(said) >= tokens:
+            made += event.ids
+        if len(made) >= tokens:
             break
-    said = said[:tokens]
-    if not greedy:
-        for place, (kind, probs) in zip(_sampled_places(said, ids, case_size(case)), steps, strict=False):
-            where: Any = {"text": slice(0, ids.visual), "visual": slice(ids.visual, None), "digit": list(ids.digits)}
-            answer.distributions[place] = torch.zeros(ids.vocab_size)
-            answer.distributions[place][where[kind]] = probs
-    return said
+    made = made[:tokens]
+    parts: dict[str, Any] = {
+        "text": slice(0, ids.visual),
+        "visual": slice(ids.visual, None),
+        "digit": list(ids.digits),
+    }
+    distributions = {}
+    for index, (kind, probs) in zip(_sampled_indices(made, ids, case_size(case)), steps, strict=False):
+        distributions[index] = torch.zeros(ids.vocab_size)
+        distributions[index][parts[kind]] = probs
+    return made, distributions
 
 
-def _sampled_places(said: Sequence[int], ids: TokenIds, size: tuple[int, int] | None) -> Iterator[int]:
-    """Where in `said` a token was drawn: text, visual tokens, and the digits of the first size the model chose."""
+def _sampled_indices(made: Sequence[int], ids: TokenIds, size: tuple[int, int] | None) -> Iterator[int]:
+    """Indices of the sampled tokens of `made`: text, visual tokens, and the digits of a size the model chose."""
     inside, known = False, size is not None
-    for place, token in enumerate(said):
+    for index, token in enumerate(made):
         if token == ids.img:
             known = True
         if not inside or token >= ids.visual or (token in ids.digits and not known):
-            yield place
+            yield index
         inside = token == ids.boi or (inside and token != ids.eoi)

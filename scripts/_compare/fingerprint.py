@@ -1,20 +1,28 @@
-"""SHA-256 of every file that 20 fixed requests over all six tasks produce on emu-mini, as JSON lines.
+"""Do two versions of this package make the same files? SHA-256 of all files of 20 fixed requests over all six tasks.
 
-    python scripts/_compare/fingerprint.py [CHECKOUT]
+    python scripts/_compare/fingerprint.py                       the fingerprints of this checkout, as JSON lines
+    python scripts/_compare/fingerprint.py --against VERSION     a table: same or differs, request by request
 
-With CHECKOUT the package of that checkout is used, so that two commits can be compared: run it for each and diff the
-outputs. A refactoring must not change a byte; requests that must be refused count too, with their message.
+VERSION is the folder of another checkout, or a commit of this repository. Both sides run on emu-mini on one CPU thread,
+each with its own package and this script's requests. Two requests must be refused; their messages are compared.
+Exit code 1: something differs; 2: a version could not be run.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PHOTO = Path(__file__).resolve().parents[2] / "docs" / "mini-wide.png"
+ROOT = Path(__file__).resolve().parents[2]
+PHOTO = ROOT / "docs" / "mini-wide.png"
 
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": "two small red stars above a blue circle on a yellow background", "seed": 2},
@@ -40,7 +48,8 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-def main(checkout: Path) -> None:
+def fingerprints(checkout: Path) -> Iterator[dict[str, Any]]:
+    """One result per request, made by the package in `checkout`."""
     sys.path.insert(0, str(checkout))
     import torch
 
@@ -48,7 +57,7 @@ def main(checkout: Path) -> None:
     from emu_cog.service import Service
 
     torch.set_num_threads(1)
-    service = Service.from_settings(Settings(checkpoint="mini"))
+    service = Service.from_settings(Settings(checkpoint="mini", device="cpu"))
     for number, request in enumerate(REQUESTS, 1):
         inputs: dict[str, Any] = {"output_format": "png", "output_quality": 95} | request
         photos, task = inputs.pop("photos", 0), inputs.pop("task_type", "t2i")
@@ -65,8 +74,74 @@ def main(checkout: Path) -> None:
             result |= {name: metrics[name] for name in ("seed", "tokens")}
         except ValueError as error:
             result["refused"] = str(error)
+        yield result
+
+
+def compare(against: str) -> int:
+    """Print the table of this checkout against another version."""
+    with _checkout(against) as other:
+        # Both at once: each uses one thread.
+        runs = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--checkout", folder],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            for folder in (other, ROOT)
+        ]
+        printed = [run.communicate() for run in runs]
+    for run, folder, (_, log) in zip(runs, (against, ROOT), printed, strict=True):
+        if run.returncode:
+            print(
+                f"error: {folder} could not be run: {(log.strip().splitlines() or ['no output'])[-1]}", file=sys.stderr
+            )
+            return 2
+    theirs, ours = ([json.loads(line) for line in lines.splitlines()] for lines, _ in printed)
+    print(f"{'request':>7}  {'task':8} {'files':>5}  result")
+    differ = 0
+    for a, b in zip(theirs, ours, strict=True):
+        keys = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
+        differ += bool(keys)
+        state = "same" if not keys else f"DIFFERS in {', '.join(keys)}"
+        note = ", refused" if "refused" in a and not keys else ""
+        print(f"{b['request']:7}  {b['task']:8} {len(b.get('files', ())):5}  {state}{note}")
+        for key in keys:
+            print(f"{'':25}{against}: {a.get(key)}\n{'':25}here: {b.get(key)}")
+    print(f"{differ} of {len(ours)} requests differ from {against}" if differ else f"all {len(ours)} as in {against}")
+    return 1 if differ else 0
+
+
+@contextmanager
+def _checkout(version: str) -> Iterator[Path]:
+    """The folder of `version`: itself, or a temporary worktree of that commit."""
+    if Path(version).is_dir():
+        yield Path(version).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="emu-cog-") as temporary:
+        folder = Path(temporary) / "worktree"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        done = subprocess.run([*git, "add", "--detach", folder, version], capture_output=True, encoding="utf-8")
+        if done.returncode:
+            print(f"error: {version} is neither a folder nor a commit: {done.stderr.strip()}", file=sys.stderr)
+            sys.exit(2)
+        try:
+            yield folder
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="VERSION", help="a folder or a commit to compare this checkout with")
+    parser.add_argument("--checkout", metavar="DIR", type=Path, default=ROOT, help="print DIR's fingerprints instead")
+    options = parser.parse_args()
+    if options.against:
+        return compare(options.against)
+    for result in fingerprints(options.checkout.resolve()):
         print(json.dumps(result), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parents[2]).resolve())
+    sys.exit(main())

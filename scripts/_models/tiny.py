@@ -1,12 +1,11 @@
-"""Tiny random checkpoints in Emu3.5's format: for tests, for trying the program out, for measuring loading.
+"""Tiny random checkpoints in Emu3.5's format, for tests and for measuring loading.
 
-Every weight comes from the raw bits of NumPy's PCG64, keyed by (seed, name of the tensor). That stream is fixed by
-NumPy's compatibility policy and the arithmetic behind it is exact, so a seed gives the same file on every machine
-and under every version of torch.
+Every weight comes from the raw bits of NumPy's PCG64, keyed by (seed, tensor name). NumPy's compatibility policy fixes
+that stream and the arithmetic on it is exact, so a seed gives the same file on every machine and torch version.
 
-What a random model does can be steered. Hidden channel 0 holds a constant, and for each entry of `favour` one more
-channel tells whether the last token belongs to that entry's group; no layer writes to these channels, and the head
-turns them into logits. So `favour={"bss": {"boi": 20.0}}` reads: after BSS, BOI's logit is about 20 higher.
+`logit_bias` controls what a model writes: `{"bss": {"boi": 20.0}}` raises BOI's logit by about 20 after BSS. Hidden
+channel 0 is constant, and one more channel per entry holds a level where the last token is in the entry's group. No
+layer writes to these channels; the head turns them into logits.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ from emu_cog.prompt.tokens import ROLES
 from emu_cog.request import TASKS
 from emu_cog.vision.ibq import IBQ, VisionConfig
 
-Favour = Mapping[str, Mapping[str, float]]
-"""Group of the last token -> group of the next token -> about how much its logits are raised.
+LogitBias = Mapping[str, Mapping[str, float]]
+"""Group of the last token -> group of the next token -> approximate logit bias.
 
 A group is a role of `tokens.ROLES` ("boi"), "text" (all byte-pair tokens), "special" (all special tokens but the
-visual ones), "visual", "words/0".."words/2" (three disjoint thirds of the tokens that are ASCII words, so that a
-chain can tell three kinds of text apart), or the text of one token ("1"). As last token also "any".
+visual ones), "visual", "words/0" to "words/2" (disjoint thirds of the tokens that are ASCII words, one for each kind of
+text), or the text of one token ("1"). "any" matches every last token.
 """
 
-_ORDERLY: dict[str, float] = {"special": -40.0}
-# Ten to nineteen rows and columns where the model chooses the size itself.
+_NO_SPECIAL: dict[str, float] = {"special": -40.0}
+# 10 to 19 rows and columns where the model chooses the size.
 _SMALL_SIZES: dict[str, Mapping[str, float]] = {"boi": {"1": 20.0}, "*": {"1": 20.0}, "1": {"0": 3.0, "2": 3.0}}
 
-PICTURE: Favour = {"any": _ORDERLY, "bss": {"boi": 80.0}, "eoi": {"eos": 80.0}, **_SMALL_SIZES}
-"""Begins one image at once and ends after it."""
-TALKER: Favour = {"any": {**_ORDERLY, "text": 40.0}}
-"""Writes text for ever: no image, no end."""
-SILENT: Favour = {"any": {"eos": 80.0}}
-"""Ends at once."""
-STORYTELLER: Favour = {
-    "any": _ORDERLY,
+PICTURE: LogitBias = {"any": _NO_SPECIAL, "bss": {"boi": 80.0}, "eoi": {"eos": 80.0}, **_SMALL_SIZES}
+"""One image, then the end."""
+TALKER: LogitBias = {"any": {**_NO_SPECIAL, "text": 40.0}}
+"""Text without an image or an end."""
+SILENT: LogitBias = {"any": {"eos": 80.0}}
+"""Nothing: EOS is the first token."""
+STORYTELLER: LogitBias = {
+    "any": _NO_SPECIAL,
     "bss": {"bog": 80.0},
     "bog": {"words/0": 40.0},
     "words/0": {"words/0": 40.0, "eog": 86.0},
@@ -62,15 +61,15 @@ STORYTELLER: Favour = {
     "eoi": {"words/1": 40.0, "eos": 86.0},
     **_SMALL_SIZES,
 }
-"""Global reasoning, then text, reasoning and an image in turn, and at some image's end the end."""
+"""Global reasoning, then text, image reasoning and an image in turn; may end after each image."""
 
-_LEVEL = 2.0  # what a steering channel holds; the other channels of an embedding have variance 1
-_LAYER_VARIANCE = 3.5  # about what one layer adds to the variance of the other channels; measured
+_LEVEL = 2.0  # of a bias channel; the other channels of an embedding have variance 1
+_LAYER_VARIANCE = 3.5  # that one layer adds to the other channels, approximately; measured
 
 
 @dataclass(frozen=True)
 class TinyFolders:
-    """Where the two halves of a checkpoint lie: the language model with its tokenizer, and the vision tokenizer."""
+    """The two folders of a checkpoint: the language model with its tokenizer, and the vision tokenizer."""
 
     model: Path
     vision: Path
@@ -95,7 +94,7 @@ def make_tiny(
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
     sharpness: float = 3.0,
-    favour: Favour = PICTURE,
+    logit_bias: LogitBias = PICTURE,
     defaults: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     vision_ch: int = 32,
@@ -105,11 +104,11 @@ def make_tiny(
     z_channels: int = 32,
     embed_dim: int = 32,
 ) -> TinyFolders:
-    """Write `folder`/model and `folder`/vision and tell where they are. What is there is overwritten.
+    """Write `folder`/model and `folder`/vision, over what is there.
 
-    Vocabulary: a byte-level one of 256 bytes and up to `merges` merges, or, with `tokenizer`, the files of that
-    folder with the visual tokens cut to `visual_tokens`. `sharpness` is about the standard deviation of the logits.
-    `defaults` becomes `defaults.json`; `config` adds or (value None) leaves out keys of `config.json`.
+    The vocabulary is byte-level, with 256 bytes and up to `merges` merges; or it is the one in the folder `tokenizer`,
+    with only `visual_tokens` visual tokens. `sharpness` is approximately the standard deviation of the logits.
+    `defaults` becomes `defaults.json`; `config` adds keys to `config.json`, or removes those whose value is None.
     Language-model weights are written in `dtype`, in `shards` files; the vision tokenizer's are fp32.
     `vision_ch` times each of the five `vision_ch_mult` must be a multiple of 32.
     """
@@ -126,7 +125,7 @@ def make_tiny(
         kv_heads=kv_heads,
         head_dim=head_dim,
     )
-    state = _language_model(shape, vocabulary, favour, seed=seed, sharpness=sharpness)
+    state = _language_model(shape, vocabulary, logit_bias, seed=seed, sharpness=sharpness)
     _write_shards(folders.model, {name: value.to(dtype) for name, value in state.items()}, shards)
     settings = _config_json(shape, vocabulary, context, rms_norm_eps, rope_theta, dtype) | dict(config or {})
     _write_json(folders.model / "config.json", {k: v for k, v in settings.items() if v is not None})
@@ -170,7 +169,7 @@ class _Shape:
 
 
 def _noise(seed: int, name: str, *shape: int) -> Tensor:
-    """fp32 numbers of mean 0 and variance 1, evenly spread: an affine map of 24 raw bits each."""
+    """Uniform fp32 numbers of mean 0 and variance 1: an affine map of 24 raw bits each."""
     count = int(np.prod(shape))
     raw = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw((count + 1) // 2)
     bits = raw.view(np.uint32)[:count] >> np.uint32(8)
@@ -179,23 +178,23 @@ def _noise(seed: int, name: str, *shape: int) -> Tensor:
 
 
 def _language_model(
-    shape: _Shape, vocabulary: Tokenizer, favour: Favour, *, seed: int, sharpness: float
+    shape: _Shape, vocabulary: Tokenizer, logit_bias: LogitBias, *, seed: int, sharpness: float
 ) -> dict[str, Tensor]:
     h, size = shape.hidden, vocabulary.ids.vocab_size
-    steered: dict[str, Mapping[str, float]] = {"any": {}, **favour}
-    steering = len(steered)
-    if steering > h // 2:
-        raise ValueError(f"favour has {steering} entries, too many for {h} hidden channels: at most {h // 2}")
+    biases: dict[str, Mapping[str, float]] = {"any": {}, **logit_bias}
+    channels = len(biases)
+    if channels > h // 2:
+        raise ValueError(f"logit_bias has {channels} entries, at most {h // 2} fit into {h} hidden channels")
 
     def noise(name: str, *dims: int, gain: float = 1.0) -> Tensor:
         return _noise(seed, name, *dims) * (gain / dims[-1] ** 0.5)
 
     embedding = _noise(seed, "model.embed_tokens.weight", size, h)
     head = noise("lm_head.weight", size, h, gain=sharpness)
-    left = _LEVEL / (1 + _LAYER_VARIANCE * shape.layers) ** 0.5  # of the level, after the final norm
-    embedding[:, :steering] = 0.0
-    head[:, :steering] = 0.0
-    for channel, (last, raised) in enumerate(sorted(steered.items(), key=lambda item: item[0] != "any")):
+    left = _LEVEL / (1 + _LAYER_VARIANCE * shape.layers) ** 0.5  # the level after the final norm
+    embedding[:, :channels] = 0.0
+    head[:, :channels] = 0.0
+    for channel, (last, raised) in enumerate(sorted(biases.items(), key=lambda item: item[0] != "any")):
         embedding[_group(last, vocabulary), channel] = _LEVEL
         for group, amount in raised.items():
             head[_group(group, vocabulary), channel] += amount / left
@@ -210,7 +209,7 @@ def _language_model(
             state[f"{p}mlp.{name}_proj.weight"] = noise(f"{p}mlp.{name}_proj.weight", inner, h, gain=1.5)
         state[f"{p}mlp.down_proj.weight"] = noise(f"{p}mlp.down_proj.weight", h, inner, gain=1.0)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            state[f"{p}{name}.weight"][:steering] = 0.0
+            state[f"{p}{name}.weight"][:channels] = 0.0
         for name, dims, level in (
             ("input_layernorm", h, 1.0),
             ("post_attention_layernorm", h, 1.0),
@@ -219,12 +218,12 @@ def _language_model(
         ):
             state[f"{p}{name}.weight"] = level + 0.1 * _noise(seed, f"{p}{name}.weight", dims)
     state["model.norm.weight"] = 1.0 + 0.1 * _noise(seed, "model.norm.weight", h)
-    state["model.norm.weight"][:steering] = 1.0
+    state["model.norm.weight"][:channels] = 1.0
     return state
 
 
 def _group(name: str, vocabulary: Tokenizer) -> list[int] | slice:
-    """Ids of a group of `Favour`."""
+    """The ids of a group of `LogitBias`."""
     ids = vocabulary.ids
     if name == "any":
         return slice(None)
@@ -283,7 +282,7 @@ def _config_json(
 
 
 def _write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> None:
-    """One `model.safetensors`, or numbered shards with an index, as `save_pretrained` lays them out."""
+    """One `model.safetensors`, or numbered shards with an index, in the layout of `save_pretrained`."""
     for old in (*folder.glob("model*.safetensors"), *folder.glob("*.index.json")):
         old.unlink()
     names = sorted(state)
@@ -314,8 +313,8 @@ def _vision_weights(shapes: Iterable[tuple[str, tuple[int, ...]]], seed: int) ->
     for name, shape in shapes:
         value = _noise(seed, f"vision.{name}", *shape)
         if name == "quantize.embedding.weight":
-            # Equal lengths, so that every code can win the dot product; in double precision, so that the last bit
-            # does not depend on the order of summation.
+            # Equal norms, so that every code can have the largest dot product; computed in double precision, so that
+            # the last bit does not depend on the order of summation.
             value = (value / value.double().norm(dim=1, keepdim=True)).float()
         elif len(shape) == 4:
             value = value * (1.2 / (shape[1] * shape[2] * shape[3]) ** 0.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from emu_cog.prompt.tokenizer import RANKS_FILE, VISION_FILE
 
-# What the merges are learned from: the templates' words and some sentences of the kind people ask for.
+# The text that the merges are learned from: the templates' words and some typical prompts.
 _CORPUS = """
 You are a helpful assistant for this task. Please generate a response with interleaved text and images. USER ASSISTANT
 A small red boat lies on the grey sand of the shore while the evening light falls over the water and the hills.
@@ -24,7 +24,7 @@ Walk through the old house: the hall, the stairs, the room with the blue window 
 
 
 def write_vocabulary(folder: Path, *, visual_tokens: int, merges: int, source: Path | None = None) -> None:
-    """`emu3.tiktoken` and `emu3_vision_tokens.txt`, new, or those of `source` with fewer visual tokens."""
+    """Write `emu3.tiktoken` and `emu3_vision_tokens.txt`: new ones, or those of `source` with fewer visual tokens."""
     names = ["<|image token|>", "<|image start|>", "<|image end|>"]
     names += [f"<|visual token {i:06d}|>" for i in range(visual_tokens)]
     if source is None:

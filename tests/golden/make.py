@@ -1,11 +1,12 @@
 """Make the golden vectors again, by running upstream's own code: `python tests/golden/make.py CLONE`.
 
-CLONE is a clone of https://github.com/baaivision/Emu3.5 at the pinned commit (`emu_cog.config.UPSTREAM_COMMIT`).
-Everything runs on a CPU in fp32 with eager attention; `emu_cog/upstream.py` tells what stands in for what.
+CLONE is a clone of https://github.com/baaivision/Emu3.5 at the pinned commit (`emu_cog.settings.UPSTREAM_COMMIT`).
+Everything runs on a CPU in fp32 with eager attention; `emu_cog/upstream/adapter.py` lists what is not upstream's.
+`--out DIR` writes the vectors elsewhere, to compare them with the committed ones.
 
-Each run is made twice. Once at top-k 1. Once with real sampling, where the draw is this project's (the inverse of
-the cumulative distribution at the i-th number of NumPy's Philox, i counting sampled tokens) in place of torch's
-multinomial: upstream computes every distribution, and the same seed must then give the same tokens in our engine.
+Each run is made twice: at top-k 1, and with real sampling. The latter takes its samples as this project does, by
+inverting the cumulative distribution at the i-th number of NumPy's Philox for the i-th sampled token, where upstream
+calls torch.multinomial. So upstream computes every distribution, and our engine must give the same tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "scripts")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -35,7 +36,7 @@ from tests.golden.inputs import Run  # noqa: E402
 
 
 class Listener(LogitsProcessor):
-    """Stands after upstream's processor: notes each sampled distribution and, with a seed, draws from it."""
+    """Placed after upstream's processor: records each sampled distribution and, given a seed, samples from it."""
 
     def __init__(self, ids: TokenIds, prompt: int, *, size_known: bool, seed: int | None) -> None:
         self.ids, self.prompt, self.size_known = ids, prompt, size_known
@@ -56,16 +57,16 @@ class Listener(LogitsProcessor):
         alone[0, chosen] = 0.0
         return alone
 
-    def _is_sampled(self, said: list[int], probs: torch.Tensor) -> bool:
-        """False where upstream's grammar leaves one token: EOL, EOI, IMG, "*" and the digits of a known size."""
+    def _is_sampled(self, made: list[int], probs: torch.Tensor) -> bool:
+        """False where upstream's grammar allows one token: EOL, EOI, IMG, "*" and the digits of a known size."""
         ids = self.ids
-        opened = max((i for i, t in enumerate(said) if t == ids.boi), default=-1)
-        closed = max((i for i, t in enumerate(said) if t == ids.eoi), default=-1)
+        opened = max((i for i, t in enumerate(made) if t == ids.boi), default=-1)
+        closed = max((i for i, t in enumerate(made) if t == ids.eoi), default=-1)
         if opened <= closed:
             return True  # text
         if float(probs[ids.visual :].sum()) > 0:
             return True
-        choosing = not self.size_known and closed < 0 and ids.img not in said[opened:]
+        choosing = not self.size_known and closed < 0 and ids.img not in made[opened:]
         return choosing and float(probs[list(ids.digits)].sum()) > 0
 
 
@@ -94,7 +95,7 @@ def generate(up: adapter.Upstream, run: Run, *, greedy: bool) -> dict[str, Any]:
 
 
 def pack(name: str, up: adapter.Upstream, run: Run) -> dict[str, np.ndarray]:
-    """One run as arrays: ids, and the sampled distributions as the surviving ids and their probabilities, flat."""
+    """One run as arrays: ids, and the sampled distributions as the kept ids and their probabilities, concatenated."""
     greedy, sampled = (generate(up, run, greedy=g) for g in (True, False))
     blocks = [sum(t == up.ids.eoi for t in made["tokens"]) for made in (greedy, sampled)]
     print(f"{name}: {len(greedy['tokens'])} tokens at top-k 1, {len(sampled['tokens'])} sampled, images {blocks}")
@@ -122,7 +123,7 @@ def prompts(up: adapter.Upstream) -> dict[str, list[list[int]]]:
 
 
 class Sized:
-    """What `smart_resize` needs of a picture: its size, and to be asked for another."""
+    """A picture's size and `resize`, which is all that `smart_resize` uses."""
 
     def __init__(self, width: int, height: int) -> None:
         self.size = (width, height)
@@ -132,7 +133,7 @@ class Sized:
 
 
 def resizes(up: adapter.Upstream) -> list[list[int]]:
-    """[width, height, area, new width, new height]; sides that round to 0 make upstream fail and are left out."""
+    """[width, height, area, new width, new height], without sizes whose side rounds to 0: upstream fails there."""
     rows = []
     for area in inputs.RESIZE_AREAS:
         for size in inputs.RESIZE_SIZES:
@@ -156,20 +157,23 @@ def segments(up: adapter.Upstream, tokens: Sequence[int]) -> list[list[Any]]:
 
 
 def pixels(up: adapter.Upstream, made: dict[str, list[list[int]]]) -> dict[str, np.ndarray]:
-    """Pictures decoded by upstream from some of the codes."""
-    drawn = {}
+    """Pictures that upstream decodes from some of the codes."""
+    decoded = {}
     for name in (f"{reference} {inputs.CODE_AREAS[0]}" for reference in inputs.REFERENCES):
         ((kind, image),) = up.segments(up.ids.image_block(made[name]))
         assert kind == "image"
-        drawn[name] = np.asarray(image)
-    return drawn
+        decoded[name] = np.asarray(image)
+    return decoded
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tests/golden/*.npz and *.json again.")
     parser.add_argument("clone", type=Path, help="a clone of upstream's repository at the pinned commit")
-    clone = parser.parse_args().clone.resolve()
+    parser.add_argument("--out", type=Path, default=HERE, help="where to write them (default: here)")
+    options = parser.parse_args()
+    clone: Path = options.clone.resolve()
     clones.verify(clone)
+    options.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     facts: dict[str, Any] = {"prompts": {}, "codes": {}, "segments": {}, "digests": {}}
@@ -207,9 +211,9 @@ def main() -> None:
         up, facts["digests"]["real"] = load("real", tokenizer=released)
         real_arrays = pack("real", up, inputs.REAL_RUN)
         facts["prompts"]["real"] = prompts(up)
-    np.savez_compressed(HERE / "runs.npz", **arrays, **real_arrays)
+    np.savez_compressed(options.out / "runs.npz", **arrays, **real_arrays)
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
-    (HERE / "facts.json").write_text(text.replace(',"', ',\n"') + "\n", encoding="utf-8")
+    (options.out / "facts.json").write_text(text.replace(',"', ',\n"') + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Never run as a whole: it would replace `print`."""
+"""Only its function is run: the rest would replace `print`."""
 
 import builtins
 

@@ -1,4 +1,5 @@
-"""Read, never imported: the defaults that hold where config.json leaves a field out."""
+"""The defaults for fields that config.json leaves out. This package reads this file and never runs it as part of `src`;
+only the Python that runs the model file imports it."""
 
 
 class Emu3Config:
@@ -19,4 +20,9 @@ class Emu3Config:
         tie_word_embeddings=False,
         attention_dropout=0.1,
     ):
-        raise SystemExit("this file is not to be run")
+        if __name__.startswith("src."):
+            raise SystemExit("this file is not to be run")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls()

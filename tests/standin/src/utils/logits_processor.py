@@ -1,4 +1,4 @@
-"""What may follow and how likely it is, worked out from the whole sequence at every step, without a cache."""
+"""The processed scores of the next token, computed from the complete sequence at every step, without a cache."""
 
 import torch
 from transformers import LogitsProcessor
@@ -24,9 +24,9 @@ class Grammar(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.prompt = self.prompt or input_ids.shape[1]
-        said = input_ids[0, self.prompt :].tolist()
+        made = input_ids[0, self.prompt :].tolist()
         kept, inside = [], None
-        for token in said:
+        for token in made:
             if token == BOI and inside is None:
                 inside = []
             elif inside is not None:
