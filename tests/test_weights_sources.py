@@ -15,7 +15,7 @@ from weights_kit import (
     FOLDERS,
     HASTY,
     IMAGE,
-    NO_LOCK,
+    NO_PINS,
     TAR,
     VISION,
     VISION_COMMIT,
@@ -41,8 +41,8 @@ def hub(bare_hub: HubServer) -> HubServer:
     return bare_hub
 
 
-def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:
-    return resolve(replace(chosen, weights_lock=lock), patience=HASTY)
+def resolved(chosen: Settings, pins: Path = NO_PINS) -> Checkpoint:
+    return resolve(replace(chosen, weights_pins=pins), patience=HASTY)
 
 
 def test_hub_brings_both_folders_and_only_what_is_needed(

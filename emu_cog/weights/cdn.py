@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from emu_cog.errors import redacted
 from emu_cog.log import log
 from emu_cog.weights import pget
 from emu_cog.weights.checkpoint import Part
@@ -71,7 +72,7 @@ class Archive:
         members = survey(remote, [staging.part for staging in stagings], patience=self.patience)
         offered = [s for s in stagings if not s.part.lacking([m.name for m in members if m.part == s.part])]
         for staging in (s for s in stagings if s not in offered):
-            log.info("archive: %s holds no complete %s", self.url, staging.part.folder)
+            log.info("archive: %s holds no complete %s", redacted(self.url), staging.part.folder)
         if not offered:
             raise FetchError(f"{self.url} holds none of {', '.join(s.part.folder for s in stagings)}, whole")
         self._prepare(remote, offered, nearby)
@@ -87,10 +88,11 @@ class Archive:
 
     def _prepare(self, remote: Remote, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> None:
         version = (remote.validator or f"{remote.size} bytes").removeprefix("W/").strip('"')
+        origin = redacted(self.url)  # it is written beside the weights
         for staging in stagings:
             known = self.pins.get(staging.part.key, {})
-            staging.begin(self.url, f"cdn:{version}", {name: entry.sha256 for name, entry in known.items()})
-            staging.adopt(nearby.get(staging.part.key, []), self.url, f"cdn:{version}", known)
+            staging.begin(origin, f"cdn:{version}", {name: entry.sha256 for name, entry in known.items()})
+            staging.adopt(nearby.get(staging.part.key, []), origin, f"cdn:{version}", known)
 
     def _fetch(self, remote: Remote, members: list[Member], stagings: Mapping[str, Staging]) -> None:
         total = sum(member.size for member in members)
@@ -137,7 +139,7 @@ class Archive:
     def _pinned(self, part: Part, name: str, size: int) -> str | None:
         entry = self.pins.get(part.key, {}).get(name)
         if entry is not None and entry.size != size:
-            raise FetchError(f"{self.url}: {part.folder}/{name} has {size} bytes, weights.lock says {entry.size}")
+            raise FetchError(f"{self.url}: {part.folder}/{name} has {size} bytes, weights.pins.json says {entry.size}")
         return entry.sha256 if entry is not None else None
 
     def _stream(self, remote: Remote, stagings: list[Staging]) -> list[Staging]:
@@ -193,6 +195,6 @@ class Archive:
         pinned = self._pinned(member.part, member.name, size)
         if pinned is not None and pinned != digest.hexdigest():
             raise RefusedError(
-                f"{self.url}: {member.path} has SHA-256 {digest.hexdigest()}, weights.lock says {pinned}"
+                f"{self.url}: {member.path} has SHA-256 {digest.hexdigest()}, weights.pins.json says {pinned}"
             )
         return Entry(size, digest.hexdigest())

@@ -7,6 +7,7 @@ only after every file in it was found whole.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from emu_cog.weights.fetch import DiskFullError
 from emu_cog.weights.http import Patience
 from emu_cog.weights.hub import Hub
 from emu_cog.weights.local import Found
-from emu_cog.weights.manifest import COMMIT, Pin, read_lock, read_manifest
+from emu_cog.weights.manifest import COMMIT, Pin, read_manifest, read_pins
 from emu_cog.weights.staging import STAGING_FOLDER, Staging, sweep
 
 Kind = Literal["image", "base", "mini", "folder"]
@@ -33,6 +34,7 @@ _LOCK = ".weights.lock"
 MINIATURE = Path(__file__).resolve().parent.parent / "mini"
 """The trained miniature, which is package data."""
 _TELL_WAITING = 30.0
+_PGET_ENDS = 0.5
 _VISION_NAMES = ("Emu3.5-VisionTokenizer", "vision_tokenizer", "vision")
 
 
@@ -65,7 +67,7 @@ def resolve(
     _check_source(settings)
     vision = _named_folder("EMU_VISION_TOKENIZER", settings.vision_tokenizer) if settings.vision_tokenizer else None
     store = Store(
-        settings, patience=patience or Patience(), pins=read_lock(settings.weights_lock), on_progress=on_progress
+        settings, patience=patience or Patience(), pins=read_pins(settings.weights_pins), on_progress=on_progress
     )
     if settings.checkpoint == "mini":
         return Checkpoint(MINIATURE / "model", vision or MINIATURE / "vision", "mini", "mini")
@@ -179,12 +181,16 @@ class Store:
 
     def _bring(self, missing: list[Part], reasons: dict[str, list[str]]) -> dict[str, Found]:
         """Complete each of `missing` from the first source that can; CheckpointError with every reason if none can."""
-        pget.wait_for_orphan(self._scratch)
+        if self._scratch.exists():  # a killed process: the kernel is ending its pget, which must write no more
+            time.sleep(_PGET_ENDS)
         sweep(self.root)
         stagings = {part.key: Staging(self.root, part) for part in missing}
         # A kill between the last byte and the rename leaves a folder that only has to be put in place.
         found = {key: Found(*staging.publish()) for key, staging in stagings.items() if staging.ready()}
-        for source in self._sources(list(stagings.values())):
+        sources = self._sources(list(stagings.values()))
+        if "hub" in sources:
+            self.hub.check()
+        for source in sources:
             wanted = [staging for key, staging in stagings.items() if key not in found]
             if not wanted:
                 break
