@@ -8,7 +8,7 @@ _HIDDEN = "***"
 _SECRETS = (
     # A password may wrongly hold a slash, which is why the second form reaches further than a valid URL's.
     re.compile(r"""(?<=://)(?:[^\s'"/?#]*|[^\s'"/@]*:[^\s'"]*)(?=@)"""),
-    re.compile(r"""(?<=\?)[\w.~%-]+=[^\s'"<>]*"""),  # a query: signed URLs carry their key there
+    re.compile(r"""(?<=\?)[\w.~%-]+=[^\s'"<>]*(?<![:,;.])"""),  # a query: signed URLs carry their key there
     re.compile(r"(?i)(?<=authorization)\b[^\n]*|(?<=\bbearer)\s[^\n]*"),
     re.compile(r"(?<=\bBasic )[A-Za-z0-9+/]{8,}=*"),
     re.compile(r"(?<=\bhf_)[A-Za-z0-9]{8,}"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 from hub_server import Fault, HubServer
-from weights_kit import HASTY, TAR, fill, settings, tar_of
+from weights_kit import HASTY, TAR, fill, settings, start, tar_of
 
 from emu_cog.errors import CheckpointError, InputError, redacted
 from emu_cog.weights.http import FetchError, Remote, Transient, hopeless, open_range, reason_of
@@ -62,12 +62,21 @@ def test_stored_token_is_held_to_the_same(hub: HubServer, tmp_path: Path, monkey
     assert not hub.seen
 
 
-@pytest.mark.parametrize("endpoint", ["huggingface.co", "user:S3cret@mirror", "ftp://mirror", "http://", "http://h:x"])
+@pytest.mark.parametrize(
+    "endpoint", ["huggingface.co", "user:S3cret@mirror", "ftp://mirror", "http://", "http://h:x", "http://a b"]
+)
 def test_endpoint_that_is_no_address(hub: HubServer, tmp_path: Path, endpoint: str) -> None:
     """It was asked six times, with waits between."""
     with pytest.raises(InputError, match=r"HF_ENDPOINT=.* with http:// or https://") as caught:
         resolve(settings(hub, tmp_path / "w", HF_ENDPOINT=endpoint), patience=HASTY)
     assert "S3cret" not in str(caught.value)
+
+
+def test_endpoint_on_which_the_client_fails_to_import(hub: HubServer, tmp_path: Path) -> None:
+    """huggingface_hub parses HF_ENDPOINT as it is imported, and ended in a traceback."""
+    child = start(settings(hub, tmp_path / "w", HF_ENDPOINT="http://user:S3cret@h:x"), HF_ENDPOINT="http://h:x")
+    _, said = child.communicate(timeout=60)
+    assert said.startswith("InputError: HF_ENDPOINT='http://***@h:x' is not an address")
 
 
 def test_endpoint_with_a_password_is_shown_without_it(hub: HubServer, tmp_path: Path) -> None:
@@ -126,7 +135,7 @@ def _client_errors() -> Iterator[tuple[Exception, bool]]:
     yield requests.exceptions.ConnectionError(f"Max retries exceeded with url: /x?token={TOKEN}"), False
 
 
-@pytest.mark.parametrize(("error", "final"), _client_errors(), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("error", "final"), list(_client_errors()), ids=lambda value: type(value).__name__)
 def test_errors_of_both_clients(
     error: Exception, final: bool, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,8 +118,8 @@ print(json.dumps([str(found.model), str(found.vision_tokenizer), found.revision]
 """
 
 
-def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = None) -> subprocess.Popen[str]:
-    """Another process that resolves `chosen`: prints the result as JSON, or ends with the error on stderr."""
+def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = None, **env: str) -> subprocess.Popen[str]:
+    """Another process, with `env` added, that resolves `chosen`: prints JSON, or ends with the error on stderr."""
     order: Mapping[str, object] = {
         "settings": {
             **vars(chosen),
@@ -134,7 +134,7 @@ def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
         preexec_fn=preexec,  # type: ignore[arg-type]
     )
 

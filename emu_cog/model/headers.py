@@ -70,6 +70,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not names:
         raise CheckpointError(f"{index} has no weight_map")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
     return dict(weight_map)

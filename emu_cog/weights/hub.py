@@ -90,17 +90,20 @@ class Hub:
 
     def check(self) -> None:
         """InputError, before anything is asked, for an endpoint or token that no request could be made with."""
-        if self.offline:
-            return
+        self.check_endpoint()
+        _ = self.offline or self.token
+
+    def check_endpoint(self) -> None:
         if not _is_address(self.endpoint):
-            shown = redacted(f"://{self.endpoint}").removeprefix("://")
+            shown = self.endpoint if "://" in self.endpoint else f"://{self.endpoint}"
+            shown = redacted(shown).removeprefix("://")
             raise InputError(
                 f"HF_ENDPOINT={shown!r} is not an address: it must be like {DEFAULT_ENDPOINT}, with http:// or https://"
             )
-        _ = self.token
 
     def cached(self, part: Part, revision: str) -> Path | None:
         """The folder of a complete snapshot of `revision` in the hub's own cache; no network."""
+        self.check_endpoint()  # huggingface_hub parses it as it is imported, and fails there
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -111,7 +114,7 @@ class Hub:
             found = snapshot_download(part.repo.name, revision=revision, cache_dir=cache, local_files_only=True)
             check_part(part, Path(found))
         except (LocalEntryNotFoundError, CheckpointError) as error:
-            log.debug("hub cache: %s", error)
+            log.debug("hub cache: %s", redacted(str(error), self.environ.get("HF_TOKEN")))
             return None
         return Path(found)
 
