@@ -63,7 +63,7 @@ def test_brings_the_image_model_and_then_has_nothing_to_do(hub: HubServer, tmp_p
     assert_whole(tmp_path / "w" / "Emu3.5-Image", IMAGE)
     assert_whole(tmp_path / "w" / "Emu3.5-VisionTokenizer", VISION)
     assert str(tmp_path / "w" / "Emu3.5-Image") in out
-    assert "cdn: bringing Emu3.5-Image and Emu3.5-VisionTokenizer" in err
+    assert "cdn: downloading Emu3.5-Image and Emu3.5-VisionTokenizer" in err
     hub.seen.clear()
     code, again, _ = run(hub, tmp_path)
     assert (code, again) == (0, out)

@@ -199,7 +199,7 @@ class TestTwoAtOnce:
         assert said[0][0] == said[1][0]
         assert json.loads(said[0][0])[0] == str(tmp_path / "w" / "Emu3.5-Image")
         assert hub.sent() - hub.sent("/api/") == TOTAL  # each byte once
-        assert sum("another process is bringing weights" in log for _, log in said) == 1
+        assert sum("another process is downloading weights" in log for _, log in said) == 1
 
     def test_the_other_takes_over_when_the_first_is_killed(self, hub: HubServer, tmp_path: Path) -> None:
         hub.rate = 3_000_000

@@ -123,7 +123,7 @@ def test_hub_follows_when_the_cdn_fails(hub: HubServer, tmp_path: Path, caplog: 
     fill(hub)  # and no tar
     assert_whole(resolved(settings(hub, tmp_path / "w")).model, IMAGE)
     text = caplog.text
-    assert text.index("cdn: bringing") < text.index("404 (not found)") < text.index("hub: bringing")
+    assert text.index("cdn: downloading") < text.index("404 (not found)") < text.index("hub: downloading")
 
 
 def test_when_all_fail_each_tells_why(hub: HubServer, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the folders of a released checkpoint must hold, and the check that one holds it, whole."""
+"""What the folders of a released checkpoint must hold, and the check that one is complete."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Part:
         return name in self.required or name in _EXTRA_FILES or _SHARD.fullmatch(name) is not None
 
     def lacking(self, names: Collection[str]) -> list[str]:
-        """What a listing of file names lacks to be this part, as far as names alone can tell."""
+        """What a listing of file names lacks to be this part."""
         missing = [name for name in self.required if name not in names]
         if self.is_model and not any(_SHARD.fullmatch(name) for name in names):
             missing.append("*.safetensors")

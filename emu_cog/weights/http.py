@@ -54,7 +54,7 @@ class Transient(Exception):
 
 
 class Stopped(Exception):
-    """Another download of the same batch failed; this one was told to stop."""
+    """Another download of the same batch failed, so this one was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Remote:
 class Body:
     """An answer being read. `start` is the position of its first byte in the remote file, `size` that file's size.
 
-    `partial` tells that the server sent a range because one was asked for.
+    `partial`: the server sent the range that was asked for.
     """
 
     def __init__(self, response: Any, *, start: int, size: int | None, validator: str | None, patience: Patience):

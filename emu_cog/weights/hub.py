@@ -119,7 +119,7 @@ class Hub:
         return Path(found)
 
     def listing(self, part: Part, revision: str) -> Listing:
-        """Ask the hub what `revision` (commit or branch) is and holds. FetchError says why it can't be told."""
+        """Ask the hub what `revision` (commit or branch) is and holds. FetchError says why there is no answer."""
         if self.offline:
             raise FetchError("HF_HUB_OFFLINE is set, so the hub is not asked")
         return retrying(
@@ -157,7 +157,7 @@ class Hub:
 
         found = get_hf_file_metadata(self.url(part, commit, name), token=self.token, timeout=self.patience.stall)
         if found.size is None:
-            raise FetchError(f"the hub tells no size for {part.repo.name}/{name}")
+            raise FetchError(f"the hub gives no size for {part.repo.name}/{name}")
         etag = found.etag or ""
         return HubFile(found.size, sha256=etag if len(etag) == 64 else None, git_sha1=etag if len(etag) == 40 else None)
 
@@ -202,7 +202,7 @@ class Hub:
         """What is kept beside the weights about where they came from."""
         return redacted(f"{self.endpoint}/{part.repo.name}")
 
-    def bring(
+    def download(
         self,
         staging: Staging,
         pin: Pin,
@@ -225,7 +225,7 @@ class Hub:
         staging.begin(origin, listing.commit, {name: entry.sha256 for name, entry in known.items()})
         staging.adopt(nearby, origin, listing.commit, known)
         require_space(staging.folder, sum(f.size for f in files.values()) - staging.present(), part.folder)
-        whole = staging.whole()
+        whole = staging.finished()
         token = self.token
         pieces = [
             Piece(

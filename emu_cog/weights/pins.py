@@ -23,7 +23,7 @@ from emu_cog.weights.store import resolve
 def pin_all(settings: Settings, *, patience: Patience | None = None) -> Mapping[str, Pin]:
     """Ask the hub what it holds now and write that to `settings.weights_pins`: all three repositories, or nothing.
 
-    Commits are those of the branch main, the vision tokenizer's the pinned one. The hub tells the SHA-256 of large
+    Commits are those of the branch main, the vision tokenizer's the pinned one. The hub lists the SHA-256 of large
     files; small ones are fetched and hashed, after a check against git's hash. Raises CheckpointError.
     """
     hub = Hub(settings.environ, patience or Patience())
@@ -103,7 +103,7 @@ def _folder(settings: Settings, part: Part) -> Path:
     for folder in folders:
         check_part(part, folder)
         return folder
-    raise CheckpointError(f"there is no {part.folder} in {root}: scripts/download-weights brings it")
+    raise CheckpointError(f"there is no {part.folder} in {root}: scripts/download-weights downloads it")
 
 
 def _verdict(folder: Path, pin: Pin) -> Verdict:

@@ -59,7 +59,7 @@ def resolve(
     on_progress: Callable[[int, int], None] | None = None,
     patience: Patience | None = None,
 ) -> Checkpoint:
-    """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; brought here when missing.
+    """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; downloaded when missing.
 
     `on_progress` is called with (bytes done, bytes in all or 0) while weights arrive. Raises InputError for settings
     that can't be meant, DiskFullError when there is no room, CheckpointError with each source's reason otherwise.
@@ -143,7 +143,7 @@ class Store:
                     found[part.key] = here
             missing = [part for part in parts if part.key not in found]
             if missing:
-                found |= self._bring(missing, {key: [f"local: {r}" for r in reasons[key]] for key in reasons})
+                found |= self._download(missing, {key: [f"local: {r}" for r in reasons[key]] for key in reasons})
         return found
 
     def _find(self, part: Part) -> tuple[Found | None, list[str]]:
@@ -168,7 +168,7 @@ class Store:
                     lock.acquire(timeout=_TELL_WAITING if waited else 0)
                 except Timeout:
                     waited += 1
-                    log.info("another process is bringing weights to %s; waiting to use them", self.root)
+                    log.info("another process is downloading weights to %s; waiting to use them", self.root)
         except OSError as error:
             raise CheckpointError(
                 f"can't write to the weights folder {self.root} ({error.strerror}): set EMU_WEIGHTS_DIR to a folder "
@@ -179,7 +179,7 @@ class Store:
         finally:
             lock.release()
 
-    def _bring(self, missing: list[Part], reasons: dict[str, list[str]]) -> dict[str, Found]:
+    def _download(self, missing: list[Part], reasons: dict[str, list[str]]) -> dict[str, Found]:
         """Complete each of `missing` from the first source that can; CheckpointError with every reason if none can."""
         if self._scratch.exists():  # a killed process: the kernel is ending its pget, which must write no more
             time.sleep(_PGET_ENDS)
@@ -194,7 +194,7 @@ class Store:
             wanted = [staging for key, staging in stagings.items() if key not in found]
             if not wanted:
                 break
-            log.info("%s: bringing %s to %s", source, " and ".join(s.part.folder for s in wanted), self.root)
+            log.info("%s: downloading %s to %s", source, " and ".join(s.part.folder for s in wanted), self.root)
             brought = self._from_cdn(wanted, reasons) if source == "cdn" else self._from_hub(wanted, reasons)
             found |= {staging.part.key: done for staging, done in brought}
         if lacking := [staging.part for key, staging in stagings.items() if key not in found]:
@@ -226,7 +226,7 @@ class Store:
         try:
             if not own and any(staging.part.key == "base" for staging in wanted):
                 raise CheckpointError("the CDN has the image model only; EMU_WEIGHTS_CDN_URL may name another tar")
-            for staging in archive.bring(wanted, {s.part.key: local.candidates(self.root, s.part) for s in wanted}):
+            for staging in archive.download(wanted, {s.part.key: local.candidates(self.root, s.part) for s in wanted}):
                 done.append((staging, Found(*staging.publish())))
         except DiskFullError:
             raise
@@ -242,7 +242,7 @@ class Store:
         for staging in wanted:
             nearby = local.candidates(self.root, staging.part) + local.candidates(self._scratch, staging.part)
             try:
-                self.hub.bring(
+                self.hub.download(
                     staging,
                     self.pin(staging.part),
                     kept_revision=self._kept_commit(staging, nearby),
