@@ -35,6 +35,7 @@ MINIATURE = Path(__file__).resolve().parent.parent / "mini"
 """The trained miniature, which is package data."""
 _TELL_WAITING = 30.0
 _PGET_ENDS = 0.5
+"""Seconds: our lock is free a moment before the kernel's SIGKILL has ended the pget of a killed process."""
 _VISION_NAMES = ("Emu3.5-VisionTokenizer", "vision_tokenizer", "vision")
 
 
