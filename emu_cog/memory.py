@@ -14,10 +14,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.errors import InputError
 from emu_cog.log import log
+from emu_cog.model.headers import TensorHeader, read_headers
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.loader import read_config
 from emu_cog.model.quantize import quantizable
-from emu_cog.model.shards import TensorHeader, read_headers
 from emu_cog.prompt import tasks
 from emu_cog.prompt.tokens import block_length
 from emu_cog.request import Request

@@ -13,7 +13,7 @@ UPSTREAM_URL = "https://github.com/baaivision/Emu3.5"
 
 UPSTREAM_COMMIT = "8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"
 
-LOCK_FILE = Path(__file__).resolve().parent.parent / "weights.lock"
+PINS_FILE = Path(__file__).resolve().parent.parent / "weights.pins.json"
 """Commits, sizes and SHA-256 of the repositories above, as far as known."""
 
 
@@ -45,7 +45,7 @@ class Settings:
     dtype: str | None = None
     weights_dir: Path = Path("checkpoints")
     weights_source: str | None = None
-    weights_lock: Path = LOCK_FILE
+    weights_pins: Path = PINS_FILE
     backend: str = "native"
     upstream_url: str = UPSTREAM_URL
     upstream_commit: str = UPSTREAM_COMMIT
@@ -72,7 +72,7 @@ class Settings:
             dtype=get("DTYPE"),
             weights_dir=Path(get("WEIGHTS_DIR") or "checkpoints"),
             weights_source=get("WEIGHTS_SOURCE"),
-            weights_lock=Path(get("WEIGHTS_LOCK") or LOCK_FILE),
+            weights_pins=Path(get("WEIGHTS_PINS") or PINS_FILE),
             backend=get("BACKEND") or "native",
             upstream_url=get("UPSTREAM_URL") or UPSTREAM_URL,
             device_map=get("DEVICE_MAP"),

@@ -15,7 +15,7 @@ from hub_server import Fault, HubServer
 from test_weights_kills import kill_when
 from weights_kit import BASE, IMAGE, ROOT, TAR, VISION, VISION_COMMIT, assert_whole, fill, parts, tar_of, total, wanted
 
-from emu_cog.weights.manifest import MANIFEST_FILE, Pin, read_lock, write_lock
+from emu_cog.weights.manifest import MANIFEST_FILE, Pin, read_pins, write_pins
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def environment(hub: HubServer, folder: Path, **further: str) -> dict[str, str]:
     return kept | {
         "EMU_VENV": "none",
         "EMU_WEIGHTS_DIR": str(folder / "w"),
-        "EMU_WEIGHTS_LOCK": str(folder / "weights.lock"),
+        "EMU_WEIGHTS_PINS": str(folder / "weights.pins.json"),
         "EMU_WEIGHTS_CDN_URL": hub.url + TAR,
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hf-home"),
@@ -63,7 +63,7 @@ def test_brings_the_image_model_and_then_has_nothing_to_do(hub: HubServer, tmp_p
     assert_whole(tmp_path / "w" / "Emu3.5-Image", IMAGE)
     assert_whole(tmp_path / "w" / "Emu3.5-VisionTokenizer", VISION)
     assert str(tmp_path / "w" / "Emu3.5-Image") in out
-    assert "cdn: bringing Emu3.5-Image and Emu3.5-VisionTokenizer" in err
+    assert "cdn: downloading Emu3.5-Image and Emu3.5-VisionTokenizer" in err
     hub.seen.clear()
     code, again, _ = run(hub, tmp_path)
     assert (code, again) == (0, out)
@@ -168,13 +168,13 @@ class TestVerify:
         fetched = {s.path.rsplit("/", 1)[1] for s in hub.asked("/resolve/")}
         assert fetched == {"config.json", shard.name}
 
-    def test_a_manifest_that_was_made_to_fit_is_caught_by_the_lock(
+    def test_a_manifest_that_was_made_to_fit_is_caught_by_the_pins(
         self, hub: HubServer, tmp_path: Path, brought: Path
     ) -> None:
-        assert run(hub, tmp_path, "--lock")[0] == 0
+        assert run(hub, tmp_path, "--pin")[0] == 0
         code, out, _ = run(hub, tmp_path, "--verify")
         assert code == 0
-        assert out.count("as weights.lock has it") == 2
+        assert out.count("as weights.pins.json has it") == 2
         config = brought / "config.json"
         config.write_bytes(config.read_bytes().replace(b'"silu"', b'"gelu"'))
         manifest = json.loads((brought / MANIFEST_FILE).read_text())
@@ -183,15 +183,15 @@ class TestVerify:
         code, out, _ = run(hub, tmp_path, "--verify")
         assert code == 1
         assert "config.json has SHA-256" in out
-        assert "weights.lock says" in out
+        assert "weights.pins.json says" in out
 
 
-class TestLock:
+class TestPin:
     def test_pins_every_file_of_all_three(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
-        code, out, err = run(hub, tmp_path, "--lock")
+        code, out, err = run(hub, tmp_path, "--pin")
         assert code == 0, err
-        pins = read_lock(tmp_path / "weights.lock")
+        pins = read_pins(tmp_path / "weights.pins.json")
         assert set(pins) == {IMAGE, BASE, VISION}
         for name, pin in pins.items():
             assert pin.commit == commits[name]
@@ -205,27 +205,27 @@ class TestLock:
         assert_whole(tmp_path / "w" / "Emu3.5-Image", IMAGE)
         code, out, _ = run(hub, tmp_path, "--verify")
         assert code == 0
-        assert out.count("as weights.lock has it") == 2
+        assert out.count("as weights.pins.json has it") == 2
 
     def test_a_repository_that_moved_on_is_told(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
-        write_lock({IMAGE: Pin(seen="0000000"), BASE: Pin(seen=commits[BASE][:7])}, tmp_path / "weights.lock")
-        _, _, err = run(hub, tmp_path, "--lock")
+        write_pins({IMAGE: Pin(seen="0000000"), BASE: Pin(seen=commits[BASE][:7])}, tmp_path / "weights.pins.json")
+        _, _, err = run(hub, tmp_path, "--pin")
         assert f"{IMAGE} has moved on: 0000000 before, {commits[IMAGE]} now" in err
         assert f"{BASE} has moved on" not in err
 
     def test_all_or_nothing(self, hub: HubServer, tmp_path: Path) -> None:
         fill(hub)
         hub.faults = [Fault(f"/api/models/{VISION}", times=None, status=404)]
-        (tmp_path / "weights.lock").write_text('{"repositories": {}}')
-        code, _, err = run(hub, tmp_path, "--lock")
+        (tmp_path / "weights.pins.json").write_text('{"repositories": {}}')
+        code, _, err = run(hub, tmp_path, "--pin")
         assert code == 1
         assert VISION in err
-        assert (tmp_path / "weights.lock").read_text() == '{"repositories": {}}'
+        assert (tmp_path / "weights.pins.json").read_text() == '{"repositories": {}}'
 
 
-def test_the_committed_lock_names_all_three_repositories() -> None:
-    pins = read_lock(ROOT / "weights.lock")
+def test_the_committed_pins_names_all_three_repositories() -> None:
+    pins = read_pins(ROOT / "weights.pins.json")
     assert set(pins) == {IMAGE, BASE, VISION}
     assert pins[VISION].commit == VISION_COMMIT
     for name in (IMAGE, BASE):

@@ -11,8 +11,8 @@ from _models import tiny
 
 from emu_cog.errors import InputError
 from emu_cog.memory import plan_memory
+from emu_cog.model.headers import read_headers
 from emu_cog.model.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantize, quantized
-from emu_cog.model.shards import read_headers
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
 from emu_cog.settings import Settings

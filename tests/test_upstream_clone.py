@@ -18,10 +18,10 @@ import pytest
 import torch
 from weights_kit import ROOT
 
-from emu_cog.errors import CheckpointError
+from emu_cog.errors import CheckpointError, redacted
 from emu_cog.settings import UPSTREAM_COMMIT
 from emu_cog.upstream import clone as clones
-from emu_cog.upstream.clone import ensure_clone, find_clone, redacted, verify
+from emu_cog.upstream.clone import ensure_clone, find_clone, verify
 from emu_cog.upstream.imports import import_code
 from tests.upstream_kit import git, make_clone, make_repository
 

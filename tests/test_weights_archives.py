@@ -25,7 +25,7 @@ from weights_kit import (
 )
 
 from emu_cog.errors import CheckpointError
-from emu_cog.weights.manifest import Entry, Pin, write_lock
+from emu_cog.weights.manifest import Entry, Pin, write_pins
 from emu_cog.weights.store import resolve
 
 pytestmark = pytest.mark.usefixtures("told")
@@ -146,17 +146,17 @@ class TestRefusedArchives:
             hub.files[TAR] = tar_of(above="cut/")
         finally:
             files[SHARD] = whole
-        with pytest.raises(CheckpointError, match=rf"{SHARD} has {len(whole) - 1000} bytes where its header implies"):
+        with pytest.raises(CheckpointError, match=rf"{SHARD} is damaged or cut off: .*{len(whole) - 1000} bytes"):
             bring(hub, tmp_path / "w", "tar")
         assert not (tmp_path / "w" / "Emu3.5-Image").exists()
 
 
 def test_pinned_hash_guards_the_archive_against_a_single_bit(hub: HubServer, tmp_path: Path) -> None:
-    """Without a lock, a changed weight inside a tar can't be told from the right one; with it, it is."""
+    """Without pins, a changed weight inside a tar can't be told from the right one; with it, it is."""
     tar = hub.files[TAR]
     at = tar.index(parts()[IMAGE][SHARD]) + 300_000
     hub.files[TAR] = tar[:at] + bytes([tar[at] ^ 1]) + tar[at + 1 :]
     files = {n: Entry(len(c), hashlib.sha256(c).hexdigest()) for n, c in wanted(IMAGE).items()}
-    write_lock({IMAGE: Pin("a" * 40, files=files)}, tmp_path / "weights.lock")
+    write_pins({IMAGE: Pin("a" * 40, files=files)}, tmp_path / "weights.pins.json")
     with pytest.raises(CheckpointError, match=f"{SHARD} has SHA-256"):
-        bring(hub, tmp_path / "w", "tar", lock=tmp_path / "weights.lock")
+        bring(hub, tmp_path / "w", "tar", pins=tmp_path / "weights.pins.json")

@@ -66,9 +66,9 @@ class TestOnce:
     def test_slow_connection_is_left_for_another(self, hub: HubServer, tmp_path: Path) -> None:
         hub.faults = [body("hub", rate=2000)]
         patience = replace(HASTY, slowest=20_000)
-        begun = time.monotonic()
         assert_complete(bring(hub, tmp_path / "w", "hub", patience))
-        assert time.monotonic() - begun < 10  # at that rate model.ckpt would take a quarter of an hour
+        largest = [s.sent for s in hub.asked("/cdn/") if s.headers["Range"] and s.sent > 1_000_000]
+        assert len(largest) == 1  # the second connection's; over the first model.ckpt would take a quarter of an hour
 
     def test_slow_but_steady_is_waited_for(self, hub: HubServer, tmp_path: Path) -> None:
         """A whole transfer may take much longer than any timeout."""
@@ -178,10 +178,9 @@ class TestForGood:
     @pytest.mark.parametrize("stall", [False, True])
     def test_hub_whose_listing_fails(self, hub: HubServer, tmp_path: Path, stall: bool) -> None:
         hub.faults = [Fault("/api/", times=None, stall=True) if stall else Fault("/api/", times=None, status=502)]
-        begun = time.monotonic()
         with pytest.raises(CheckpointError, match="given up after 3 attempts"):
             bring(hub, tmp_path / "w", "hub")
-        assert time.monotonic() - begun < 15
+        assert len(hub.asked("/api/")) == 2 * HASTY.attempts
 
     def test_nobody_answers(self, hub: HubServer, tmp_path: Path) -> None:
         chosen = settings(hub, tmp_path / "w")

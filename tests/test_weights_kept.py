@@ -1,4 +1,4 @@
-"""What is kept: local folders with their manifests, the commit a branch was resolved to, the pins of weights.lock."""
+"""What is kept: local folders and manifests, the commit that a branch was resolved to, pinned hashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weights_kit import (
     FOLDERS,
     HASTY,
     IMAGE,
-    NO_LOCK,
+    NO_PINS,
     TAR,
     VISION,
     assert_whole,
@@ -28,7 +28,7 @@ from weights_kit import (
 
 from emu_cog.errors import CheckpointError
 from emu_cog.settings import Settings
-from emu_cog.weights.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_lock
+from emu_cog.weights.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_pins
 from emu_cog.weights.store import Checkpoint, resolve
 
 pytestmark = pytest.mark.usefixtures("told")
@@ -39,8 +39,8 @@ def hub(bare_hub: HubServer) -> HubServer:
     return bare_hub
 
 
-def resolved(chosen: Settings, lock: Path = NO_LOCK) -> Checkpoint:
-    return resolve(replace(chosen, weights_lock=lock), patience=HASTY)
+def resolved(chosen: Settings, pins: Path = NO_PINS) -> Checkpoint:
+    return resolve(replace(chosen, weights_pins=pins), patience=HASTY)
 
 
 class TestBranch:
@@ -68,32 +68,32 @@ class TestBranch:
         assert not list(model.parent.glob("*.incomplete-*"))
 
 
-class TestLock:
+class TestPin:
     @staticmethod
-    def lock(tmp_path: Path, commits: dict[str, str], **changed: Entry) -> Path:
+    def pins(tmp_path: Path, commits: dict[str, str], **changed: Entry) -> Path:
         pins = {}
         for repo, commit in commits.items():
             folder = tmp_path / "pins" / repo
             put(folder, wanted(repo))
             files = hash_files(folder, sorted(wanted(repo)))
             pins[repo] = Pin(commit, files={name: changed.get(name.split(".")[0], e) for name, e in files.items()})
-        path = tmp_path / "weights.lock"
-        write_lock(pins, path)
+        path = tmp_path / "weights.pins.json"
+        write_pins(pins, path)
         return path
 
     def test_pinned_commit_wins_over_the_branch(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
         hub.add_repo(IMAGE, parts()[IMAGE] | {"config.json": b"{}"})
-        found = resolved(settings(hub, tmp_path / "w", source="hub"), self.lock(tmp_path, commits))
+        found = resolved(settings(hub, tmp_path / "w", source="hub"), self.pins(tmp_path, commits))
         assert found.revision == commits[IMAGE]
         assert_whole(found.model, IMAGE)
 
     def test_hub_that_disagrees_is_refused_before_anything_is_fetched(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
         size = len(parts()[VISION]["model.ckpt"])
-        lock = self.lock(tmp_path, commits, model=Entry(size, "0" * 64))
-        with pytest.raises(CheckpointError, match="model.ckpt on the hub is not the file of weights.lock"):
-            resolved(settings(hub, tmp_path / "w", source="hub"), lock)
+        pins = self.pins(tmp_path, commits, model=Entry(size, "0" * 64))
+        with pytest.raises(CheckpointError, match="model.ckpt on the hub is not the file of weights.pins.json"):
+            resolved(settings(hub, tmp_path / "w", source="hub"), pins)
         assert not hub.asked(f"/{VISION}/resolve/.*model.ckpt")
 
     @pytest.mark.parametrize("ranges", [True, False])
@@ -104,30 +104,30 @@ class TestLock:
         tar = tar_of()
         at = tar.index(parts()[VISION]["model.ckpt"]) + 100_000
         hub.files[TAR], hub.ranges = tar[:at] + bytes([tar[at] ^ 1]) + tar[at + 1 :], ranges
-        found = resolved(settings(hub, tmp_path / "w"), self.lock(tmp_path, commits))
+        found = resolved(settings(hub, tmp_path / "w"), self.pins(tmp_path, commits))
         assert_whole(found.vision_tokenizer, VISION)
         assert read_manifest(found.vision_tokenizer).origin == f"{hub.url}/{VISION}"  # type: ignore[union-attr]
 
     def test_archive_that_agrees_is_used(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
         hub.files[TAR] = tar_of()
-        assert resolved(settings(hub, tmp_path / "w"), self.lock(tmp_path, commits)).revision.startswith("cdn:")
+        assert resolved(settings(hub, tmp_path / "w"), self.pins(tmp_path, commits)).revision.startswith("cdn:")
         assert not hub.asked("/api/")
 
     def test_known_local_folder_gets_its_commit_and_another_is_told(
         self, hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        lock = self.lock(tmp_path, dict.fromkeys((IMAGE, VISION), "a" * 40), config=Entry(3, "0" * 64))
+        pins = self.pins(tmp_path, dict.fromkeys((IMAGE, VISION), "a" * 40), config=Entry(3, "0" * 64))
         for repo in (IMAGE, VISION):
             put(tmp_path / "w" / FOLDERS[repo], wanted(repo))
-        found = resolved(settings(hub, tmp_path / "w"), lock)
+        found = resolved(settings(hub, tmp_path / "w"), pins)
         assert found.revision == "local"
-        assert "is not what weights.lock pins: config.json differs" in caplog.text
+        assert "is not what weights.pins.json pins: config.json differs" in caplog.text
         shutil.rmtree(tmp_path / "w")
         for repo in (IMAGE, VISION):
             put(tmp_path / "w" / FOLDERS[repo], wanted(repo))
-        lock = self.lock(tmp_path, dict.fromkeys((IMAGE, VISION), "a" * 40))
-        assert resolved(settings(hub, tmp_path / "w"), lock).revision == "a" * 40
+        pins = self.pins(tmp_path, dict.fromkeys((IMAGE, VISION), "a" * 40))
+        assert resolved(settings(hub, tmp_path / "w"), pins).revision == "a" * 40
 
 
 class TestLocalFolders:

@@ -30,7 +30,7 @@ FOLDERS = {IMAGE: "Emu3.5-Image", BASE: "Emu3.5-Base", VISION: "Emu3.5-VisionTok
 VISION_COMMIT = "91789bbaa3f49b4b8882fc823d6849207bb99f13"
 HASTY = Patience(attempts=3, first_wait=0.05, longest_wait=0.2, connect=2, stall=0.3, longest_asked=5)
 TAR = "/weights/model.tar"
-NO_LOCK = Path("/nowhere/weights.lock")
+NO_PINS = Path("/nowhere/weights.pins.json")
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def settings(hub: HubServer, weights: Path, *, source: str | None = None, **fiel
         "EMU_WEIGHTS_CDN_URL": hub.url + TAR,
         **{key: value for key, value in fields.items() if key.isupper()},
     }
-    given = {"checkpoint": "image", "weights_lock": NO_LOCK} | {
+    given = {"checkpoint": "image", "weights_pins": NO_PINS} | {
         key: value for key, value in fields.items() if not key.isupper()
     }
     return Settings(weights_dir=weights, weights_source=source, environ=environ, **given)  # type: ignore[arg-type]
@@ -103,12 +103,12 @@ _CHILD = """
 import json, logging, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from emu_cog.config import Settings
-from emu_cog.remote import Patience
-from emu_cog.weights import resolve
+from emu_cog.settings import Settings
+from emu_cog.weights.http import Patience
+from emu_cog.weights.store import resolve
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 order = json.loads(sys.argv[2])
-for name in ("weights_dir", "weights_lock"):
+for name in ("weights_dir", "weights_pins"):
     order["settings"][name] = Path(order["settings"][name])
 try:
     found = resolve(Settings(**order["settings"]), patience=Patience(**order["patience"]))
@@ -118,13 +118,13 @@ print(json.dumps([str(found.model), str(found.vision_tokenizer), found.revision]
 """
 
 
-def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = None) -> subprocess.Popen[str]:
-    """Another process that resolves `chosen`: prints the result as JSON, or ends with the error on stderr."""
+def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = None, **env: str) -> subprocess.Popen[str]:
+    """Another process, with `env` added, that resolves `chosen`: prints JSON, or ends with the error on stderr."""
     order: Mapping[str, object] = {
         "settings": {
             **vars(chosen),
             "weights_dir": str(chosen.weights_dir),
-            "weights_lock": str(chosen.weights_lock),
+            "weights_pins": str(chosen.weights_pins),
             "environ": dict(chosen.environ),
         },
         "patience": vars(patience),
@@ -134,7 +134,7 @@ def start(chosen: Settings, *, patience: Patience = HASTY, preexec: object = Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
         preexec_fn=preexec,  # type: ignore[arg-type]
     )
 
@@ -149,10 +149,10 @@ def total() -> int:
     return sum(len(content) for repo in (IMAGE, VISION) for content in wanted(repo).values())
 
 
-def bring(hub: HubServer, weights: Path, way: str, patience: Patience = HASTY, lock: Path = NO_LOCK) -> Checkpoint:
+def bring(hub: HubServer, weights: Path, way: str, patience: Patience = HASTY, pins: Path = NO_PINS) -> Checkpoint:
     """Resolve the image checkpoint from the hub, or from the CDN's tar."""
     source = "hub" if way == "hub" else "cdn"
-    return resolve(replace(settings(hub, weights, source=source), weights_lock=lock), patience=patience)
+    return resolve(replace(settings(hub, weights, source=source), weights_pins=pins), patience=patience)
 
 
 def put(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -16,9 +16,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
+from emu_cog.model.headers import TensorHeader, read_headers
 from emu_cog.model.quantize import QuantizedLinear, replace_linears
 from emu_cog.model.qwen3 import LanguageModel, choose_attention
-from emu_cog.model.shards import READERS, TensorHeader, check_state, read_headers, read_tensors
+from emu_cog.model.shards import READERS, check_state, read_tensors
 from emu_cog.prompt.tokens import TokenIds
 
 GIB = 2**30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from emu_cog.errors import CheckpointError
+from emu_cog.errors import CheckpointError, redacted
 from emu_cog.log import log
 from emu_cog.settings import UPSTREAM_COMMIT, UPSTREAM_URL
 
@@ -97,13 +96,6 @@ def ensure_clone(weights_dir: Path, *, url: str = UPSTREAM_URL, commit: str = UP
             f"upstream's code could not be cloned into {weights_dir} ({error.strerror or error}): make that folder "
             "writable, or set EMU_WEIGHTS_DIR to one that is"
         ) from None
-
-
-def redacted(text: str) -> str:
-    """`text` with the credentials and query strings of all URLs in it replaced by ***."""
-    text = re.sub(r"(?<!file)://[^\s'\"]*@", "://***@", text)
-    text = re.sub(r"(?<![^\s'\"])[^\s'\"/:@]+:[^\s'\"/@]+@", "***@", text)  # user:token@host, without a scheme
-    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]+", r"\1?***", text)
 
 
 def find_clone(weights_dir: Path, *, commit: str = UPSTREAM_COMMIT) -> Path | None:

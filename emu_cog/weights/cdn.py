@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from emu_cog.errors import redacted
 from emu_cog.log import log
 from emu_cog.weights import pget
 from emu_cog.weights.checkpoint import Part
@@ -48,21 +49,21 @@ class Archive:
     scratch: Path
     on_progress: Callable[[int, int], None] | None = None
 
-    def bring(self, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> list[Staging]:
-        """Fill those of `stagings` that the archive has; returns them, complete. Others are told in the log.
+    def download(self, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> list[Staging]:
+        """Fill those of `stagings` that the archive has; returns them, complete. Others are logged.
 
         `nearby` maps a part's key to incomplete local folders. Raises FetchError or DiskFullError.
         """
         for attempt in range(2):
             try:
-                return self._bring(stagings, nearby)
+                return self._download(stagings, nearby)
             except ChangedError as error:
                 if attempt:
                     raise
                 log.warning("%s: beginning anew with what is there now", error)
         raise AssertionError
 
-    def _bring(self, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> list[Staging]:
+    def _download(self, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> list[Staging]:
         remote, ranges = retrying(self._probe, what="archive", patience=self.patience)
         if not ranges:
             if not any(staging.part.is_model for staging in stagings):
@@ -71,7 +72,7 @@ class Archive:
         members = survey(remote, [staging.part for staging in stagings], patience=self.patience)
         offered = [s for s in stagings if not s.part.lacking([m.name for m in members if m.part == s.part])]
         for staging in (s for s in stagings if s not in offered):
-            log.info("archive: %s holds no complete %s", self.url, staging.part.folder)
+            log.info("archive: %s holds no complete %s", redacted(self.url), staging.part.folder)
         if not offered:
             raise FetchError(f"{self.url} holds none of {', '.join(s.part.folder for s in stagings)}, whole")
         self._prepare(remote, offered, nearby)
@@ -87,10 +88,11 @@ class Archive:
 
     def _prepare(self, remote: Remote, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> None:
         version = (remote.validator or f"{remote.size} bytes").removeprefix("W/").strip('"')
+        origin = redacted(self.url)  # it is written beside the weights
         for staging in stagings:
             known = self.pins.get(staging.part.key, {})
-            staging.begin(self.url, f"cdn:{version}", {name: entry.sha256 for name, entry in known.items()})
-            staging.adopt(nearby.get(staging.part.key, []), self.url, f"cdn:{version}", known)
+            staging.begin(origin, f"cdn:{version}", {name: entry.sha256 for name, entry in known.items()})
+            staging.adopt(nearby.get(staging.part.key, []), origin, f"cdn:{version}", known)
 
     def _fetch(self, remote: Remote, members: list[Member], stagings: Mapping[str, Staging]) -> None:
         total = sum(member.size for member in members)
@@ -104,7 +106,7 @@ class Archive:
                 pget.unpack(self.url, self.scratch, meter=progress, patience=self.patience)
             self._take_over(members, stagings)
         with Progress("archive", total, on_progress=self.on_progress) as progress:
-            done = {(m.part.key, m.name) for m in members if m.name in stagings[m.part.key].whole()}
+            done = {(m.part.key, m.name) for m in members if m.name in stagings[m.part.key].finished()}
             progress.found(sum(m.size for m in members if (m.part.key, m.name) in done))
             pieces = {
                 Piece(
@@ -127,7 +129,7 @@ class Archive:
             )
 
     def _take_over(self, members: list[Member], stagings: Mapping[str, Staging]) -> None:
-        """Move what pget unpacked, whole or in part, into the staging folders."""
+        """Move what pget unpacked, complete files and beginnings, into the staging folders."""
         for member in members:
             source, target = self.scratch / member.path, stagings[member.part.key].folder / member.name
             if source.is_file() and not source.is_symlink() and not target.exists():
@@ -137,11 +139,11 @@ class Archive:
     def _pinned(self, part: Part, name: str, size: int) -> str | None:
         entry = self.pins.get(part.key, {}).get(name)
         if entry is not None and entry.size != size:
-            raise FetchError(f"{self.url}: {part.folder}/{name} has {size} bytes, weights.lock says {entry.size}")
+            raise FetchError(f"{self.url}: {part.folder}/{name} has {size} bytes, weights.pins.json says {entry.size}")
         return entry.sha256 if entry is not None else None
 
     def _stream(self, remote: Remote, stagings: list[Staging]) -> list[Staging]:
-        """Unpack from a server that sends only the whole: from the start again after each break of the connection."""
+        """Unpack from a server without ranges: from the start again after each break of the connection."""
         self._prepare(remote, stagings, {})
         present = sum(staging.present() for staging in stagings)
         if remote.size is not None:
@@ -154,13 +156,13 @@ class Archive:
                 for staging in stagings:  # nothing of such an archive is worth keeping
                     staging.discard()
                 raise
-        complete = [staging for staging in stagings if not staging.part.lacking(staging.whole())]
+        complete = [staging for staging in stagings if not staging.part.lacking(staging.finished())]
         if not complete:
             raise FetchError(f"{self.url} holds none of {', '.join(s.part.folder for s in stagings)}, whole")
         return complete
 
     def _pass(self, remote: Remote, stagings: Mapping[str, Staging], progress: Progress) -> None:
-        """One reading of the stream. What is recorded as whole is kept, what an earlier pass began is written anew."""
+        """One reading of the stream. Files recorded as complete are kept, others written again."""
         fresh = passed = 0
         try:
             with open_range(remote, 0, None, patience=self.patience) as body:
@@ -168,7 +170,7 @@ class Archive:
                     progress.add(member.offset - passed)
                     passed = member.offset
                     staging = stagings[member.part.key]
-                    entry = staging.whole().get(member.name)
+                    entry = staging.finished().get(member.name)
                     if entry is None or entry.size != member.size or remote.validator is None:
                         staging.record(member.name, self._write(member, blocks, staging.folder / member.name))
                     fresh += entry is None
@@ -193,6 +195,6 @@ class Archive:
         pinned = self._pinned(member.part, member.name, size)
         if pinned is not None and pinned != digest.hexdigest():
             raise RefusedError(
-                f"{self.url}: {member.path} has SHA-256 {digest.hexdigest()}, weights.lock says {pinned}"
+                f"{self.url}: {member.path} has SHA-256 {digest.hexdigest()}, weights.pins.json says {pinned}"
             )
         return Entry(size, digest.hexdigest())

@@ -1,4 +1,4 @@
-"""What the folders of a released checkpoint must hold, and the check that one holds it, whole."""
+"""What the folders of a released checkpoint must hold, and the check that one is complete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emu_cog.errors import CheckpointError
+from emu_cog.model.headers import INDEX_FILE, read_headers, shard_files
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,10 @@ VISION_REPO = HubRepo("BAAI/Emu3.5-VisionTokenizer", "91789bbaa3f49b4b8882fc823d
 
 CDN_TAR = "https://weights.replicate.delivery/default/BAAI/Emu3.5-Image/model.tar"
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _MODEL_FILES = ("config.json", "emu3.tiktoken", "emu3_vision_tokens.txt")
 _VISION_FILES = ("config.yaml", "model.ckpt")
 _EXTRA_FILES = ("generation_config.json", INDEX_FILE)
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_HEADER_LIMIT = 100_000_000
-"""Bytes; the safetensors library refuses longer headers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Part:
         return name in self.required or name in _EXTRA_FILES or _SHARD.fullmatch(name) is not None
 
     def lacking(self, names: Collection[str]) -> list[str]:
-        """What a listing of file names lacks to be this part, as far as names alone can tell."""
+        """What a listing of file names lacks to be this part."""
         missing = [name for name in self.required if name not in names]
         if self.is_model and not any(_SHARD.fullmatch(name) for name in names):
             missing.append("*.safetensors")
@@ -106,7 +103,8 @@ def check_model(folder: Path) -> tuple[str, ...]:
 
     _check_present(folder, _MODEL_FILES)
     config = _read_json(folder / "config.json")
-    shards = _check_shards(folder)
+    read_headers(folder)
+    shards = [file.name for file in shard_files(folder)]
     vocabulary = Tokenizer.load(folder).ids.vocab_size
     if config.get("vocab_size", vocabulary) != vocabulary:
         raise CheckpointError(
@@ -132,48 +130,6 @@ def check_vision(folder: Path) -> tuple[str, ...]:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path} does not open safely: {first_line}") from None
     return _VISION_FILES
-
-
-def safetensors_names(path: Path) -> list[str]:
-    """The tensors of a safetensors file, after checking that it has exactly the size that its header implies.
-
-    The format: 8 bytes, the header's length N, little-endian; N bytes of JSON whose `data_offsets` count from
-    the header's end; the data.
-    """
-    actual = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if actual < 8 or length > min(_HEADER_LIMIT, actual - 8):
-            raise CheckpointError(f"{path} is cut off or damaged: {actual} bytes can't hold its header")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-            expected = 8 + length + max(tensors.values(), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {error!r}") from None
-    if actual != expected:
-        raise CheckpointError(f"{path} has {actual} bytes where its header implies {expected}")
-    return list(tensors)
-
-
-def _check_shards(folder: Path) -> tuple[str, ...]:
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
-        safetensors_names(folder / SINGLE_FILE)
-        return (SINGLE_FILE,)
-    weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-    shards = sorted({str(name) for name in weight_map.values()})
-    if strange := [name for name in shards if Path(name).name != name]:
-        raise CheckpointError(f"{folder / INDEX_FILE} points outside its folder: {strange[0]!r}")
-    _check_present(folder, shards)
-    for shard in shards:
-        held = set(safetensors_names(folder / shard))
-        if lost := [tensor for tensor, file in weight_map.items() if file == shard and tensor not in held]:
-            raise CheckpointError(f"{folder / shard} lacks {len(lost)} tensor(s) of the index, first {lost[0]}")
-    return tuple(shards)
 
 
 def _check_present(folder: Path, names: Iterable[str]) -> None:

@@ -52,7 +52,7 @@ class Meter(Protocol):
 def fetch_piece(
     piece: Piece, *, meter: Meter, patience: Patience, stop: threading.Event | None = None, tries: int = 3
 ) -> Entry:
-    """Bring `piece` and return its size and SHA-256. A content with a wrong hash is fetched anew, `tries` times in all.
+    """Download `piece`; returns its size and SHA-256. Content with a wrong hash is fetched again, `tries` times in all.
 
     Raises FetchError, DiskFullError or Stopped; what arrived stays in `piece.path` for the next call.
     """

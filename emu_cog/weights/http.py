@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import json
 import random
 import re
 import threading
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from emu_cog.errors import CheckpointError
+from emu_cog.errors import CheckpointError, redacted
 from emu_cog.log import log
 
 T = TypeVar("T")
@@ -21,6 +22,13 @@ BLOCK = 1 << 20
 _HAND_ON = 0.2
 """Seconds; what a kill loses is what has not been handed on."""
 _RETRIED = {408, 425, 429}
+_HOPELESS = {
+    "InvalidURL",
+    "LocalProtocolError",
+    "SSLError",
+    "TooManyRedirects",
+    "UnsupportedProtocol",
+}
 _HTTP = {401: "not authorised", 403: "access refused", 404: "not found", 410: "gone"}
 
 
@@ -40,13 +48,13 @@ class Transient(Exception):
     """Worth another attempt. `wait` is what the server asked for, in seconds; `progressed` forgives past failures."""
 
     def __init__(self, message: str, *, wait: float | None = None, progressed: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.wait = wait
         self.progressed = progressed
 
 
 class Stopped(Exception):
-    """Another download of the same batch failed; this one was told to stop."""
+    """Another download of the same batch failed, so this one was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,7 @@ class Remote:
 class Body:
     """An answer being read. `start` is the position of its first byte in the remote file, `size` that file's size.
 
-    `partial` tells that the server sent a range because one was asked for.
+    `partial`: the server sent the range that was asked for.
     """
 
     def __init__(self, response: Any, *, start: int, size: int | None, validator: str | None, patience: Patience):
@@ -108,7 +116,7 @@ class Body:
             try:
                 data = raw.read1(BLOCK)
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-                data, trouble = b"", f"the connection broke ({_reason(error)})"
+                data, trouble = b"", f"the connection broke ({reason_of(error)})"
             buffer += data
             total += len(data)
             since_mark += len(data)
@@ -150,10 +158,13 @@ def open_range(remote: Remote, start: int, stop: int | None, *, patience: Patien
             stream=True,
             timeout=(patience.connect, patience.stall),
         )
-    except (requests.exceptions.SSLError, requests.exceptions.TooManyRedirects, ValueError) as error:
-        raise FetchError(f"{remote.url}: {_reason(error)}") from None
-    except (requests.exceptions.RequestException, OSError) as error:
-        raise Transient(f"no answer from {remote.url} ({_reason(error)})") from None
+    except Exception as error:
+        reason = reason_of(error, remote.token)
+        if hopeless(error):
+            raise FetchError(f"{remote.url}: {reason}") from None
+        if isinstance(error, (OSError, http.client.HTTPException)):  # requests' own errors are OSErrors
+            raise Transient(f"no answer from {remote.url} ({reason})") from None
+        raise
     with response:
         yield _body(response, remote, start, patience)
 
@@ -199,7 +210,8 @@ def retrying(action: Callable[[], T], *, what: str, patience: Patience, stop: th
             wait = error.wait
             if wait is None:  # spread, so that many machines don't come back at once
                 wait = min(patience.first_wait * 2 ** (failures - 1), patience.longest_wait) * random.uniform(0.75, 1)
-            log.warning("%s: %s; attempt %d of %d in %.1f s", what, error, failures + 1, patience.attempts, wait)
+            label = redacted(what)
+            log.warning("%s: %s; attempt %d of %d in %.1f s", label, error, failures + 1, patience.attempts, wait)
             if stop.wait(wait):
                 raise Stopped from None
 
@@ -237,13 +249,30 @@ def _bearer(token: str | None) -> Callable[[Any], Any]:
     return sign
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost message of nested network errors, in one line."""
-    seen = {id(error)}
+def hopeless(error: BaseException) -> bool:
+    """Whether the same request would fail in the same way: a bad header, URL, protocol, certificate or redirect.
+
+    By the names of classes, because the two clients (requests, and huggingface_hub's httpx) have their own.
+    """
+    if isinstance(error, json.JSONDecodeError):  # an answer was cut off, or a proxy's page came instead
+        return False
+    names = {cls.__name__ for link in _chain(error) for cls in type(link).__mro__}
+    broken_handshake = "SSLEOFError" in names  # the connection's fault, not the certificate's
+    return isinstance(error, (ValueError, TypeError)) or bool(names & _HOPELESS and not broken_handshake)
+
+
+def reason_of(error: BaseException, secret: str | None = None) -> str:
+    """The innermost message of nested network errors, in one line and without `secret`."""
+    text = " ".join(str(_chain(error)[-1]).split())
+    return redacted(text, secret) or type(_chain(error)[-1]).__name__
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """`error` and the errors that caused it, outermost first."""
+    chain = [error]
     while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
-        if not isinstance(inner, BaseException) or id(inner) in seen:
+        if not isinstance(inner, BaseException) or any(inner is link for link in chain):
             break
-        seen.add(id(inner))
+        chain.append(inner)
         error = inner
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return chain

@@ -8,15 +8,18 @@ left; its listing request has no timeout, so a stalled server holds it for ever;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from emu_cog.errors import CheckpointError
+from emu_cog.errors import CheckpointError, InputError, redacted
 from emu_cog.log import log
 from emu_cog.weights.checkpoint import Part, check_part
 from emu_cog.weights.fetch import Piece, fetch_all, require_space
-from emu_cog.weights.http import FetchError, Patience, Remote, Transient, asked_wait, retrying
+from emu_cog.weights.http import FetchError, Patience, Remote, Transient, asked_wait, hopeless, retrying
 from emu_cog.weights.manifest import COMMIT, Entry, Pin
 from emu_cog.weights.progress import Progress
 from emu_cog.weights.staging import Staging
@@ -24,6 +27,9 @@ from emu_cog.weights.staging import Staging
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _WORKERS = 16
 """Files fetched at once: all 15 shards, since one connection to a CDN seldom fills a fast line."""
+_NOT_IN_TOKEN = re.compile(r"[^A-Za-z0-9._~+/=-]")
+"""The characters of a bearer token are those of RFC 6750, section 2.1."""
+_NOT_IN_URL = re.compile(r"[^!-~]")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -51,27 +57,53 @@ class Hub:
     `environ` is asked rather than the process's environment, which huggingface_hub reads only once, on import.
     """
 
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
     patience: Patience
 
     @property
     def endpoint(self) -> str:
-        return (self.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        return (self.environ.get("HF_ENDPOINT") or "").strip().rstrip("/") or DEFAULT_ENDPOINT
 
     @property
     def offline(self) -> bool:
         value = self.environ.get("HF_HUB_OFFLINE") or self.environ.get("TRANSFORMERS_OFFLINE") or ""
         return value.upper() in _TRUE
 
-    @property
+    @cached_property
     def token(self) -> str | None:
-        """HF_TOKEN, else what `hf auth login` stored."""
+        """HF_TOKEN, else what `hf auth login` stored, without surrounding blanks and quotes.
+
+        InputError, which does not quote it, if what remains can't be sent in a header.
+        """
         from huggingface_hub import get_token
 
-        return self.environ.get("HF_TOKEN") or get_token()
+        name = "HF_TOKEN"
+        token = _bare(self.environ.get(name))
+        if token is None:
+            name, token = "the token that `hf auth login` stored", _bare(get_token())
+        if token is not None and (bad := _NOT_IN_TOKEN.search(token)):
+            raise InputError(
+                f"{name} can't be used: character {bad.start() + 1} of {len(token)} is a blank, a control character or "
+                "another that no token has; set it again to the token alone, in one line without quotes"
+            )
+        return token
+
+    def check(self) -> None:
+        """InputError, before anything is asked, for an endpoint or token that no request could be made with."""
+        self.check_endpoint()
+        _ = self.offline or self.token
+
+    def check_endpoint(self) -> None:
+        if not _is_address(self.endpoint):
+            shown = self.endpoint if "://" in self.endpoint else f"://{self.endpoint}"
+            shown = redacted(shown).removeprefix("://")
+            raise InputError(
+                f"HF_ENDPOINT={shown!r} is not an address: it must be like {DEFAULT_ENDPOINT}, with http:// or https://"
+            )
 
     def cached(self, part: Part, revision: str) -> Path | None:
         """The folder of a complete snapshot of `revision` in the hub's own cache; no network."""
+        self.check_endpoint()  # huggingface_hub parses it as it is imported, and fails there
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -82,12 +114,12 @@ class Hub:
             found = snapshot_download(part.repo.name, revision=revision, cache_dir=cache, local_files_only=True)
             check_part(part, Path(found))
         except (LocalEntryNotFoundError, CheckpointError) as error:
-            log.debug("hub cache: %s", error)
+            log.debug("hub cache: %s", redacted(str(error), self.environ.get("HF_TOKEN")))
             return None
         return Path(found)
 
     def listing(self, part: Part, revision: str) -> Listing:
-        """Ask the hub what `revision` (commit or branch) is and holds. FetchError says why it can't be told."""
+        """Ask the hub what `revision` (commit or branch) is and holds. FetchError says why there is no answer."""
         if self.offline:
             raise FetchError("HF_HUB_OFFLINE is set, so the hub is not asked")
         return retrying(
@@ -125,7 +157,7 @@ class Hub:
 
         found = get_hf_file_metadata(self.url(part, commit, name), token=self.token, timeout=self.patience.stall)
         if found.size is None:
-            raise FetchError(f"the hub tells no size for {part.repo.name}/{name}")
+            raise FetchError(f"the hub gives no size for {part.repo.name}/{name}")
         etag = found.etag or ""
         return HubFile(found.size, sha256=etag if len(etag) == 64 else None, git_sha1=etag if len(etag) == 40 else None)
 
@@ -136,7 +168,7 @@ class Hub:
         name = part.repo.name
         try:
             return ask()
-        except (FetchError, Transient):
+        except (FetchError, Transient, InputError):
             raise
         except errors.OfflineModeIsEnabled:
             raise FetchError("HF_HUB_OFFLINE is set, so the hub is not asked") from None
@@ -156,7 +188,9 @@ class Hub:
             raise FetchError(f"{self.endpoint} answered {status} for {name}") from None
         except Exception as error:
             # The client passes on its transport's errors, whose classes differ by its version.
-            text = " ".join(str(error).split()) or type(error).__name__
+            text = redacted(" ".join(str(error).split()), self.token) or type(error).__name__
+            if hopeless(error):
+                raise FetchError(f"{self.endpoint} can't be asked for {name} ({text})") from None
             raise Transient(f"no usable answer ({text})") from None
 
     def url(self, part: Part, commit: str, name: str) -> str:
@@ -165,9 +199,10 @@ class Hub:
         return hf_hub_url(part.repo.name, name, revision=commit, endpoint=self.endpoint)
 
     def origin(self, part: Part) -> str:
-        return f"{self.endpoint}/{part.repo.name}"
+        """What is kept beside the weights about where they came from."""
+        return redacted(f"{self.endpoint}/{part.repo.name}")
 
-    def bring(
+    def download(
         self,
         staging: Staging,
         pin: Pin,
@@ -183,14 +218,14 @@ class Hub:
         part = staging.part
         revision = pin.commit or kept_revision or part.repo.revision
         listing = self.listing(part, revision)
-        _tell_commit(part, revision, listing.commit, pin)
+        _log_commit(part, revision, listing.commit, pin)
         files = _held_to_pin(part, listing, pin)
         origin = self.origin(part)
         known = {name: Entry(f.size, f.sha256) for name, f in files.items() if f.sha256 is not None}
         staging.begin(origin, listing.commit, {name: entry.sha256 for name, entry in known.items()})
         staging.adopt(nearby, origin, listing.commit, known)
         require_space(staging.folder, sum(f.size for f in files.values()) - staging.present(), part.folder)
-        whole = staging.whole()
+        whole = staging.finished()
         token = self.token
         pieces = [
             Piece(
@@ -215,17 +250,31 @@ class Hub:
             )
 
 
-def _tell_commit(part: Part, revision: str, commit: str, pin: Pin) -> None:
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and _NOT_IN_URL.search(url) is None
+
+
+def _bare(value: str | None) -> str | None:
+    """Kubernetes secrets end in a newline, and `docker --env-file` keeps the quotes of a .env line."""
+    return (value or "").strip().strip("\"'").strip() or None
+
+
+def _log_commit(part: Part, revision: str, commit: str, pin: Pin) -> None:
     if revision == commit:
         log.info("%s: commit %s", part.repo.name, commit)
         return
     log.info("%s: %s is now commit %s, which is kept beside the weights", part.repo.name, revision, commit)
     if pin.seen and not commit.startswith(pin.seen):
-        log.warning("%s has moved on since weights.lock was written: it was at %s…", part.repo.name, pin.seen)
+        log.warning("%s has moved on since weights.pins.json was written: it was at %s…", part.repo.name, pin.seen)
 
 
 def _held_to_pin(part: Part, listing: Listing, pin: Pin) -> dict[str, HubFile]:
-    """The listing, with the lock's SHA-256 where it has one. FetchError where the two disagree."""
+    """The listing, with the pinned SHA-256 where it has one. FetchError where the two disagree."""
     if pin.commit != listing.commit:
         return dict(listing.files)
     files = {}
@@ -233,10 +282,10 @@ def _held_to_pin(part: Part, listing: Listing, pin: Pin) -> dict[str, HubFile]:
         entry = pin.files.get(name)
         if entry is not None and (entry.size != file.size or file.sha256 not in (None, entry.sha256)):
             raise FetchError(
-                f"{part.repo.name}/{name} on the hub is not the file of weights.lock: {file.size} bytes and SHA-256 "
-                f"{file.sha256}, pinned {entry.size} bytes and {entry.sha256}"
+                f"{part.repo.name}/{name} on the hub is not the file of weights.pins.json: {file.size} bytes and "
+                f"SHA-256 {file.sha256}, pinned {entry.size} bytes and {entry.sha256}"
             )
         files[name] = HubFile(file.size, sha256=entry.sha256 if entry else file.sha256, git_sha1=file.git_sha1)
     if missing := sorted(set(pin.files) - set(files)):
-        raise FetchError(f"{part.repo.name} on the hub lacks {missing[0]}, which weights.lock names")
+        raise FetchError(f"{part.repo.name} on the hub lacks {missing[0]}, which weights.pins.json names")
     return files

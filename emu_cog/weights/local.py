@@ -85,7 +85,7 @@ def keep_manifest(
         files = hash_files(found.folder, names, progress=progress.add)
     differing = [name for name, entry in pin.files.items() if files.get(name) != entry]
     if differing:
-        log.warning("local: %s is not what weights.lock pins: %s differs", found.folder, ", ".join(differing[:3]))
+        log.warning("local: %s is not what weights.pins.json pins: %s differs", found.folder, ", ".join(differing[:3]))
     revision = pin.commit if pin.commit and pin.files and not differing else "local"
     write_manifest(found.folder, Manifest("local", revision, files))
     return Found(found.folder, revision)

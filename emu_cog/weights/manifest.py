@@ -1,4 +1,4 @@
-"""Sizes and SHA-256 of weight files: the manifest kept beside them and the repository's weights.lock."""
+"""Sizes and SHA-256 of weight files: the manifest kept beside them and the repository's weights.pins.json."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _BLOCK = 4 << 20
 _HASH_THREADS = 8
 _ABOUT = (
     "Pins of the model repositories. commit null: not known when this was written; the branch main is then resolved "
-    "once, told in the log and kept beside the weights. files empty: the hub's own hashes are used on arrival. "
+    "once, logged and kept beside the weights. files empty: the hub's own hashes are used on arrival. "
     "seen: a commit by its first digits, as shown on the repository's page. "
-    "Written by: scripts/download-weights --lock"
+    "Written by: scripts/download-weights --pin"
 )
 
 
@@ -46,7 +46,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Pin:
-    """What weights.lock says of one repository; `commit` None and empty `files` mean not known yet."""
+    """What weights.pins.json says of one repository; `commit` None and empty `files` mean not known yet."""
 
     commit: str | None = None
     seen: str | None = None
@@ -54,7 +54,7 @@ class Pin:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of `folder`; None where there is none, or none that can be read (told in the log)."""
+    """The manifest of `folder`; None where there is none, or none that can be read (logged)."""
     path = folder / MANIFEST_FILE
     try:
         data = json.loads(path.read_bytes())
@@ -86,17 +86,6 @@ def size_problems(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def hash_problems(folder: Path, manifest: Manifest, *, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """`size_problems`, and every file whose content has changed. Reads everything."""
-    problems = size_problems(folder, manifest)
-    suspects = {p.split(" ", 1)[0] for p in problems}
-    whole = [name for name in manifest.files if name not in suspects]
-    for name, entry in hash_files(folder, whole, progress=progress).items():
-        if entry.sha256 != manifest.files[name].sha256:
-            problems.append(f"{name} has SHA-256 {entry.sha256}, not {manifest.files[name].sha256}")
-    return problems
-
-
 def hash_files(folder: Path, names: list[str], *, progress: Callable[[int], None] = lambda _: None) -> dict[str, Entry]:
     """Size and SHA-256 of each file, read by several threads; `progress` is called with bytes done since last."""
 
@@ -120,7 +109,7 @@ def feed(path: Path, *digests: Any, progress: Callable[[int], None] = lambda _: 
     return size
 
 
-def read_lock(path: Path) -> dict[str, Pin]:
+def read_pins(path: Path) -> dict[str, Pin]:
     """Repository name to Pin. No file means no pins; a file that can't be understood is a CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
@@ -137,11 +126,11 @@ def read_lock(path: Path) -> dict[str, Pin]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} can't be understood ({error}): take it from version control again, or write it anew with "
-            "scripts/download-weights --lock"
+            "scripts/download-weights --pin"
         ) from None
 
 
-def write_lock(pins: Mapping[str, Pin], path: Path) -> None:
+def write_pins(pins: Mapping[str, Pin], path: Path) -> None:
     repositories = {}
     for name, pin in sorted(pins.items()):
         files = {file: asdict(entry) for file, entry in sorted(pin.files.items())}

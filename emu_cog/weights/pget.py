@@ -3,42 +3,57 @@
     pget URL FOLDER -x     unpacks the tar while it downloads
 
 It writes each file from its beginning, in the archive's order, so what it left when it ended early can be completed.
+On Linux only: there the kernel ends it together with this process, and two never write into one folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+from emu_cog.errors import redacted
 from emu_cog.log import log
 from emu_cog.weights.fetch import Meter
 from emu_cog.weights.http import Patience
 
 _LOOK_EVERY = 0.5
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def program() -> str | None:
-    return shutil.which("pget")
+    return shutil.which("pget") if sys.platform == "linux" else None
 
 
 def unpack(url: str, folder: Path, *, meter: Meter, patience: Patience) -> bool:
-    """Run pget into `folder`. False, told in the log, if it failed, or wrote nothing for twice the stall time."""
+    """Run pget into `folder`. False, logged, if it failed, or wrote nothing for twice the stall time."""
     binary = program()
     assert binary is not None
     clear(folder)
-    log.info("pget unpacks %s", url)
-    with tempfile.TemporaryFile() as output, _held(folder) as handle:
-        # The child inherits the lock: should this process be killed, the next start sees that pget still writes.
-        command = [binary, url, str(folder.absolute()), "-x"]
+    log.info("pget unpacks %s", redacted(url))
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # before the fork, after which little may be called
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    with tempfile.TemporaryFile() as output:
+        # The kernel's signal follows the thread that starts the child, not the process. This thread waits for the
+        # child below, whatever happens, so it can't end first unless the process does.
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=(handle,)
+            [binary, url, str(folder.absolute()), "-x"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
         )
         try:
             stalled = _watch(child, folder, meter, patience)
@@ -51,22 +66,13 @@ def unpack(url: str, folder: Path, *, meter: Meter, patience: Patience) -> bool:
     if child.returncode == 0:
         return True
     why = "wrote nothing for too long and was stopped" if stalled else f"ended with {child.returncode}"
-    log.warning("pget %s; going on without it%s", why, f". It said: {said}" if said else "")
+    log.warning("pget %s; going on without it%s", why, f". It said: {redacted(said)}" if said else "")
     return False
-
-
-def wait_for_orphan(folder: Path) -> None:
-    """Wait until no pget of a killed process writes into `folder` any more."""
-    if not _lock_file(folder).exists():
-        return
-    with _held(folder, why="a pget that outlived its program is still unpacking; waiting for it to end"):
-        pass
 
 
 def clear(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    _lock_file(folder).unlink(missing_ok=True)
 
 
 def _watch(child: subprocess.Popen[bytes], folder: Path, meter: Meter, patience: Patience) -> bool:
@@ -91,22 +97,3 @@ def _size(folder: Path) -> int:
         with contextlib.suppress(OSError):
             total += path.lstat().st_size if path.is_file() else 0
     return total
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-@contextlib.contextmanager
-def _held(folder: Path, why: str = "") -> Iterator[int]:
-    """An exclusive lock beside `folder`, released when every holder of the descriptor has closed it."""
-    handle = os.open(_lock_file(folder), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("%s", why)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""What keeps weights what they are: weights.lock, written from the hub, and the hashes of what lies on the disk."""
+"""weights.pins.json, written from the hub, and files on the disk hashed and compared with it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from emu_cog.weights.checkpoint import PARTS, Part, check_part
 from emu_cog.weights.fetch import Piece, fetch_all, gigabytes
 from emu_cog.weights.http import Patience, Remote
 from emu_cog.weights.hub import Hub
-from emu_cog.weights.manifest import Entry, Pin, hash_files, read_lock, read_manifest, size_problems, write_lock
+from emu_cog.weights.manifest import Entry, Pin, hash_files, read_manifest, read_pins, size_problems, write_pins
 from emu_cog.weights.progress import Progress
 from emu_cog.weights.store import resolve
 
 
-def lock(settings: Settings, *, patience: Patience | None = None) -> Mapping[str, Pin]:
-    """Ask the hub what it holds now and write that to `settings.weights_lock`: all three repositories, or nothing.
+def pin_all(settings: Settings, *, patience: Patience | None = None) -> Mapping[str, Pin]:
+    """Ask the hub what it holds now and write that to `settings.weights_pins`: all three repositories, or nothing.
 
-    Commits are those of the branch main, the vision tokenizer's the pinned one. The hub tells the SHA-256 of large
+    Commits are those of the branch main, the vision tokenizer's the pinned one. The hub lists the SHA-256 of large
     files; small ones are fetched and hashed, after a check against git's hash. Raises CheckpointError.
     """
     hub = Hub(settings.environ, patience or Patience())
-    before = read_lock(settings.weights_lock)
-    pins = {part.repo.name: _pin(hub, part) for part in PARTS.values()}
+    hub.check()
+    before = read_pins(settings.weights_pins)
+    pins = {part.repo.name: _pin_of(hub, part) for part in PARTS.values()}
     for name, pin in pins.items():
         old = before.get(name, Pin())
         known = old.commit or old.seen
         if known and pin.commit and not pin.commit.startswith(known):
             log.warning("%s has moved on: %s before, %s now", name, known, pin.commit)
-    write_lock(pins, settings.weights_lock)
+    write_pins(pins, settings.weights_pins)
     return pins
 
 
-def _pin(hub: Hub, part: Part) -> Pin:
+def _pin_of(hub: Hub, part: Part) -> Pin:
     listing = hub.listing(part, part.repo.revision)
     log.info("%s is at commit %s", part.repo.name, listing.commit)
     files = {name: Entry(f.size, f.sha256) for name, f in listing.files.items() if f.sha256 is not None}
@@ -79,12 +80,12 @@ class Verdict:
 
 
 def verify(settings: Settings) -> Iterator[Verdict]:
-    """Hash every file of the checkpoint that `settings` name, against its manifest and weights.lock; no network.
+    """Hash every file of the checkpoint that `settings` name, against its manifest and weights.pins.json; no network.
 
     Raises InputError where there is nothing that could be held against anything, CheckpointError for a missing part.
     """
     if settings.checkpoint in ("image", "base"):
-        pins = read_lock(settings.weights_lock)
+        pins = read_pins(settings.weights_pins)
         for part in (PARTS[settings.checkpoint], PARTS["vision"]):
             yield _verdict(_folder(settings, part), pins.get(part.repo.name, Pin()))
         return
@@ -102,7 +103,7 @@ def _folder(settings: Settings, part: Part) -> Path:
     for folder in folders:
         check_part(part, folder)
         return folder
-    raise CheckpointError(f"there is no {part.folder} in {root}: scripts/download-weights brings it")
+    raise CheckpointError(f"there is no {part.folder} in {root}: scripts/download-weights downloads it")
 
 
 def _verdict(folder: Path, pin: Pin) -> Verdict:
@@ -111,7 +112,7 @@ def _verdict(folder: Path, pin: Pin) -> Verdict:
         raise InputError(
             f"{folder} has no manifest to be held against: only image and base, once brought or found whole, keep one"
         )
-    expected = {name: ("weights.lock", entry) for name, entry in pin.files.items()}
+    expected = {name: ("weights.pins.json", entry) for name, entry in pin.files.items()}
     if manifest is not None:
         # A folder of another commit than the pinned one is held against its own manifest alone.
         expected = expected if pin.commit == manifest.revision else {}

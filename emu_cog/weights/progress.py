@@ -1,20 +1,24 @@
-"""How far a long transfer is: a bar on a terminal, a line in the log now and then."""
+"""Progress of a long transfer: tqdm's bar on a terminal, elsewhere tqdm's line in the log at intervals."""
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
 
 from emu_cog.log import log
-from emu_cog.weights.fetch import gigabytes
 
-_LOG_EVERY = 15.0
-_RATE_OVER = 30.0
-"""Seconds: the rate is that of the last half minute, so that the time left follows a change of the line."""
+LOG_EVERY = 15.0
+"""Seconds; also what the logged rate and time left are averaged over, roughly."""
+_CALL_EVERY = 0.5
+_LINE = "{desc}: {n_fmt}B of {total_fmt}B ({percentage:.0f} %), {rate_fmt}, {remaining} left"
+_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}B, {rate_fmt}"
 
 
 class Progress:
@@ -24,68 +28,46 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None, *, on_progress: Callable[[int, int], None] | None = None) -> None:
-        from tqdm import tqdm
-
-        self.done, self.total = 0, total
-        self._label, self._on_progress = label, on_progress
-        self._bar = tqdm(
-            total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr, disable=None, dynamic_ncols=True
-        )
+        self._on_progress = on_progress
+        self._called = time.monotonic()
         self._lock = threading.Lock()
-        self._arrived = 0
-        now = time.monotonic()
-        self._marks = deque([(now, 0)])
-        self._logged = self._told = now
+        common: dict[str, Any] = {"desc": label, "total": total, "unit": "B", "unit_scale": True, "miniters": 1}
+        self._bar: tqdm[Any]
+        if sys.stderr.isatty():
+            self._bar = tqdm(file=sys.stderr, dynamic_ncols=True, **common)
+        else:
+            self._bar = _LogLines(**common)
+
+    @property
+    def done(self) -> int:
+        return int(self._bar.n)
 
     def found(self, count: int) -> None:
         """`count` bytes were there already: done, but no part of the rate."""
-        self._count(count, arrived=0)
+        self._count(count, arrived=False)
 
     def add(self, count: int) -> None:
         """`count` bytes arrived."""
-        self._count(count, arrived=count)
+        self._count(count, arrived=True)
 
     def lose(self, count: int) -> None:
         """`count` bytes must be done again."""
-        self._count(-count, arrived=0)
+        self._count(-count, arrived=False)
 
-    def _count(self, count: int, *, arrived: int) -> None:
+    def _count(self, count: int, *, arrived: bool) -> None:
         with self._lock:
-            now = time.monotonic()
-            self.done += count
-            self._arrived += arrived
-            self._move_bar(count, arrived)
-            while len(self._marks) > 1 and now - self._marks[1][0] > _RATE_OVER:
-                self._marks.popleft()
-            if now - self._marks[-1][0] > 1:
-                self._marks.append((now, self._arrived))
-            if now - self._logged > _LOG_EVERY:
-                self._logged = now
-                log.info("%s", self.line(now))
-            if self._on_progress is not None and now - self._told > 0.5:
-                self._told = now
-                self._on_progress(self.done, self.total or 0)
+            if not arrived:
+                self._bar.n += count
+                self._bar.initial += count
+                self._bar.last_print_n += count
+            self._bar.update(count if arrived else 0)
+            if time.monotonic() - self._called > _CALL_EVERY:
+                self._call()
 
-    def _move_bar(self, count: int, arrived: int) -> None:
-        if self._bar.disable:
-            return
-        if not arrived:  # what did not come over the line must not count for the bar's rate
-            self._bar.n += count
-            self._bar.initial += count
-            self._bar.last_print_n += count
-        self._bar.update(arrived)
-
-    def line(self, now: float) -> str:
-        """For people: `Emu3.5-Image: 12.3 GB of 68.2 GB (18 %), 350.1 MB/s, 2 min 40 s left`."""
-        then, before = self._marks[0]
-        rate = (self._arrived - before) / max(now - then, 1e-3)
-        if self.total is None:
-            return f"{self._label}: {gigabytes(self.done)}, {gigabytes(rate)}/s"
-        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else "nothing arrives"
-        share = 100 * self.done / max(self.total, 1)
-        return f"{self._label}: {gigabytes(self.done)} of {gigabytes(self.total)} ({share:.0f} %), " + (
-            f"{gigabytes(rate)}/s, {left}"
-        )
+    def _call(self) -> None:
+        self._called = time.monotonic()
+        if self._on_progress is not None:
+            self._on_progress(self.done, int(self._bar.total or 0))
 
     def __enter__(self) -> Progress:
         return self
@@ -94,15 +76,23 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._on_progress is not None:
-            self._on_progress(self.done, self.total or 0)
+        self._call()
 
 
-def duration(seconds: float) -> str:
-    """For people: `2 h 05 min`, `2 min 40 s`, `7 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    if whole >= 60:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole} s"
+class _LogLines(tqdm):  # type: ignore[type-arg]
+    """A bar whose every display is a line in the log."""
+
+    def __init__(self, *, total: int | None, **options: Any) -> None:
+        super().__init__(
+            total=total,
+            file=io.StringIO(),  # what tqdm writes itself, which is to move the cursor
+            bar_format=_LINE_WITHOUT_TOTAL if total is None else _LINE,
+            mininterval=LOG_EVERY,
+            delay=LOG_EVERY,
+            leave=False,
+            **options,
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # else it is the empty text with which a bar is wiped
+            log.info("%s", self)

@@ -1,11 +1,11 @@
-"""Where a part's files gather until it is whole: a folder on the same disk, put in place by one rename.
+"""Where a part's files gather until it is complete: a folder on the same disk, put in place by one rename.
 
     <weights>/.staging/<folder>/          the files, each growing from its beginning
     <weights>/.staging/<folder>.json      where they come from: origin and revision
-    <weights>/.staging/<folder>.sha256    one line for each file that is whole: SHA-256, size, name
+    <weights>/.staging/<folder>.sha256    one line for each complete file: SHA-256, size, name
 
 A file without a line is taken for a beginning and completed. Files of another origin are kept only where the new one
-tells their SHA-256, because then a wrong beginning is found out.
+lists their SHA-256, because then a wrong beginning is detected.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Staging:
             return None
 
     def begin(self, origin: str, revision: str, known: Mapping[str, str]) -> None:
-        """Prepare for files of (`origin`, `revision`); `known` holds the SHA-256 of those whose hash it tells."""
+        """Prepare for files of (`origin`, `revision`); `known` holds the SHA-256 of the files whose hash it lists."""
         with raising_disk_full(self.folder):
             if self.source() != (origin, revision) and self.folder.exists():
-                whole = self.whole()
+                whole = self.finished()
                 for path in [p for p in self.folder.rglob("*") if not p.is_dir() or p.is_symlink()]:
                     name = path.relative_to(self.folder).as_posix()
                     if name not in known or (name in whole and whole[name].sha256 != known[name]):
@@ -80,8 +80,8 @@ class Staging:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._state, {"origin": origin, "revision": revision})
 
-    def whole(self) -> dict[str, Entry]:
-        """The files recorded as whole that are still there with that size."""
+    def finished(self) -> dict[str, Entry]:
+        """The files recorded as complete that are still there with that size."""
         try:
             lines = self._journal.read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -112,7 +112,7 @@ class Staging:
             manifest = read_manifest(folder)
             ours = manifest is not None and (manifest.origin, manifest.revision) == (origin, revision)
             trusted = {**(manifest.files if manifest is not None and ours else {}), **known}
-            whole = self.whole()
+            whole = self.finished()
             names = [
                 name
                 for name, entry in trusted.items()
@@ -138,7 +138,7 @@ class Staging:
         """
         if not self.ready():
             names = check_part(self.part, self.folder)
-            entries = self.whole()
+            entries = self.finished()
             entries |= hash_files(self.folder, [name for name in names if name not in entries])
             origin, revision = self.source() or ("unknown", "unknown")
             self._drop_others(names)
@@ -163,7 +163,7 @@ class Staging:
                 path.unlink()
 
     def _clear_target(self) -> None:
-        """Make way for the rename: an incomplete folder of ours goes, one that somebody else made is set aside."""
+        """Make way for the rename: an incomplete folder of ours is removed, one that somebody else made is renamed."""
         if (self.target / MANIFEST_FILE).is_file():
             old = self.folder.with_name(f"{self.part.folder}.old")
             _remove(old)

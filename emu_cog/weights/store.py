@@ -7,6 +7,7 @@ only after every file in it was found whole.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from emu_cog.weights.fetch import DiskFullError
 from emu_cog.weights.http import Patience
 from emu_cog.weights.hub import Hub
 from emu_cog.weights.local import Found
-from emu_cog.weights.manifest import COMMIT, Pin, read_lock, read_manifest
+from emu_cog.weights.manifest import COMMIT, Pin, read_manifest, read_pins
 from emu_cog.weights.staging import STAGING_FOLDER, Staging, sweep
 
 Kind = Literal["image", "base", "mini", "folder"]
@@ -33,6 +34,8 @@ _LOCK = ".weights.lock"
 MINIATURE = Path(__file__).resolve().parent.parent / "mini"
 """The trained miniature, which is package data."""
 _TELL_WAITING = 30.0
+_PGET_ENDS = 0.5
+"""Seconds: our lock is free a moment before the kernel's SIGKILL has ended the pget of a killed process."""
 _VISION_NAMES = ("Emu3.5-VisionTokenizer", "vision_tokenizer", "vision")
 
 
@@ -57,7 +60,7 @@ def resolve(
     on_progress: Callable[[int, int], None] | None = None,
     patience: Patience | None = None,
 ) -> Checkpoint:
-    """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; brought here when missing.
+    """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; downloaded when missing.
 
     `on_progress` is called with (bytes done, bytes in all or 0) while weights arrive. Raises InputError for settings
     that can't be meant, DiskFullError when there is no room, CheckpointError with each source's reason otherwise.
@@ -65,7 +68,7 @@ def resolve(
     _check_source(settings)
     vision = _named_folder("EMU_VISION_TOKENIZER", settings.vision_tokenizer) if settings.vision_tokenizer else None
     store = Store(
-        settings, patience=patience or Patience(), pins=read_lock(settings.weights_lock), on_progress=on_progress
+        settings, patience=patience or Patience(), pins=read_pins(settings.weights_pins), on_progress=on_progress
     )
     if settings.checkpoint == "mini":
         return Checkpoint(MINIATURE / "model", vision or MINIATURE / "vision", "mini", "mini")
@@ -141,7 +144,7 @@ class Store:
                     found[part.key] = here
             missing = [part for part in parts if part.key not in found]
             if missing:
-                found |= self._bring(missing, {key: [f"local: {r}" for r in reasons[key]] for key in reasons})
+                found |= self._download(missing, {key: [f"local: {r}" for r in reasons[key]] for key in reasons})
         return found
 
     def _find(self, part: Part) -> tuple[Found | None, list[str]]:
@@ -166,7 +169,7 @@ class Store:
                     lock.acquire(timeout=_TELL_WAITING if waited else 0)
                 except Timeout:
                     waited += 1
-                    log.info("another process is bringing weights to %s; waiting to use them", self.root)
+                    log.info("another process is downloading weights to %s; waiting to use them", self.root)
         except OSError as error:
             raise CheckpointError(
                 f"can't write to the weights folder {self.root} ({error.strerror}): set EMU_WEIGHTS_DIR to a folder "
@@ -177,18 +180,22 @@ class Store:
         finally:
             lock.release()
 
-    def _bring(self, missing: list[Part], reasons: dict[str, list[str]]) -> dict[str, Found]:
+    def _download(self, missing: list[Part], reasons: dict[str, list[str]]) -> dict[str, Found]:
         """Complete each of `missing` from the first source that can; CheckpointError with every reason if none can."""
-        pget.wait_for_orphan(self._scratch)
+        if self._scratch.exists():  # a killed process: the kernel is ending its pget, which must write no more
+            time.sleep(_PGET_ENDS)
         sweep(self.root)
         stagings = {part.key: Staging(self.root, part) for part in missing}
         # A kill between the last byte and the rename leaves a folder that only has to be put in place.
         found = {key: Found(*staging.publish()) for key, staging in stagings.items() if staging.ready()}
-        for source in self._sources(list(stagings.values())):
+        sources = self._sources(list(stagings.values()))
+        if "hub" in sources:
+            self.hub.check()
+        for source in sources:
             wanted = [staging for key, staging in stagings.items() if key not in found]
             if not wanted:
                 break
-            log.info("%s: bringing %s to %s", source, " and ".join(s.part.folder for s in wanted), self.root)
+            log.info("%s: downloading %s to %s", source, " and ".join(s.part.folder for s in wanted), self.root)
             brought = self._from_cdn(wanted, reasons) if source == "cdn" else self._from_hub(wanted, reasons)
             found |= {staging.part.key: done for staging, done in brought}
         if lacking := [staging.part for key, staging in stagings.items() if key not in found]:
@@ -220,7 +227,7 @@ class Store:
         try:
             if not own and any(staging.part.key == "base" for staging in wanted):
                 raise CheckpointError("the CDN has the image model only; EMU_WEIGHTS_CDN_URL may name another tar")
-            for staging in archive.bring(wanted, {s.part.key: local.candidates(self.root, s.part) for s in wanted}):
+            for staging in archive.download(wanted, {s.part.key: local.candidates(self.root, s.part) for s in wanted}):
                 done.append((staging, Found(*staging.publish())))
         except DiskFullError:
             raise
@@ -236,7 +243,7 @@ class Store:
         for staging in wanted:
             nearby = local.candidates(self.root, staging.part) + local.candidates(self._scratch, staging.part)
             try:
-                self.hub.bring(
+                self.hub.download(
                     staging,
                     self.pin(staging.part),
                     kept_revision=self._kept_commit(staging, nearby),

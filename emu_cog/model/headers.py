@@ -1,0 +1,75 @@
+"""What the headers of a folder of safetensors say: names and shapes, without reading a tensor and without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from emu_cog.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where a tensor lies and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """The tensors of one file. The library compares the header with the file's size; CheckpointError if they differ."""
+    try:
+        with safe_open(file, framework="numpy") as shard:
+            return {name: TensorHeader(file, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        size = f" ({file.stat().st_size} bytes)" if file.is_file() else ""
+        raise CheckpointError(f"{file} is damaged or cut off: {error}{size}") from None
+
+
+def read_headers(folder: Path) -> Mapping[str, TensorHeader]:
+    """Every tensor of `folder` by name. CheckpointError if a file, or a tensor that the index names, is missing."""
+    weight_map = _weight_map(folder)
+    headers: dict[str, TensorHeader] = {}
+    for file in shard_files(folder):
+        held = read_header(file)
+        if lost := [tensor for tensor, name in weight_map.items() if name == file.name and tensor not in held]:
+            raise CheckpointError(f"{file} lacks {len(lost)} tensor(s) of the index, first {lost[0]}")
+        headers |= held
+    return headers
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The weight files of `folder`: the index's shards, else the single file. CheckpointError when one is missing."""
+    names = sorted(set(_weight_map(folder).values())) or [SINGLE_FILE]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        without_index = "" if (folder / INDEX_FILE).is_file() else f" and has no {INDEX_FILE}"
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing[:3])}{more}{without_index}: the weights are not complete"
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name to file name, by the index; empty without one."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = list(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged or cut off: {error!r}") from None
+    if not names:
+        raise CheckpointError(f"{index} has no weight_map")
+    for name in names:
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
+    return dict(weight_map)
