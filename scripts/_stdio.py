@@ -1,0 +1,43 @@
+"""Standard streams that may be closed, broken or full: a script's own messages never end it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def ensure_open() -> None:
+    """Put /dev/null where a standard stream is closed (`2>&-`), else the next file opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
+def note(text: str, *, end: str = "\n") -> None:
+    """Write to standard error; from the first failure on (a closed pipe, a full disk) to nowhere."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except OSError:
+        discard(2)
+
+
+def result(text: str) -> None:
+    """Write a line to standard output. A reader that is gone (`| head -1`) is no error; a full disk is an OSError."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard(1)
+    except OSError:
+        discard(1)
+        raise
+
+
+def discard(number: int) -> None:
+    """Send all further output on this file descriptor to /dev/null, the flush at exit included."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
