@@ -44,7 +44,7 @@ def read(flags: list[str], as_json: str | None, fields: dict[str, Field]) -> dic
             raise UsageError(f"there is no input {name!r}, the inputs are {', '.join(fields)}{_guess(name, fields)}")
     for name, field in fields.items():
         if field.required and name not in given:
-            raise UsageError(f"the input {name} is missing: give it as -i {name}=...")
+            raise UsageError(f"the input {name} is missing: give it as -i {name}=... or in --json")
     values = {name: _value(value, fields[name]) for name, value in given.items()}
     _check_together(values)
     return _with_data_urls(values)
@@ -193,7 +193,9 @@ def _found(value: str, name: str) -> Path:
         if stat.S_ISREG(found.st_mode):
             path.open("rb").close()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{name}: {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(
+            f"{name}: {path} can't be read: {getattr(error, 'strerror', None) or error} (@ names a file)"
+        ) from None
     if stat.S_ISDIR(found.st_mode):
         raise UsageError(f"{name}: {path} is a folder, a file is needed")
     if stat.S_ISREG(found.st_mode) and found.st_size == 0:

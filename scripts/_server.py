@@ -162,8 +162,10 @@ class Server:
                 self._ready = True
                 return
             if health.get("status") in ("SETUP_FAILED", "DEFUNCT", "UNHEALTHY"):
-                setup = health.get("setup") or {}
-                raise ServerError(f"setup failed:\n{_LAYERS.sub('', str(setup.get('logs', '')).strip())}")
+                logs = _LAYERS.sub("", str((health.get("setup") or {}).get("logs", "")).strip())
+                if logs == "worker crashed":
+                    logs += " (killed, perhaps for want of memory)"
+                raise ServerError(f"setup failed:\n{logs}")
             time.sleep(0.05)
 
     def _health(self) -> dict[str, Any]:
@@ -191,14 +193,15 @@ class Server:
                 if code := self._process.wait(interval):
                     raise ServerError(f"the server {_how(code)}")
                 return
-            if self._slot_lost:
+            worker = self._has_worker()
+            if worker and self._slot_lost:  # coglet logs the same of a worker that died in a prediction
                 raise ServerError(
                     "the server has lost its only slot for predictions and would refuse every request with 409: a "
                     f"prediction's folder could not be made in {COGLET_FOLDER} (a full disk, or an id of more than "
                     "255 bytes); start it again"
                 )
             status = self._health().get("status")
-            if status == "DEFUNCT" or (status == "UNHEALTHY" and not self._has_worker()):
+            if status == "DEFUNCT" or (status == "UNHEALTHY" and not worker):
                 raise ServerError("the model's process has ended (out of memory?): start the server again")
 
     def _has_worker(self) -> bool:

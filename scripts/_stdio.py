@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+_line_is_open = False
+
 
 def ensure_open() -> None:
     """Put /dev/null where a standard stream is closed (`2>&-`), else the next file opened would take its number."""
@@ -13,11 +15,18 @@ def ensure_open() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def note(text: str, *, end: str = "\n") -> None:
-    """Write to standard error; from the first failure on (a closed pipe, a full disk) to nowhere."""
+    """Write to standard error; from the first failure on (a closed pipe, a full disk) to nowhere.
+
+    A whole line never begins within one that an `end=""` left open, such as a progress bar.
+    """
+    global _line_is_open
+    if end and _line_is_open:
+        text = f"\n{text}"
+    _line_is_open = not (text + end).endswith("\n")
     try:
         sys.stderr.write(text + end)
         sys.stderr.flush()

@@ -57,28 +57,28 @@ def test_ranges_are_the_packages(name: str, low: float, high: float) -> None:
     assert bounds(name) == (low, high)
 
 
-def request(name: str, value: Any) -> Request:
+def request_with(name: str, value: Any) -> Request:
     custom = {"aspect_ratio": "custom", "width": 160, "height": 160} if name in ("width", "height") else {}
     return Request(**{"prompt": "x", **custom, name: value})
 
 
 @pytest.mark.parametrize("name", [name for name in LIMITED if name != "output_quality"])
-def test_what_the_door_lets_in_the_package_takes_and_no_more(name: str) -> None:
+def test_request_accepts_the_ranges_of_the_inputs_and_no_more(name: str) -> None:
     low, high = bounds(name)
-    request(name, low)
-    request(name, high)
+    request_with(name, low)
+    request_with(name, high)
     step = request.PIXELS_PER_TOKEN if name in ("width", "height") else 1 if INPUTS[name].type == "integer" else 0.001
     with pytest.raises(InputError, match=name):
-        request(name, high + step)
-    if name != "max_new_tokens":  # a library may ask for less than the playground offers
+        request_with(name, high + step)
+    if name != "max_new_tokens":  # a library caller may ask for less than the playground offers
         with pytest.raises(InputError, match=name):
-            request(name, low - step)
+            request_with(name, low - step)
 
 
 def test_every_field_of_a_request_has_its_input() -> None:
     ours = {field.name for field in dataclasses.fields(Request)} - {"images", "image_area", "size"}
-    door = {{"task_type": "task"}.get(name, name) for name in INPUTS} - {*FILES, "output_format", "output_quality"}
-    assert door == ours
+    inputs = {{"task_type": "task"}.get(name, name) for name in INPUTS} - {*FILES, "output_format", "output_quality"}
+    assert inputs == ours
 
 
 def test_defaults_are_the_requests() -> None:
@@ -101,7 +101,7 @@ def test_only_the_prompt_is_required() -> None:
     assert [name for name, field in INPUTS.items() if field.required] == ["prompt"]
 
 
-def test_files_come_one_by_one_and_as_events() -> None:
+def test_files_are_streamed_one_by_one() -> None:
     assert PREDICTOR.output == {
         "type": "array",
         "items": {"type": "string", "format": "uri"},
@@ -110,7 +110,7 @@ def test_files_come_one_by_one_and_as_events() -> None:
     assert PREDICTOR.streaming
 
 
-def test_every_input_is_described_in_a_short_sentence() -> None:
+def test_every_input_has_a_short_description() -> None:
     for name, field in INPUTS.items():
         text = field.keywords["description"]
         assert re.fullmatch(r"[A-Z0-9].{8,118}\.", text) or text.startswith("t2i:"), (name, text)
@@ -125,13 +125,13 @@ def test_numbers_in_descriptions_are_the_tables() -> None:
     assert len(set(image.values())) == 1
     sides = {name: round(task.image_area**0.5) for name, task in TABLE.items()}
     words = INPUTS["resolution"].keywords["description"]
-    drawn, told = re.search(r"(\d+) for t2i and x2i, (\d+) for sequences", words).groups()  # type: ignore[union-attr]
-    assert {sides.pop("t2i"), sides.pop("x2i")} == {int(drawn)}
-    assert set(sides.values()) == {int(told)}
+    pictures, sequences = re.search(r"(\d+) for t2i and x2i, (\d+) for sequences", words).groups()  # type: ignore[union-attr]
+    assert {sides.pop("t2i"), sides.pop("x2i")} == {int(pictures)}
+    assert set(sides.values()) == {int(sequences)}
 
 
 def readme_inputs() -> dict[str, str]:
-    """The README's table under `name | type and default`: name to type and default. A row may tell several names."""
+    """The README's table under `name | type and default`: name to type and default. A row may hold several names."""
     lines = iter((ROOT / "README.md").read_text().splitlines())
     rows: dict[str, str] = {}
     for line in lines:
@@ -143,17 +143,17 @@ def readme_inputs() -> dict[str, str]:
             break
         names, text = line.strip("| ").split("|")[:2]
         for name in re.findall(r"`(\w+)`", names):
-            assert name not in rows, f"{name} stands twice in the README"
+            assert name not in rows, f"{name} is in the README twice"
             rows[name] = text.strip()
     return rows
 
 
-def test_the_readme_tells_every_input() -> None:
+def test_the_readme_lists_every_input() -> None:
     assert set(readme_inputs()) == set(INPUTS)
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_the_readme_tells_types_ranges_and_defaults(name: str) -> None:
+def test_the_readme_gives_types_ranges_and_defaults(name: str) -> None:
     field, text = INPUTS[name], readme_inputs()[name]
     words = [word.strip() for word in re.split(r"[,;]", text)]
     if field.choices:
@@ -164,8 +164,8 @@ def test_the_readme_tells_types_ranges_and_defaults(name: str) -> None:
         assert name not in LIMITED or name.endswith("_top_k")
     assert ("optional" in words) == field.nullable
     assert ("required" in words) == field.required
-    told = re.search(r"default (\S+)$", text)
-    assert (told and told[1]) == (None if field.default is None else str(field.default))
+    default = re.search(r"default (\S+)$", text)
+    assert (default and default[1]) == (None if field.default is None else str(field.default))
 
 
 def test_predict_py_is_imported_without_a_warning() -> None:
