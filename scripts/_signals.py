@@ -18,17 +18,23 @@ class Stopped(BaseException):
         self.code = 128 + number
 
 
-def end_silently() -> None:
-    """Until `raise_stopped`: Ctrl-C ends this process at once and without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def raise_stopped() -> None:
     """Let each of ALL raise Stopped in the main thread. SIGHUP stays ignored under nohup."""
     for number in ALL:
         # Shells start background jobs with SIGINT ignored; `kill -INT` must stop them all the same.
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run `main`. Signals that arrive while it ends, or after it, are no traceback either."""
+    try:
+        code = main()
+    except Stopped as stopped:
+        code = stopped.code
+    for number in ALL:
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 @contextmanager

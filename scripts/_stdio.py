@@ -40,9 +40,14 @@ def result(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         discard(1)
-    except OSError:
+    except OSError as error:
         discard(1)
-        raise
+        raise OSError(error.errno, f"standard output can't be written: {error.strerror}") from None
+
+
+def sentence(error: OSError) -> str:
+    """An OSError in words, without its number."""
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def discard(number: int) -> None:

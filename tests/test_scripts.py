@@ -542,6 +542,8 @@ def test_the_first_signal_calls_the_next_one_ends() -> None:
         assert caught.value.code == 130
         with pytest.raises(_signals.Stopped):
             signal.raise_signal(signal.SIGHUP)
+        assert _signals.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 143  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)  # too late to matter
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
