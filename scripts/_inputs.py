@@ -91,6 +91,8 @@ def _from_json(text: str) -> dict[str, Any]:
             data = sys.stdin.buffer.read()
         elif text.startswith("@"):
             data = Path(text[1:]).expanduser().read_bytes()
+        if not data.strip():
+            raise UsageError(f"{what} is empty")
         # json.loads finds UTF-8 with a byte-order mark, UTF-16 and UTF-32 out by itself, but in bytes only.
         given = json.loads(data, parse_constant=_refuse_constant)
     except OSError as error:

@@ -112,11 +112,12 @@ def _mimes(inputs: dict[str, Any]) -> list[str]:
 
 def _check_ending(target: Target, inputs: dict[str, Any]) -> None:
     ending = target.path.suffix
-    made = [e for mime in _mimes(inputs) for e in ENDINGS.get(mime, ())]
-    if made and _promised(ending) and ending.lower() not in made:
+    made = {mime: ENDINGS[mime] for mime in _mimes(inputs) if mime in ENDINGS}
+    if made and _promised(ending) and not any(ending.lower() in endings for endings in made.values()):
+        kinds = ", ".join(endings[0] for endings in made.values())
         raise UsageError(
-            f"-o {target.path}: the output is {' and '.join(mime.split('/')[1] for mime in _mimes(inputs))}, "
-            f"not {ending[1:]}: end the name in {made[0]}, or set output_format"
+            f"-o {target.path}: the output is {kinds}, not {ending}: give the name another ending or none, "
+            "or set output_format"
         )
 
 

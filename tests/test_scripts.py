@@ -142,6 +142,7 @@ def test_inputs_that_are_refused_in_one_sentence(flags: list[str], words: str) -
         ('"x"', "must be an object of names and values"),
         ('{"prompt":', "is not valid JSON: Expecting value at line 1, column 11"),
         ('{"prompt": "x", "seed": NaN}', "NaN is not a number in JSON"),
+        (" ", "--json ' ' is empty"),
         ('{"prompt": null}', "the input prompt is missing"),
         ('{"prompt": 5}', "prompt=5 is not accepted: it must be text"),
         ('{"prompt": "x", "resolution": 1024}', 'write it as text, "1024"'),
@@ -271,9 +272,9 @@ def test_names_beside_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("wanted", "inputs", "words"),
     [
-        ("a.png", {"output_format": "webp"}, "the output is webp, not png: end the name in .webp"),
-        ("a.html", {}, "the output is png, not html"),
-        ("a.gif", {"task_type": "story"}, "the output is png and plain and html, not gif"),
+        ("a.png", {"output_format": "webp"}, "the output is .webp, not .png: give the name another ending"),
+        ("a.html", {}, "the output is .png, not .html"),
+        ("a.gif", {"task_type": "story"}, "the output is .png, .txt, .html, not .gif"),
         ("-", {}, "files can't go to standard output"),
         ("/dev/null", {}, "is a device or a pipe"),
         ("no/such/folder/x.png", {}, "not a folder that can be written to"),
