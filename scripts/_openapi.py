@@ -44,6 +44,15 @@ def write(predictor: Path, target: Path) -> None:
         raise
 
 
+def is_current(predictor: Path, target: Path) -> bool:
+    """Whether `target` already holds the schema of `predictor`. Raises PredictorError."""
+    text = render(_predictor.read(predictor))
+    try:
+        return target.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
+
+
 def render(predictor: _predictor.Predictor) -> str:
     """The file's text: four spaces of indentation and a newline at the end."""
     return _text(_document(predictor), "") + "\n"

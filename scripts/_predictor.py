@@ -31,7 +31,7 @@ _TEXTS = {"description": "description", "regex": "pattern", "accept": "x-cog-acc
 
 
 class PredictorError(ValueError):
-    """predict.py says something that Cog would misread, drop or refuse. Tells the line and what to write."""
+    """predict.py says something that Cog would misread, drop or refuse. The message has the line and what to write."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
-"""Cog's real server over tiny checkpoints, and where Cog's own data lies."""
+"""Cog's real server over tiny checkpoints, and the folder of Cog's own data."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +42,8 @@ def settings(folders: TinyFolders) -> dict[str, str]:
 
 @contextmanager
 def serving(folders: TinyFolders) -> Iterator[Server]:
-    """A server that is ready. Its worker is started as plain `python`, so ours is put first on PATH."""
+    """A server that is ready."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         for name, value in settings(folders).items():
             patch.setenv(name, value)
         with Server() as server:
@@ -53,7 +51,7 @@ def serving(folders: TinyFolders) -> Iterator[Server]:
 
 
 def run(server: Server, **inputs: Any) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-    """One prediction to its end: the events before the last, and what the last one tells."""
+    """One prediction to its end: the events before the last, and the data of the last one."""
     *events, (name, result) = server.stream(inputs, identifier=uuid.uuid4().hex)
     assert name == "completed"
     return events, result

@@ -11,7 +11,7 @@ from typing import Any
 import _predictor
 import pytest
 
-from emu_cog import request as limits
+from emu_cog import request
 from emu_cog.errors import InputError
 from emu_cog.prompt.tasks import TABLE
 from emu_cog.request import Request
@@ -30,10 +30,10 @@ def bounds(name: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("name", "table", "default"),
     [
-        ("task_type", limits.TASKS, "t2i"),
-        ("aspect_ratio", limits.ASPECT_RATIOS, "auto"),
-        ("resolution", limits.RESOLUTIONS, "auto"),
-        ("output_format", limits.OUTPUT_FORMATS, "png"),
+        ("task_type", request.TASKS, "t2i"),
+        ("aspect_ratio", request.ASPECT_RATIOS, "auto"),
+        ("resolution", request.RESOLUTIONS, "auto"),
+        ("output_format", request.OUTPUT_FORMATS, "png"),
     ],
 )
 def test_choices_are_the_packages(name: str, table: tuple[str, ...], default: str) -> None:
@@ -44,41 +44,41 @@ def test_choices_are_the_packages(name: str, table: tuple[str, ...], default: st
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
-        ("width", limits.MIN_SIDE, limits.MAX_SIDE),
-        ("height", limits.MIN_SIDE, limits.MAX_SIDE),
-        ("num_outputs", 1, limits.MAX_OUTPUTS),
-        ("guidance_scale", 1, limits.MAX_GUIDANCE),
-        ("max_new_tokens", limits.MIN_NEW_TOKENS, limits.MAX_NEW_TOKENS),
+        ("width", request.MIN_SIDE, request.MAX_SIDE),
+        ("height", request.MIN_SIDE, request.MAX_SIDE),
+        ("num_outputs", 1, request.MAX_OUTPUTS),
+        ("guidance_scale", 1, request.MAX_GUIDANCE),
+        ("max_new_tokens", request.MIN_NEW_TOKENS, request.MAX_NEW_TOKENS),
         ("output_quality", 1, 100),
-        *((f"{kind}temperature", limits.MIN_TEMPERATURE, limits.MAX_TEMPERATURE) for kind in ("", "text_", "image_")),
+        *((f"{kind}temperature", request.MIN_TEMPERATURE, request.MAX_TEMPERATURE) for kind in ("", "text_", "image_")),
     ],
 )
 def test_ranges_are_the_packages(name: str, low: float, high: float) -> None:
     assert bounds(name) == (low, high)
 
 
-def request(name: str, value: Any) -> Request:
+def request_with(name: str, value: Any) -> Request:
     custom = {"aspect_ratio": "custom", "width": 160, "height": 160} if name in ("width", "height") else {}
     return Request(**{"prompt": "x", **custom, name: value})
 
 
 @pytest.mark.parametrize("name", [name for name in LIMITED if name != "output_quality"])
-def test_what_the_door_lets_in_the_package_takes_and_no_more(name: str) -> None:
+def test_request_accepts_the_ranges_of_the_inputs_and_no_more(name: str) -> None:
     low, high = bounds(name)
-    request(name, low)
-    request(name, high)
-    step = limits.PIXELS_PER_TOKEN if name in ("width", "height") else 1 if INPUTS[name].type == "integer" else 0.001
+    request_with(name, low)
+    request_with(name, high)
+    step = request.PIXELS_PER_TOKEN if name in ("width", "height") else 1 if INPUTS[name].type == "integer" else 0.001
     with pytest.raises(InputError, match=name):
-        request(name, high + step)
-    if name != "max_new_tokens":  # a library may ask for less than the playground offers
+        request_with(name, high + step)
+    if name != "max_new_tokens":  # a library caller may ask for less than the playground offers
         with pytest.raises(InputError, match=name):
-            request(name, low - step)
+            request_with(name, low - step)
 
 
 def test_every_field_of_a_request_has_its_input() -> None:
     ours = {field.name for field in dataclasses.fields(Request)} - {"images", "image_area", "size"}
-    door = {{"task_type": "task"}.get(name, name) for name in INPUTS} - {*FILES, "output_format", "output_quality"}
-    assert door == ours
+    inputs = {{"task_type": "task"}.get(name, name) for name in INPUTS} - {*FILES, "output_format", "output_quality"}
+    assert inputs == ours
 
 
 def test_defaults_are_the_requests() -> None:
@@ -90,7 +90,7 @@ def test_defaults_are_the_requests() -> None:
 
 def test_files_are_single_and_optional() -> None:
     """A list can't be filled by `cog predict -i reference_image=@photo.jpg`: that sends one string."""
-    assert len(FILES) == limits.MAX_REFERENCES
+    assert len(FILES) == request.MAX_REFERENCES
     for name in FILES:
         assert INPUTS[name].schema == {"type": "string", "format": "uri"}
         assert INPUTS[name].nullable
@@ -102,7 +102,7 @@ def test_only_the_prompt_is_required() -> None:
     assert [name for name, field in INPUTS.items() if field.required] == ["prompt"]
 
 
-def test_files_come_one_by_one_and_as_events() -> None:
+def test_files_are_streamed_one_by_one() -> None:
     assert PREDICTOR.output == {
         "type": "array",
         "items": {"type": "string", "format": "uri"},
@@ -111,7 +111,7 @@ def test_files_come_one_by_one_and_as_events() -> None:
     assert PREDICTOR.streaming
 
 
-def test_every_input_is_described_in_a_short_sentence() -> None:
+def test_every_input_has_a_short_description() -> None:
     for name, field in INPUTS.items():
         text = field.keywords["description"]
         assert re.fullmatch(r"[A-Z0-9].{8,118}\.", text) or text.startswith("t2i:"), (name, text)
@@ -128,13 +128,13 @@ def test_numbers_in_descriptions_are_the_tables() -> None:
         assert task.guidance == expected, name
     sides = {name: round(task.image_area**0.5) for name, task in TABLE.items()}
     words = INPUTS["resolution"].keywords["description"]
-    drawn, told = re.search(r"(\d+) for t2i and x2i, (\d+) for sequences", words).groups()  # type: ignore[union-attr]
-    assert {sides.pop("t2i"), sides.pop("x2i")} == {int(drawn)}
-    assert set(sides.values()) == {int(told)}
+    pictures, sequences = re.search(r"(\d+) for t2i and x2i, (\d+) for sequences", words).groups()  # type: ignore[union-attr]
+    assert {sides.pop("t2i"), sides.pop("x2i")} == {int(pictures)}
+    assert set(sides.values()) == {int(sequences)}
 
 
 def readme_inputs() -> dict[str, str]:
-    """The README's table under `name | type and default`: name to type and default. A row may tell several names."""
+    """The README's table under `name | type and default`: name to type and default. A row may hold several names."""
     lines = iter((ROOT / "README.md").read_text().splitlines())
     rows: dict[str, str] = {}
     for line in lines:
@@ -146,29 +146,29 @@ def readme_inputs() -> dict[str, str]:
             break
         names, text = line.strip("| ").split("|")[:2]
         for name in re.findall(r"`(\w+)`", names):
-            assert name not in rows, f"{name} stands twice in the README"
+            assert name not in rows, f"{name} is in the README twice"
             rows[name] = text.strip()
     return rows
 
 
-def test_the_readme_tells_every_input() -> None:
+def test_the_readme_lists_every_input() -> None:
     assert set(readme_inputs()) == set(INPUTS)
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_the_readme_tells_types_ranges_and_defaults(name: str) -> None:
+def test_the_readme_gives_types_ranges_and_defaults(name: str) -> None:
     field, text = INPUTS[name], readme_inputs()[name]
     words = [word.strip() for word in re.split(r"[,;]", text)]
     if field.choices:
         assert text.startswith(f"{', '.join(field.choices)};")
     elif limits := re.search(r"([\d.]+) to ([\d.]+)", text):
-        assert tuple(map(float, limits.groups())) == bounds(name)
+        assert tuple(map(float, request.groups())) == bounds(name)
     else:
         assert name not in LIMITED or name.endswith("_top_k")
     assert ("optional" in words) == field.nullable
     assert ("required" in words) == field.required
-    told = re.search(r"default (\S+)$", text)
-    assert (told and told[1]) == (None if field.default is None else str(field.default))
+    default = re.search(r"default (\S+)$", text)
+    assert (default and default[1]) == (None if field.default is None else str(field.default))
 
 
 def test_predict_py_is_imported_without_a_warning() -> None:

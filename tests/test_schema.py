@@ -1,4 +1,4 @@
-"""The schema writer: Cog's own files byte for byte, its rules one by one, and what it must not let pass."""
+"""The schema writer: Cog's own files byte for byte, its rules one by one, and what it must refuse."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def properties(tmp_path: Path, inputs: str, *, head: str = "") -> dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["", "_async"])
-def test_cogs_own_files_come_out_byte_for_byte(kind: str, tmp_path: Path) -> None:
+def test_cogs_own_files_are_written_byte_for_byte(kind: str, tmp_path: Path) -> None:
     example = cog_data() / "example"
     _openapi.write(example / f"predict{kind}.py", tmp_path / "made.json")
     assert (tmp_path / "made.json").read_bytes() == (example / f"openapi_schema{kind}.json").read_bytes()
@@ -251,6 +251,16 @@ def test_strings_are_escaped_as_go_escapes_them(tmp_path: Path) -> None:
 def test_predict_py_is_read_and_never_run(tmp_path: Path) -> None:
     document(tmp_path, source(head=f"open({str(tmp_path / 'ran')!r}, 'w')"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_schema_is_current_until_the_predictor_changes(tmp_path: Path) -> None:
+    predictor, target = tmp_path / "predict.py", tmp_path / ".cog" / "openapi_schema.json"
+    predictor.write_text(source())
+    assert not _openapi.is_current(predictor, target)
+    _openapi.write(predictor, target)
+    assert _openapi.is_current(predictor, target)
+    predictor.write_text(source("n: int = 1"))
+    assert not _openapi.is_current(predictor, target)
 
 
 def test_the_file_is_replaced_whole_even_where_it_is_read_only(tmp_path: Path) -> None:
