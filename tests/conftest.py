@@ -37,6 +37,8 @@ FAVOURS = {
 }
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported: test_kernels.py needs it
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emu_cog.events import RunStats
 from emu_cog.model.qwen3 import choose_attention
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
@@ -61,15 +62,21 @@ REQUESTS = [
 ]
 
 
+def content(pipeline: Pipeline, request: Request) -> list[object]:
+    """The events without pixels and seconds."""
+    events = pipeline.stream(request)
+    return [getattr(event, "codes", event) for event in events if not isinstance(event, RunStats)]
+
+
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: r.task)
 def test_flash_branch_gives_the_same_pictures(
     request_: Request, pipelines: Pipelines, flash_module: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = pipelines("picture" if request_.task == "t2i" else "storyteller")
-    plain = [getattr(event, "codes", event) for event in pipeline.stream(request_)]
+    plain = content(pipeline, request_)
     assert flash_module == []
     monkeypatch.setattr(pipeline.lm.config, "_attn_implementation", "emu_flash")
-    flash = [getattr(event, "codes", event) for event in pipeline.stream(request_)]
+    flash = content(pipeline, request_)
     assert flash == plain
     assert {shape[1] for shape in flash_module} > {1}  # prefill and single steps both went through it
 

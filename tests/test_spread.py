@@ -64,8 +64,8 @@ import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from emu_cog.loading import load_language_model
-from emu_cog.tokenizer import Tokenizer
+from emu_cog.model.loader import load_language_model
+from emu_cog.prompt.tokenizer import Tokenizer
 torch.set_num_threads(1)
 
 def peak():

@@ -108,4 +108,4 @@ def image_step(
 ) -> None:
     """Feed every lane's last token to both its streams, choose the next one and move `state` on."""
     hidden = forward(ops, w, state.token, state.position, keys, values)
-    ops.choose(ops.logits(hidden, w.visual_head), state, w.visual, sampling)
+    ops.sample(ops.logits(hidden, w.visual_head), state, w.visual, sampling)

@@ -25,7 +25,7 @@ CHILD = """
 import json, os, sys, threading, time
 import psutil, torch
 from pathlib import Path
-from emu_cog.loading import load_language_model
+from emu_cog.model.loader import load_language_model
 from _bench.sizes import Size
 folder, device, size = Path(sys.argv[1]), torch.device(sys.argv[2]), Size(**json.loads(sys.argv[3]))
 torch.zeros(1, device=device)  # the device's own start is no loading
