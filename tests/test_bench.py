@@ -69,7 +69,7 @@ def test_a_table_is_aligned() -> None:
     assert lines[3] == "| longer | 2000  |"
 
 
-def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
+def test_what_fails_or_comes_too_late_is_reported_and_the_rest_still_runs() -> None:
     report = Report({"device": "none"}, out=io.StringIO())
 
     def fails() -> None:
@@ -86,12 +86,12 @@ def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
     assert "needs 1000000" in found["not_measured"]["late"]
 
 
-def test_an_image_at_once_reserves_no_room_for_text() -> None:
-    """No text allowed once counted as text without limit: the caches took 16 GiB and an H100 had no room for a step."""
-    rules = decoding.rules((5, 64))
-    assert rules.max_new_tokens == 0
-    assert rules.longest(512, 32768) == 512 + block_length(5, 64)
-    assert replace(rules, max_new_tokens=None).longest(512, 32768) == 32768
+def test_an_image_without_text_reserves_no_room_for_text() -> None:
+    """No text was once counted as text without limit: the caches took 16 GiB and an H100 had no room for a step."""
+    config = decoding.image_only((5, 64))
+    assert config.max_new_tokens == 0
+    assert config.longest(512, 32768) == 512 + block_length(5, 64)
+    assert replace(config, max_new_tokens=None).longest(512, 32768) == 32768
 
 
 def test_the_checkpoint_that_is_loaded_fits_the_disk() -> None:
@@ -124,7 +124,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
 
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     parts = "step,images,upstream,sync,prefill,int8,loading"
-    told, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
+    output, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
     rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
     step = rows["step, 1 image, 128 tokens"]
     floor = float(step["against"].split(" x the floor")[0])
@@ -142,17 +142,17 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert rows["upstream, one image token, 128 tokens"]["value"] > 0
     assert " x as fast" in rows["upstream, one image token, 128 tokens"]["against"]
     assert set(found["not_measured"]) == {"synchronisations"}  # type: ignore[call-overload]
-    assert "| what " in told
+    assert "| what " in output
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
 def test_a_budget_that_is_spent_leaves_parts_out(tmp_path: Path) -> None:
-    told, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
+    output, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
     assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]
-    assert "not measured: images" in told
+    assert "not measured: images" in output
 
 
-def test_without_a_clone_upstream_is_told_as_not_measured(tmp_path: Path) -> None:
+def test_without_a_clone_upstream_is_not_measured(tmp_path: Path) -> None:
     _, found = bench(tmp_path, "--only", "upstream")
     assert "no clone" in found["not_measured"]["upstream"]  # type: ignore[call-overload,index]
 

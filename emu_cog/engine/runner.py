@@ -33,7 +33,7 @@ MAX_STEPS = 99 * 100
 
 
 def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
-    """Why the decode step of `lm` can't be captured as a CUDA graph, or None. The one condition of the fast path."""
+    """Why the decode step of `lm` can't be captured as a CUDA graph, or None. The only condition of the fast path."""
     if not compile:
         return "EMU_COMPILE=0"
     if lm.device.type != "cuda":
