@@ -1,4 +1,4 @@
-"""The flash-attn branch by its CPU twin: same calls, same tokens."""
+"""The flash-attn branch by an emulation on the CPU: same calls, same tokens."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def kvcache_attention(
 
 @pytest.fixture
 def flash_module(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """A module `flash_attn` that holds the twin; gives the list of query shapes it was called with."""
+    """A module `flash_attn` that holds the emulation; returns the list of query shapes it was called with."""
     calls: list[tuple[int, ...]] = []
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
         calls.append(tuple(q.shape))
         return kvcache_attention(q, k, v, **options)  # type: ignore[arg-type]
 
     module = types.ModuleType("flash_attn")
     module.__spec__ = types.SimpleNamespace(name="flash_attn")  # type: ignore[assignment]
-    module.flash_attn_with_kvcache = recorded  # type: ignore[attr-defined]
+    module.flash_attn_with_kvcache = counted  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from _bench import decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
+from emu_cog.model import torch_settings
 from emu_cog.prompt.tokens import ROLES, block_length
 from tests.conftest import ROOT
 from tests.upstream_kit import STANDIN
@@ -146,24 +149,39 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
-def test_a_budget_that_is_spent_leaves_parts_out(tmp_path: Path) -> None:
-    output, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
+Bench = Callable[..., tuple[str, dict[str, object]]]
+
+
+@pytest.fixture
+def bench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """scripts/bench over the tiny model in this process; what it printed, and its JSON line."""
+    for variable in ("EMU_WEIGHTS_DIR", *torch_settings.CACHE_VARIABLES):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("EMU_DEVICE", "cpu")
+    monkeypatch.delenv("EMU_UPSTREAM_URL", raising=False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*arguments: str) -> tuple[str, dict[str, object]]:
+        monkeypatch.setattr(sys, "argv", ["bench", "--size", "tiny", *arguments])
+        assert runpy.run_path(str(ROOT / "scripts/bench"))["main"]() == 0
+        output = capsys.readouterr().out
+        return output, json.loads(output.splitlines()[-1])
+
+    return run
+
+
+def test_a_budget_that_is_spent_leaves_parts_out(bench_here: Bench) -> None:
+    output, found = bench_here("--budget", "0.001", "--only", "images,prefill")
     assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]
     assert "not measured: images" in output
 
 
-def test_without_a_clone_upstream_is_not_measured(tmp_path: Path) -> None:
-    _, found = bench(tmp_path, "--only", "upstream")
+def test_without_a_clone_upstream_is_not_measured(bench_here: Bench) -> None:
+    _, found = bench_here("--only", "upstream")
     assert "no clone" in found["not_measured"]["upstream"]  # type: ignore[call-overload,index]
 
 
-def test_an_unknown_part_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench"), "--only", "sped"],
-        env=os.environ | {"EMU_VENV": "none"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "there is no part 'sped'" in done.stderr
+def test_an_unknown_part_is_refused(bench_here: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_here("--only", "sped")
+    assert "there is no part 'sped'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoint folders: sharded or whole, as they stand; and what is missing or wrong is named."""
+"""Checkpoint folders, sharded or not: they load as they are, and errors name what is missing or wrong."""
 
 from __future__ import annotations
 

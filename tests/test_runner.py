@@ -306,7 +306,7 @@ def test_a_second_request_replays_the_same_graph_without_synchronizing(make_chec
 
 @pytest.mark.gpu
 def test_four_outputs_are_four_runs_bit_by_bit(make_checkpoint: Checkpoints) -> None:
-    """In bfloat16, where another order of sums would show: no sum depends on the number of rows."""
+    """In bfloat16, where another order of sums would show: no sum depends on the number of batch rows."""
     for model, request in (
         ("picture", Request(prompt="a red boat", seed=40, size=(12, 16))),
         ("storyteller", Request(prompt="a fox", task="story", size=(3, 4), seed=40, max_new_tokens=120)),
