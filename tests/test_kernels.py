@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from emu_cog.engine.runner import ModelRunner, build
+from emu_cog.model import torch_settings
 from emu_cog.model.decode import forward, image_step, merge
 from emu_cog.model.quantize import quantize, quantized
 from emu_cog.model.qwen3 import LanguageModel
@@ -322,6 +323,7 @@ def test_the_engine_writes_the_same_with_the_kernels(
     model, count, request = REQUESTS[name]
     folders = make_checkpoint(model)
     pipeline = Pipeline.load(folders.model, folders.vision, device=str(DEVICE), dtype="float32", compile=False)
+    torch_settings.exact()  # without TF32, which Pipeline.load turns on for a GPU
     runner = ModelRunner(pipeline.lm, twin=True)
     ops = kernels(runner.weights, torch.float32)
     monkeypatch.setattr(runner, "_operations", lambda cache=None: ops)
