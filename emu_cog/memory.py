@@ -25,12 +25,12 @@ from emu_cog.vision.ibq import IBQ, VisionConfig
 
 GIB = 2**30
 WORKSPACE = 1.5 * GIB
-"""Beside weights and caches: the CUDA context, logits, one chunk of prefill."""
+"""Besides weights and caches: the CUDA context, logits, one chunk of prefill."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes. `per_token` is one token of one output: its conditional and its unconditional stream."""
+    """Bytes. `per_token` is one token of one output: of its conditional and its unconditional sequence."""
 
     device: str
     available: float
@@ -41,7 +41,7 @@ class Budget:
 
     @property
     def cache(self) -> float:
-        """What is left for keys and values."""
+        """Bytes left for keys and values."""
         return self.available - self.weights - self.vision - self.workspace
 
     def tokens(self, outputs: int = 1) -> int:
@@ -53,7 +53,7 @@ class Budget:
         return max(int(self.cache // (self.per_token * tokens)), 0)
 
     def table(self, tokens: int, outputs: int) -> str:
-        """One line of the sum for caches of `outputs` outputs of `tokens` tokens."""
+        """The estimate in one line, with caches for `outputs` outputs of `tokens` tokens."""
         cache = self.per_token * tokens * outputs
         needed = self.weights + self.vision + self.workspace + cache
         return (
@@ -63,7 +63,7 @@ class Budget:
         )
 
     def check(self, tokens: int, outputs: int) -> None:
-        """Tell the sum in the log; InputError with the numbers where it does not fit."""
+        """Log the estimate; InputError with the numbers where it does not fit."""
         table = self.table(tokens, outputs)
         if self.outputs(tokens) < outputs:
             raise InputError(
@@ -82,7 +82,7 @@ def available_bytes(device: torch.device, *, all_devices: bool = False) -> float
 
 
 PROMPT_TOKENS = 512
-"""A long prompt, for reckoning how much cache a picture needs."""
+"""A long prompt, to estimate how much cache a picture needs."""
 
 
 def check_memory_budget(
@@ -97,7 +97,7 @@ def check_memory_budget(
     max_context: int | None = None,
     max_outputs: int = 1,
 ) -> Budget:
-    """What a run needs, told in the log before anything is loaded. InputError with the numbers where it is too much."""
+    """Estimate and log what a run needs before anything is loaded. InputError with the numbers where it is too much."""
     picture = tasks.plan(Request(prompt="-"), defaults)
     budget = plan_memory(
         folder,
@@ -142,7 +142,7 @@ def plan_memory(
 def _weight_bytes(
     config: Qwen3Config, headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None
 ) -> float:
-    """Bytes of the weights on the device; of 8-bit ones with their scales."""
+    """Bytes of the weights on the device, 8-bit ones with their scales."""
     small: set[str] = set()
     if quantize:
         with init_empty_weights():

@@ -24,7 +24,7 @@ from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, Ru
 from emu_cog.log import log
 from emu_cog.memory import PROMPT_TOKENS, Budget, check_memory_budget
 from emu_cog.model import torch_settings
-from emu_cog.model.device import choose_device, choose_dtype, choose_spread
+from emu_cog.model.device import check_settings, choose_device, choose_dtype, choose_spread
 from emu_cog.model.loader import load_language_model
 from emu_cog.model.quantize import check_format
 from emu_cog.model.qwen3 import LanguageModel
@@ -139,6 +139,9 @@ class Pipeline:
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
         """Load the checkpoint that the environment names, after downloading it if it is missing."""
+        check_settings(
+            device=settings.device, dtype=settings.dtype, device_map=settings.device_map, quantize=settings.quantize
+        )
         torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(

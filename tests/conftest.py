@@ -7,9 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+# Without a GPU test_kernels.py runs interpreted. Triton decides that on import, and some modules below import it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import numpy as np
 import pytest
-import torch
 from _models import tiny
 from hub_server import HubServer
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The flash-attn branch by its CPU twin: same calls, same tokens."""
+"""The flash-attn branch by an emulation on the CPU: same calls, same tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emu_cog.events import RunStats
 from emu_cog.model.qwen3 import choose_attention
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
@@ -41,16 +42,16 @@ def kvcache_attention(
 
 @pytest.fixture
 def flash_module(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """A module `flash_attn` that holds the twin; gives the list of query shapes it was called with."""
+    """A module `flash_attn` that holds the emulation; returns the list of query shapes it was called with."""
     calls: list[tuple[int, ...]] = []
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
         calls.append(tuple(q.shape))
         return kvcache_attention(q, k, v, **options)  # type: ignore[arg-type]
 
     module = types.ModuleType("flash_attn")
     module.__spec__ = types.SimpleNamespace(name="flash_attn")  # type: ignore[assignment]
-    module.flash_attn_with_kvcache = recorded  # type: ignore[attr-defined]
+    module.flash_attn_with_kvcache = counted  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
@@ -61,15 +62,21 @@ REQUESTS = [
 ]
 
 
+def content(pipeline: Pipeline, request: Request) -> list[object]:
+    """The events without pixels and seconds."""
+    events = pipeline.stream(request)
+    return [getattr(event, "codes", event) for event in events if not isinstance(event, RunStats)]
+
+
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: r.task)
 def test_flash_branch_gives_the_same_pictures(
     request_: Request, pipelines: Pipelines, flash_module: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = pipelines("picture" if request_.task == "t2i" else "storyteller")
-    plain = [getattr(event, "codes", event) for event in pipeline.stream(request_)]
+    plain = content(pipeline, request_)
     assert flash_module == []
     monkeypatch.setattr(pipeline.lm.config, "_attn_implementation", "emu_flash")
-    flash = [getattr(event, "codes", event) for event in pipeline.stream(request_)]
+    flash = content(pipeline, request_)
     assert flash == plain
     assert {shape[1] for shape in flash_module} > {1}  # prefill and single steps both went through it
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from _bench import decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
+from emu_cog.model import torch_settings
 from emu_cog.prompt.tokens import ROLES, block_length
 from tests.conftest import ROOT
 from tests.upstream_kit import STANDIN
@@ -69,7 +72,7 @@ def test_a_table_is_aligned() -> None:
     assert lines[3] == "| longer | 2000  |"
 
 
-def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
+def test_what_fails_or_comes_too_late_is_reported_and_the_rest_still_runs() -> None:
     report = Report({"device": "none"}, out=io.StringIO())
 
     def fails() -> None:
@@ -86,12 +89,12 @@ def test_what_fails_or_comes_too_late_is_told_and_the_rest_goes_on() -> None:
     assert "needs 1000000" in found["not_measured"]["late"]
 
 
-def test_an_image_at_once_reserves_no_room_for_text() -> None:
-    """No text allowed once counted as text without limit: the caches took 16 GiB and an H100 had no room for a step."""
-    rules = decoding.rules((5, 64))
-    assert rules.max_new_tokens == 0
-    assert rules.longest(512, 32768) == 512 + block_length(5, 64)
-    assert replace(rules, max_new_tokens=None).longest(512, 32768) == 32768
+def test_an_image_without_text_reserves_no_room_for_text() -> None:
+    """No text was once counted as text without limit: the caches took 16 GiB and an H100 had no room for a step."""
+    config = decoding.image_only((5, 64))
+    assert config.max_new_tokens == 0
+    assert config.longest(512, 32768) == 512 + block_length(5, 64)
+    assert replace(config, max_new_tokens=None).longest(512, 32768) == 32768
 
 
 def test_the_checkpoint_that_is_loaded_fits_the_disk() -> None:
@@ -124,7 +127,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
 
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     parts = "step,images,upstream,sync,prefill,int8,loading"
-    told, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
+    output, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
     rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
     step = rows["step, 1 image, 128 tokens"]
     floor = float(step["against"].split(" x the floor")[0])
@@ -142,28 +145,43 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert rows["upstream, one image token, 128 tokens"]["value"] > 0
     assert " x as fast" in rows["upstream, one image token, 128 tokens"]["against"]
     assert set(found["not_measured"]) == {"synchronisations"}  # type: ignore[call-overload]
-    assert "| what " in told
+    assert "| what " in output
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
-def test_a_budget_that_is_spent_leaves_parts_out(tmp_path: Path) -> None:
-    told, found = bench(tmp_path, "--budget", "0.001", "--only", "images,prefill")
+Bench = Callable[..., tuple[str, dict[str, object]]]
+
+
+@pytest.fixture
+def bench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """scripts/bench over the tiny model in this process; what it printed, and its JSON line."""
+    for variable in ("EMU_WEIGHTS_DIR", *torch_settings.CACHE_VARIABLES):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("EMU_DEVICE", "cpu")
+    monkeypatch.delenv("EMU_UPSTREAM_URL", raising=False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*arguments: str) -> tuple[str, dict[str, object]]:
+        monkeypatch.setattr(sys, "argv", ["bench", "--size", "tiny", *arguments])
+        assert runpy.run_path(str(ROOT / "scripts/bench"))["main"]() == 0
+        output = capsys.readouterr().out
+        return output, json.loads(output.splitlines()[-1])
+
+    return run
+
+
+def test_a_budget_that_is_spent_leaves_parts_out(bench_here: Bench) -> None:
+    output, found = bench_here("--budget", "0.001", "--only", "images,prefill")
     assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]
-    assert "not measured: images" in told
+    assert "not measured: images" in output
 
 
-def test_without_a_clone_upstream_is_told_as_not_measured(tmp_path: Path) -> None:
-    _, found = bench(tmp_path, "--only", "upstream")
+def test_without_a_clone_upstream_is_not_measured(bench_here: Bench) -> None:
+    _, found = bench_here("--only", "upstream")
     assert "no clone" in found["not_measured"]["upstream"]  # type: ignore[call-overload,index]
 
 
-def test_an_unknown_part_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench"), "--only", "sped"],
-        env=os.environ | {"EMU_VENV": "none"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "there is no part 'sped'" in done.stderr
+def test_an_unknown_part_is_refused(bench_here: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_here("--only", "sped")
+    assert "there is no part 'sped'" in capsys.readouterr().err

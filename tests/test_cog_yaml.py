@@ -35,7 +35,7 @@ def pins(name: str) -> dict[str, str]:
     """Package to exact version; a line that is no exact pin fails."""
     found = {}
     for line in (ROOT / name).read_text().splitlines():
-        line = line.partition("#")[0].strip()
+        line = line.partition("#")[0].partition(";")[0].strip()  # without a comment and a platform
         if line:
             package, equals, version = line.partition("==")
             assert equals, f"{name}: {line!r} is not pinned"

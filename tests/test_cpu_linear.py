@@ -1,4 +1,4 @@
-"""Products with few rows on a CPU: the same numbers, whatever the shape, over the same weights."""
+"""Products with few batch rows on a CPU: the same numbers for every shape, over the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_product_is_f_linears(shape: tuple[int, ...], dtype: torch.dtype) ->
     x, weight = torch.randn(shape).to(dtype), torch.randn(40, 24).to(dtype)
     out = cpu_linear.linear(x, weight)
     assert out.shape == (*shape[:-1], 40)
-    assert out.is_contiguous()  # attention kernels want rows that lie in one piece
+    assert out.is_contiguous()  # attention kernels need contiguous rows
     torch.testing.assert_close(out, F.linear(x, weight))
 
 
@@ -25,7 +25,7 @@ def test_layers_keep_their_weights_and_those_with_a_bias_stay() -> None:
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Sequential(nn.Linear(3, 2)))
     before = list(model.parameters())
     expected = model(torch.ones(2, 4))
-    cpu_linear.use_in(model)
+    cpu_linear.replace_linears(model)
     assert isinstance(model[0], cpu_linear.FewRowsLinear)
     assert type(model[1][0]) is nn.Linear
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]

@@ -63,7 +63,7 @@ def test_the_readme_shows_the_commands_of_its_pictures() -> None:
 
 def test_pins_are_exact_and_the_same_in_both_files() -> None:
     def pins(name: str) -> dict[str, str]:
-        lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / name).read_text().splitlines()]
         return dict(line.split("==") for line in lines if line)
 
     production, local = pins("requirements.txt"), pins("requirements-local.txt")

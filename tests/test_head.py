@@ -1,4 +1,4 @@
-"""The head's product: fp32 sums of what half precision holds, never rounded back to it."""
+"""The head's product: fp32 sums of half-precision inputs, never rounded back to half precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def operands(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Every other row of four, as conditional streams lie, and a head of 300 rows."""
+    """Rows 0 and 2 of four, as those of conditional sequences, and a head of 300 rows."""
     torch.manual_seed(1)
     hidden, weight = torch.randn(4, 64), torch.randn(300, 64)
     return hidden.to(device, dtype)[::2], weight.to(device, dtype)
@@ -37,15 +37,15 @@ def test_logits_are_the_sums_themselves(dtype: torch.dtype, device: str, monkeyp
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_rounding_them_would_show(dtype: torch.dtype) -> None:
-    """The bound above tells apart what is rounded: it would be 10 times as far off at least."""
+def test_rounded_logits_would_exceed_the_bound(dtype: torch.dtype) -> None:
+    """The bound above detects rounding, whose error would be at least 10 times as large."""
     hidden, weight = operands(dtype, "cpu")
     exact = hidden.double() @ weight.double().T
     assert (head.logits(hidden, weight).to(dtype).double() - exact).abs().max() > 2e-3
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_the_model_keeps_them(device: str, make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:
+def test_the_model_does_not_round_logits(device: str, make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:
     folders = make_checkpoint("picture")
     lm: LanguageModel = Pipeline.load(folders.model, folders.vision, device=device, dtype="bfloat16").lm
     hidden = torch.randn(3, lm.config.hidden_size, device=device).bfloat16()

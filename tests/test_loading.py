@@ -1,4 +1,4 @@
-"""Checkpoint folders: sharded or whole, as they stand; and what is missing or wrong is named."""
+"""Checkpoint folders, sharded or not: they load as they are, and errors name what is missing or wrong."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from emu_cog.errors import CheckpointError, InputError
-from emu_cog.model.device import choose_device, choose_dtype
+from emu_cog.model.device import check_settings, choose_device, choose_dtype
 from emu_cog.model.loader import read_config
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
+from emu_cog.settings import Settings
+from emu_cog.upstream.pipeline import UpstreamPipeline
 
 
 def copy(folders: tiny.TinyFolders, target: Path) -> tiny.TinyFolders:
@@ -187,18 +189,68 @@ def test_an_unsafe_pickle_is_refused(folders: tiny.TinyFolders) -> None:
         load(folders)
 
 
-def test_device_and_dtype_are_chosen_or_told() -> None:
+def test_device_and_dtype_are_chosen_or_refused() -> None:
     assert choose_dtype(None, torch.device("cpu")) == torch.float32
     assert choose_dtype(None, torch.device("cuda")) == torch.bfloat16
     assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="EMU_DTYPE='fp8'.*bfloat16, float16, float32"):
-        choose_dtype("fp8", torch.device("cpu"))
-    with pytest.raises(InputError, match="EMU_DEVICE='gpu'"):
-        choose_device("gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no CUDA device"):
-            choose_device("cuda")
+
+
+@pytest.fixture
+def two_a100s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+
+SETTINGS: dict[str, str | None] = {"device": None, "dtype": None, "device_map": None, "quantize": None}
+ON_ANY = [
+    ({"device": "gpu"}, "EMU_DEVICE='gpu' is not a device, accepted are cpu, cuda"),
+    ({"device": "mps"}, "EMU_DEVICE='mps' is not a device, accepted are cpu, cuda"),
+    ({"dtype": "fp8"}, "EMU_DTYPE='fp8'.*bfloat16, float16, float32"),
+    ({"device_map": "balanced"}, "EMU_DEVICE_MAP='balanced'.*accepted is auto"),
+    ({"quantize": "int4"}, "EMU_QUANTIZE='int4'.*fp8, int8"),
+]
+ON_TWO_A100S = [
+    ({"device": "cuda:2"}, "EMU_DEVICE='cuda:2' but PyTorch sees 2 CUDA device.*cuda:1"),
+    ({"quantize": "fp8"}, "EMU_QUANTIZE=fp8 needs a GPU of compute capability 8.9.*use int8"),
+    ({"quantize": "fp8", "device_map": "auto"}, "EMU_QUANTIZE=fp8 needs a GPU of compute capability 8.9.*use int8"),
+]
+
+
+def refused_before_download(given: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=says):
+        check_settings(**(SETTINGS | given))
+    for module in ("emu_cog.pipeline", "emu_cog.upstream.pipeline"):
+        monkeypatch.setattr(f"{module}.resolve", lambda settings: pytest.fail("weights were resolved first"))
+    monkeypatch.setattr("emu_cog.upstream.pipeline.ensure_clone", lambda *_, **__: pytest.fail("cloned first"))
+    with pytest.raises(InputError, match=says):
+        Pipeline.from_settings(Settings(**given))  # type: ignore[arg-type]
+    if "quantize" not in given:
+        with pytest.raises(InputError, match=says):
+            UpstreamPipeline.from_settings(Settings(**given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("given", "says"), ON_ANY)
+def test_settings_that_are_unknown_are_refused_before_weights_are_downloaded(
+    given: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused_before_download(given, says, monkeypatch)
+
+
+@pytest.mark.usefixtures("two_a100s")
+@pytest.mark.parametrize(("given", "says"), ON_TWO_A100S)
+def test_settings_that_the_device_cannot_do_are_refused_before_weights_are_downloaded(
+    given: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EMU_QUANTIZE=fp8 on an A100 was refused after up to 70 GB had been downloaded."""
+    refused_before_download(given, says, monkeypatch)
+    check_settings(**(SETTINGS | {"device": "cuda:1", "quantize": "int8"}))
+
+
+def test_cuda_without_a_gpu_is_refused_before_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused_before_download({"device": "cuda"}, "PyTorch sees no CUDA device here: set EMU_DEVICE=cpu", monkeypatch)
 
 
 def test_bfloat16_runs_on_the_cpu(folders: tiny.TinyFolders) -> None:

@@ -1,4 +1,4 @@
-"""The sum that is told before anything is loaded, and what follows from it."""
+"""The memory estimate that is logged before anything is loaded, and what follows from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_cached_token_takes_what_the_facts_say() -> None:
     )
 
 
-def test_one_picture_fits_an_a100_and_the_whole_context_does_not() -> None:
+def test_one_picture_fits_an_a100_and_the_full_context_does_not() -> None:
     budget = a100()
     budget.check(6000, 1)
     with pytest.raises(
@@ -61,7 +61,7 @@ def test_a_model_larger_than_the_device_is_refused_with_the_numbers() -> None:
     assert a100(available=24 * GIB).tokens() == 0
 
 
-def test_the_sum_is_told_before_loading(
+def test_the_estimate_is_logged_before_loading(
     make_checkpoint: Callable[[str], tiny.TinyFolders], caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = make_checkpoint("picture")
@@ -97,7 +97,7 @@ def test_outputs_that_do_not_fit_side_by_side_are_made_in_turn(
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])
-def test_nonsense_settings_are_told(value: str) -> None:
+def test_nonsense_settings_are_refused(value: str) -> None:
     with pytest.raises(InputError, match=f"EMU_MAX_CONTEXT='{value}'"):
         Settings.from_env({"EMU_MAX_CONTEXT": value})
 

@@ -162,7 +162,7 @@ def test_the_readme_gives_types_ranges_and_defaults(name: str) -> None:
     if field.choices:
         assert text.startswith(f"{', '.join(field.choices)};")
     elif limits := re.search(r"([\d.]+) to ([\d.]+)", text):
-        assert tuple(map(float, request.groups())) == bounds(name)
+        assert tuple(map(float, limits.groups())) == bounds(name)
     else:
         assert name not in LIMITED or name.endswith("_top_k")
     assert ("optional" in words) == field.nullable

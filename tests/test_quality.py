@@ -1,4 +1,4 @@
-"""The yardstick for speed's price: equal ways agree wholly, different ones are told apart."""
+"""Agreement of two ways of decoding: equal ones agree fully, different ones are distinguished."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from emu_cog.engine.sequence import EngineRequest
 from emu_cog.model.quantize import FORMATS
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.test_engine import job_and_rules
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 GRIDS = [[[1, 2, 3, 4], [9, 8, 7, 6], [0, 63, 5, 5]], [[60, 2, 31, 4], [1, 1, 1, 1], [0, 3, 50, 5]]]
 
 
-def two_jobs(pipeline: Pipeline) -> list[EngineRequest]:
-    made = [job_and_rules(pipeline, Request(prompt=prompt, size=(3, 4)))[0] for prompt in ("a boat", "the long way")]
-    return [EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=0) for job in made]
+def two_requests(pipeline: Pipeline) -> list[EngineRequest]:
+    prompts = ("a boat", "the long way")
+    return [pipeline.prepare(Request(prompt=prompt, size=(3, 4), seed=0)).outputs[0] for prompt in prompts]
 
 
 def test_batched_steps_agree_with_lone_passes(make_checkpoint: Checkpoints) -> None:
     folders = make_checkpoint("picture")
     pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
-    jobs, lm = two_jobs(pipeline), pipeline.lm
-    told = list(by_steps(ModelRunner(lm, twin=True), jobs, GRIDS, guidance=3.0))
-    for i, job in enumerate(jobs):
-        alone = list(by_modules(lm, job, GRIDS[i], guidance=3.0))
-        stepped = list(by_passes(lm, job, GRIDS[i], guidance=3.0))
-        for ours, theirs, same in zip(told, alone, stepped, strict=True):
+    requests, lm = two_requests(pipeline), pipeline.lm
+    batched = list(by_steps(ModelRunner(lm, twin=True), requests, GRIDS, guidance=3.0))
+    for i, request in enumerate(requests):
+        alone = list(by_modules(lm, request, GRIDS[i], guidance=3.0))
+        stepped = list(by_passes(lm, request, GRIDS[i], guidance=3.0))
+        for ours, theirs, same in zip(batched, alone, stepped, strict=True):
             torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(same, theirs, atol=1e-4, rtol=1e-4)
-        agreement = compare(alone, (row[i] for row in told), Sampling(top_k=9))
+        agreement = compare(alone, (row[i] for row in batched), Sampling(top_k=9))
         assert (agreement.steps, agreement.top1) == (12, 1.0)
         assert 0 <= agreement.kl_max < 1e-6
 
@@ -47,14 +46,16 @@ def test_8_bit_weights_are_near_and_not_equal(name: str, make_checkpoint: Checkp
     folders = make_checkpoint("picture")
     plain = Pipeline.load(folders.model, folders.vision, device="cpu")
     small = Pipeline.load(folders.model, folders.vision, device="cpu", quantize=name)
-    job = two_jobs(plain)[0]
+    request = two_requests(plain)[0]
     agreement = compare(
-        by_modules(plain.lm, job, GRIDS[0], guidance=1.0), by_modules(small.lm, job, GRIDS[0], guidance=1.0), Sampling()
+        by_modules(plain.lm, request, GRIDS[0], guidance=1.0),
+        by_modules(small.lm, request, GRIDS[0], guidance=1.0),
+        Sampling(),
     )
     assert 0 < agreement.kl_mean < 0.05
     other = compare(
-        by_modules(plain.lm, job, GRIDS[0], guidance=1.0),
-        by_modules(plain.lm, two_jobs(plain)[1], GRIDS[1], guidance=1.0),
+        by_modules(plain.lm, request, GRIDS[0], guidance=1.0),
+        by_modules(plain.lm, two_requests(plain)[1], GRIDS[1], guidance=1.0),
         Sampling(),
     )
     assert other.kl_mean > 4 * agreement.kl_mean

@@ -1,4 +1,4 @@
-"""8-bit weights: how near they are, how they are loaded, what they are reckoned at."""
+"""8-bit weights: how accurate they are, how they are loaded, how much memory is estimated for them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_weight_comes_back_within_half_a_step(name: str) -> None:
     assert ((back - weight).abs() <= 1.001 * bound).all()
 
 
-def test_large_weights_are_taken_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_converted_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 64)
     whole = quantized(weight, "int8")
     monkeypatch.setattr("emu_cog.model.quantize.SLICE", 300)
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_quantized_as_it_is_read(name: str, make_checkpoint: Che
     assert [p.image.size for p in pictures] == [(48, 32)]
 
 
-def test_in_place_each_full_weight_goes_before_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_each_full_weight_is_freed_before_the_next_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(4))
     holder = torch.nn.Module()

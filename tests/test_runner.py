@@ -1,9 +1,10 @@
-"""Recorded steps: the same steps in plain torch against the modules, and on a GPU the recordings themselves."""
+"""Captured steps: the same steps in plain torch against the modules, and on a GPU the captured graphs themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.engine.engine import Engine
 from emu_cog.engine.runner import MAX_STEPS, ModelRunner, build, why_eager
-from emu_cog.engine.sequence import EngineRequest
+from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Tokens
 from emu_cog.model import torch_settings
 from emu_cog.model.decode import forward, merge
 from emu_cog.model.quantize import FORMATS, quantize
@@ -22,22 +23,21 @@ from emu_cog.ops.interface import ImageState
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.test_engine import answers, job_and_rules
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 
 
 class Ids:
-    visual, vocab_size = 100, 200
+    visual, vocab_size, visual_count = 100, 200, 100
 
 
-def small_model(dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> LanguageModel:
-    """Three layers, six query heads over two kv heads; norms that differ from one."""
+def small_model(dtype: torch.dtype, *, seed: int = 0, device: str = "cpu", layers: int = 3) -> LanguageModel:
+    """Six query heads over two kv heads; norms that differ from one."""
     config = Qwen3Config(
         vocab_size=200,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
@@ -67,7 +67,7 @@ def copies(lm: LanguageModel, rows: int, capacity: int, count: int) -> list:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_the_modules_own(dtype: torch.dtype) -> None:
-    """Bit by bit in bfloat16; in fp32 on a CPU the modules take their sums in another order (cpu_linear.py)."""
+    """Bit by bit in bfloat16; in fp32 on a CPU the modules sum in another order (cpu_linear.py)."""
     apart = 0.0 if dtype == torch.bfloat16 else 1e-5
     lm = small_model(dtype)
     plain, ours = copies(lm, 4, 64, 2)
@@ -107,15 +107,25 @@ CASES = {
 }
 
 
-def run_both(pipeline: Pipeline, steps: ModelRunner, count: int, request: Request) -> tuple[dict, dict]:
-    job, rules = job_and_rules(pipeline, request)
-    jobs = [
-        EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=job.seed + i)
-        for i in range(count)
-    ]
-    slow = answers(list(Engine(pipeline.lm).generate(jobs, rules)))
-    fast = answers(list(Engine(pipeline.lm, steps).generate(jobs, rules)))
-    return slow, fast
+def prepared(pipeline: Pipeline, request: Request, count: int) -> tuple[list[EngineRequest], GenerationConfig]:
+    """`count` engine requests with consecutive seeds."""
+    one = pipeline.prepare(request)
+    return [replace(one.outputs[0], seed=one.seed + i) for i in range(count)], one.config
+
+
+def ids_of(engine: Engine, requests: Sequence[EngineRequest], config: GenerationConfig) -> dict[int, list[int]]:
+    """All ids by request."""
+    ids: dict[int, list[int]] = {}
+    for event in engine.generate(requests, config):
+        if isinstance(event, Tokens):
+            ids.setdefault(event.index, []).extend(event.ids)
+    return ids
+
+
+def run_both(pipeline: Pipeline, runner: ModelRunner, count: int, request: Request) -> tuple[dict, dict]:
+    """The ids through the modules and through the runner."""
+    requests, config = prepared(pipeline, request, count)
+    return ids_of(Engine(pipeline.lm), requests, config), ids_of(Engine(pipeline.lm, runner), requests, config)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,8 +138,8 @@ def test_steps_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) 
     assert len(slow) == count
 
 
-def test_the_device_is_asked_once_a_row(make_checkpoint: Checkpoints) -> None:
-    """Inside an image no tensor is read by the host but the rows' ids: counted at the dispatcher."""
+def test_inside_an_image_the_host_reads_nothing(make_checkpoint: Checkpoints) -> None:
+    """No tensor is read by the host between two image rows: counted at the dispatcher."""
 
     class Reads(TorchDispatchMode):
         count = 0
@@ -161,8 +171,8 @@ def test_the_device_is_asked_once_a_row(make_checkpoint: Checkpoints) -> None:
     assert (state.out[:12] >= pipeline.lm.ids.visual).all()
 
 
-def test_a_cache_whose_growth_was_cut_off_is_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some buffers have moved by then: what was recorded over the old ones must not be played again."""
+def test_a_cache_whose_growth_failed_half_way_counts_as_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some buffers have moved by then: what was captured over the old ones must not be replayed."""
     cache = small_model(torch.float32).new_cache(rows=2, capacity=16)
     before, allocate, calls = cache.version, torch.Tensor.new_zeros, []
 
@@ -199,23 +209,23 @@ def test_tables_grow_for_images_beyond_the_largest_that_the_model_can_ask_for(
     small = image_tables(steps, 12)
     assert len(small.forced) == MAX_STEPS
     assert image_tables(steps, MAX_STEPS) is small
-    steps._plays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
+    steps._replays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
     assert (image_tables(steps, MAX_STEPS + 700).forced[: MAX_STEPS + 700] == 5).all()
-    assert list(steps._plays) == ["text"], "what was recorded over the tables that went"
+    assert list(steps._replays) == ["text"], "what was captured over the replaced tables"
 
 
-def test_of_the_filters_anyone_may_choose_one_recording_is_kept(make_checkpoint: Checkpoints) -> None:
+def test_one_capture_is_kept_of_filters_that_users_choose(make_checkpoint: Checkpoints) -> None:
     folders = make_checkpoint("picture")
     steps = ModelRunner(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
     image_tables(steps, 12)
-    steps._plays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
+    steps._replays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
     image_tables(steps, 12, top_k=3, top_p=0.5)
-    assert len(steps._plays) == 3
+    assert len(steps._replays) == 3
     image_tables(steps, 12, top_k=4, top_p=0.5)
-    assert list(steps._plays) == ["image", "text"]
+    assert list(steps._replays) == ["image", "text"]
 
 
-def test_why_not_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_why_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
     lm = small_model(torch.float32)
     assert why_eager(lm, compile=False) == "EMU_COMPILE=0"
     assert why_eager(lm, compile=True) == "the device is cpu"
@@ -240,7 +250,7 @@ def test_quantized_steps_are_the_quantized_modules(name: str) -> None:
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
+def no_synchronizing() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -249,7 +259,7 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.fixture
-def plain_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The modules without TF32, whose ten bits of mantissa would be the largest difference to the kernels."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch_settings, "apply", lambda device: torch_settings.exact())
@@ -259,9 +269,9 @@ def plain_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("plain_fp32")
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("name", CASES)
-def test_recordings_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
+def test_captured_steps_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
     model, count, request = CASES[name]
     folders = make_checkpoint(model)
     pipeline = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32")
@@ -271,7 +281,7 @@ def test_recordings_give_the_modules_tokens(name: str, make_checkpoint: Checkpoi
 
 
 @pytest.mark.gpu
-def test_a_second_request_plays_the_same_recording_without_waiting(make_checkpoint: Checkpoints) -> None:
+def test_a_second_request_replays_the_same_graph_without_synchronizing(make_checkpoint: Checkpoints) -> None:
     folders = make_checkpoint("picture")
     lm = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32").lm
     steps, cache = ModelRunner(lm), lm.new_cache(rows=2, capacity=64)
@@ -288,7 +298,7 @@ def test_a_second_request_plays_the_same_recording_without_waiting(make_checkpoi
                 sampling=Sampling(top_k=top_k, temperature=0.9),
             )
             replays.append(replay)
-            with no_waiting():
+            with no_synchronizing():
                 for _ in range(12):
                     replay()
     assert replays[0] == replays[1]
@@ -296,19 +306,16 @@ def test_a_second_request_plays_the_same_recording_without_waiting(make_checkpoi
 
 @pytest.mark.gpu
 def test_four_outputs_are_four_runs_bit_by_bit(make_checkpoint: Checkpoints) -> None:
-    """In bfloat16, where another order of sums would show: no sum depends on the number of rows."""
+    """In bfloat16, where another order of sums would show: no sum depends on the number of batch rows."""
     for model, request in (
         ("picture", Request(prompt="a red boat", seed=40, size=(12, 16))),
-        ("storyteller", Request(prompt="a fox", task="story", size=(3, 4), seed=3, max_new_tokens=120)),
+        ("storyteller", Request(prompt="a fox", task="story", size=(3, 4), seed=40, max_new_tokens=120)),
     ):
         folders = make_checkpoint(model)
         pipeline = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="bfloat16")
-        job, rules = job_and_rules(pipeline, request)
-        jobs = [
-            EngineRequest(conditional=job.conditional, unconditional=job.unconditional, seed=40 + i) for i in range(4)
-        ]
-        together = answers(list(pipeline.engine.generate(jobs, rules)))
-        alone = {i: answers(list(pipeline.engine.generate([single], rules)))[0] for i, single in enumerate(jobs)}
+        requests, config = prepared(pipeline, request, 4)
+        together = ids_of(pipeline.engine, requests, config)
+        alone = {i: ids_of(pipeline.engine, [single], config)[0] for i, single in enumerate(requests)}
         assert together == alone
         assert len({tuple(ids) for ids in alone.values()}) == 4
 

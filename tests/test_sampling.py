@@ -1,4 +1,4 @@
-"""Guidance, filters and the draw."""
+"""Guidance, filters and sampling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from emu_cog.ops.sampling import Uniforms, draw, guide, keep_top_k, keep_top_p, probabilities
+from emu_cog.ops.sampling import Uniforms, guide, keep_top_k, keep_top_p, probabilities, sample
 from emu_cog.request import Sampling
 
 
@@ -51,29 +51,29 @@ def test_temperature_comes_before_top_p() -> None:
     assert (cold > 0).tolist() == [[True, False, False]]
 
 
-def test_draw_follows_the_distribution() -> None:
-    """100,000 draws: each frequency within five standard deviations of its probability."""
+def test_samples_follow_the_distribution() -> None:
+    """100,000 samples: each frequency within five standard deviations of its probability."""
     probs = torch.tensor([0.0, 0.5, 0.125, 0.0, 0.25, 0.125, 0.0])
     count = 100_000
     uniform = Uniforms(3).take(0, count)
-    drawn = draw(probs.expand(count, -1), uniform)
-    freq = torch.bincount(drawn, minlength=7) / count
+    sampled = sample(probs.expand(count, -1), uniform)
+    freq = torch.bincount(sampled, minlength=7) / count
     bound = 5 * (probs * (1 - probs) / count).sqrt()
     assert ((freq - probs).abs() <= bound).all()
 
 
-def test_draw_never_hits_probability_zero_even_at_the_ends() -> None:
+def test_sampling_never_hits_probability_zero_even_at_the_ends() -> None:
     probs = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
     for u in (0.0, 0.5, 1.0 - 2**-53):
-        drawn = draw(probs, torch.full((3,), u, dtype=torch.float64))
-        assert (probs.gather(1, drawn[:, None]) > 0).all()
+        sampled = sample(probs, torch.full((3,), u, dtype=torch.float64))
+        assert (probs.gather(1, sampled[:, None]) > 0).all()
 
 
-def test_a_draw_depends_on_its_own_row_alone() -> None:
+def test_a_sample_depends_on_its_own_row_alone() -> None:
     probs = torch.rand(5, 131072, generator=torch.Generator().manual_seed(1)).softmax(-1)
     uniform = Uniforms(9).take(0, 5)
-    together = draw(probs, uniform)
-    alone = torch.cat([draw(probs[i : i + 1], uniform[i : i + 1]) for i in range(5)])
+    together = sample(probs, uniform)
+    alone = torch.cat([sample(probs[i : i + 1], uniform[i : i + 1]) for i in range(5)])
     assert together.tolist() == alone.tolist()
 
 
@@ -88,7 +88,7 @@ def test_uniform_numbers_depend_on_seed_and_position_alone() -> None:
 
 
 def test_uniform_numbers_are_the_same_on_every_machine() -> None:
-    """Pinned: a picture of last year must come out of its seed next year."""
+    """Pinned: a seed must give the same picture in years to come."""
     np.testing.assert_array_equal(Uniforms(42).take(0, 3).numpy(), np.random.Generator(np.random.Philox(42)).random(3))
     assert Uniforms(42).take(4096, 1).item() == PINNED_4096
 

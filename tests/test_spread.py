@@ -1,4 +1,4 @@
-"""EMU_DEVICE_MAP=auto: where layers go, told without GPUs by naming their free memory; and what loading costs."""
+"""EMU_DEVICE_MAP=auto: where layers go, without GPUs; and the memory that loading needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def size(model: Qwen3ForCausalLM) -> int:
 
 
 @pytest.mark.parametrize("gpus", [2, 3])
-def test_layers_are_spread_evenly_and_stay_whole(model: Qwen3ForCausalLM, gpus: int) -> None:
+def test_layers_are_spread_evenly_and_never_split(model: Qwen3ForCausalLM, gpus: int) -> None:
     places = spread(model, torch.bfloat16, {i: size(model) for i in range(gpus)})
     layers = [places[f"model.layers.{i}"] for i in range(8)]
     assert layers == sorted(layers)
@@ -44,7 +44,7 @@ def test_layers_are_spread_evenly_and_stay_whole(model: Qwen3ForCausalLM, gpus: 
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(model: Qwen3ForCausalLM) -> None:
-    says = r"weights do not fit 2 GPU\(s\) with 0\.00, 0\.00 GiB free.*minutes a token.*EMU_QUANTIZE"
+    says = r"weights do not fit 2 GPU\(s\) with 0\.00, 0\.00 GiB free.*minutes per token.*EMU_QUANTIZE"
     with pytest.raises(InputError, match=says):
         spread(model, torch.bfloat16, dict.fromkeys(range(2), size(model) // 4))
 
@@ -64,8 +64,8 @@ import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from emu_cog.loading import load_language_model
-from emu_cog.tokenizer import Tokenizer
+from emu_cog.model.loader import load_language_model
+from emu_cog.prompt.tokenizer import Tokenizer
 torch.set_num_threads(1)
 
 def peak():
@@ -82,8 +82,8 @@ print((peak() - before) / held)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
-    """What loading adds to the process's peak, as a share of the weights. Mapped files count once they are read:
-    measured, 0.1 as it is, 1.4 with a state dict read beside it."""
+    """What loading adds to the process's peak memory, relative to the weights. Mapped files count once they are read:
+    0.1 measured, 1.4 when a state dict was read beside it."""
     folders = make_tiny(tmp_path, hidden=1024, intermediate=4096, heads=16, kv_heads=8, head_dim=64, shards=3)
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(ROOT), str(folders.model)], capture_output=True, text=True, check=True

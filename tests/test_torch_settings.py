@@ -1,4 +1,4 @@
-"""The process-wide switches: set for CUDA alone, undone where an argmax needs full precision, caches kept."""
+"""Process-wide switches: set for CUDA only, undone where an argmax needs full precision; caches are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def switches() -> Iterator[None]:
-    """What `apply` sets is put back."""
+    """Restores what `apply` sets."""
     before = (
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
@@ -49,7 +49,7 @@ def test_an_argmax_sees_plain_fp32() -> None:
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_caches_lie_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_kept_in_the_given_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     torch_settings.keep_compiled(tmp_path / "cache")
@@ -59,7 +59,7 @@ def test_caches_lie_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
 
 
-def test_a_folder_that_cannot_be_made_is_told(
+def test_a_folder_that_cannot_be_made_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for variable in torch_settings.CACHE_VARIABLES:

@@ -32,7 +32,7 @@ from emu_cog.engine.sequence import (
 )
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.sampling import Uniforms, draw, probabilities
+from emu_cog.ops.sampling import Uniforms, probabilities, sample
 from emu_cog.prompt.tokens import block_length, body_length
 from emu_cog.request import Sampling
 
@@ -255,7 +255,7 @@ class _Batch:
         if self.trace:
             self.trace(kind, probs)
         uniform = torch.cat([sequence.uniforms.take(sequence.sampled, 1) for sequence in self.sequences])
-        return draw(probs, uniform.to(probs.device)).tolist()
+        return sample(probs, uniform.to(probs.device)).tolist()
 
     def _count(self, sequence: SequenceState, sampled: int = 1) -> None:
         sequence.sampled += sampled

@@ -16,7 +16,7 @@ from torch import Tensor
 from emu_cog.engine.runner import ModelRunner
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.sampling import Uniforms, draw, guide, probabilities
+from emu_cog.ops.sampling import Uniforms, guide, probabilities, sample
 from emu_cog.prompt.tokens import TokenIds, body_length
 from emu_cog.request import Sampling
 
@@ -126,7 +126,7 @@ def run(
             probs = probabilities(guide(logits[0::2], logits[1::2], cfg_scale), sampling)
             if trace:
                 trace("visual", probs)
-            out[t] = torch.where(forced[t] < 0, lm.ids.visual + draw(probs, uniform[t]), forced[t])
+            out[t] = torch.where(forced[t] < 0, lm.ids.visual + sample(probs, uniform[t]), forced[t])
         token = out[t].repeat_interleave(2)[:, None]
         if plan.synchronizes(t):
             yield _read(plan, out, t // plan.stride * plan.stride, t + 1)

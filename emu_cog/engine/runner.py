@@ -21,6 +21,7 @@ from emu_cog.log import log
 from emu_cog.model.decode import forward, image_step, merge
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops.autotune import KernelBuildError
 from emu_cog.ops.interface import ImageState, Ops
 from emu_cog.ops.reference import TorchOps
 from emu_cog.request import Sampling
@@ -32,7 +33,7 @@ MAX_STEPS = 99 * 100
 
 
 def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
-    """Why the decode step of `lm` can't be captured as a CUDA graph, or None. The one condition of the fast path."""
+    """Why the decode step of `lm` can't be captured as a CUDA graph, or None. The only condition of the fast path."""
     if not compile:
         return "EMU_COMPILE=0"
     if lm.device.type != "cuda":
@@ -48,13 +49,18 @@ def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
 
 
 def build(lm: LanguageModel, *, compile: bool) -> ModelRunner | None:
-    """A runner for `lm`, or None where the engine has to go through the modules; the log says why."""
+    """A runner for `lm`, its kernels built, or None where the engine has to use the modules; the log says why."""
     if reason := why_eager(lm, compile=compile):
         log.info("decoding goes through the modules, step by step: %s", reason)
         return None
     started = time.perf_counter()
     runner = ModelRunner(lm)
-    log.info("decoding goes through captured steps; weights merged in %.1f s", time.perf_counter() - started)
+    try:
+        runner.build_kernels()
+    except KernelBuildError as error:
+        log.warning("decoding goes through the modules, step by step: the kernels can't be built here: %s", error)
+        return None
+    log.info("decoding goes through captured steps, set up in %.1f s", time.perf_counter() - started)
     return runner
 
 
@@ -65,7 +71,7 @@ class ModelRunner:
     """
 
     MAX_ROWS = 16
-    """Batch rows (streams) a step can take; the engine runs larger batches through the modules."""
+    """Batch rows (sequences) a step can take; the engine runs larger batches through the modules."""
 
     def __init__(self, lm: LanguageModel, *, twin: bool = False) -> None:
         self.lm, self.twin = lm, twin
@@ -124,7 +130,8 @@ class ModelRunner:
         state.token.fill_(self.lm.ids.img)
         state.position.copy_(torch.tensor(lengths))
         state.step.zero_()
-        state.knobs.copy_(torch.tensor([cfg_scale, sampling.temperature]))
+        state.cfg_scale.fill_(cfg_scale)
+        state.temperature.fill_(sampling.temperature)
         state.top_k.fill_(sampling.top_k if 0 < sampling.top_k < size else size)
         return state, replay
 
@@ -154,7 +161,25 @@ class ModelRunner:
         with self._current_device():
             return self._operations().logits(hidden, self.weights.text_head)
 
-    # -- 3. capture ------------------------------------------------------------------------------------------
+    # -- 3. kernels and capture ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def build_kernels(self) -> None:
+        """Autotune, and run each kernel once. KernelBuildError where one can't be built, so that no request finds out.
+
+        The steps and logits are those of one image, over a cache just large enough.
+        """
+        from emu_cog.ops.triton_ops import build_errors
+
+        cache = self.lm.new_cache(rows=2, capacity=64)
+        state = ImageState.empty(1, 1, self.lm.ids.visual_count, self.lm.device)
+        state.forced.fill_(-1)
+        with self._current_device(), build_errors(self.lm.device):
+            image_step(self._operations(), self.weights, state, cache.keys, cache.values, Sampling())
+            hidden = torch.zeros((1, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
+            self.text_logits(hidden)
+            if self.lm.device.type == "cuda":
+                torch.cuda.synchronize(self.lm.device)
 
     def _forget(self, prefix: str) -> None:
         self._replays = {what: replay for what, replay in self._replays.items() if not what.startswith(prefix)}
@@ -207,5 +232,5 @@ class ModelRunner:
 
             started = time.perf_counter()
             self._ops, found = TritonOps.autotuned(self.weights, self.lm.device)
-            log.info("products timed in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
+            log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
         return self._ops

@@ -1,8 +1,8 @@
-"""One decode step over the model's own weights: a pure function of tensors, for one token a row.
+"""One decode step over the model's own weights: a pure function of tensors, for one token per sequence.
 
-The weights are the ones transformers' modules hold, merged where two products read the same input: queries, keys and
-values in one matrix, gate and up in another. After merging, the modules' weights are views of the merged tensors, so
-nothing lies in memory twice and prefill, text and the eager twin go on using the modules.
+Where two products read the same input, the weights of transformers' modules are merged: queries, keys and values in one
+matrix, gate and up in another. The modules' weights then are views of the merged tensors, so nothing is in memory
+twice, and prefill and text go on using the modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from emu_cog.request import Sampling
 def merge(model: Qwen3ForCausalLM, *, visual: int, vocabulary: int, context: int) -> DecodeWeights:
     """Merge the layers' weights, one layer at a time, and make the modules' weights views of them.
 
-    Every layer must lie on one device. Peak memory is one layer above what was there.
+    All layers must be on one device. Peak memory is one layer more than before.
     """
     inner, config = model.model, model.config
     device = inner.embed_tokens.weight.device
@@ -42,7 +42,7 @@ def merge(model: Qwen3ForCausalLM, *, visual: int, vocabulary: int, context: int
             )
         )
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # or the old pieces, too small for the next merged tensor, pile up unused
+            torch.cuda.empty_cache()  # or the old tensors, too small for the next merged one, stay allocated unused
     probe = torch.empty(0, dtype=inner.embed_tokens.weight.dtype, device=device)
     rope = torch.stack(inner.rotary_emb(probe, torch.arange(context, device=device)[None]))[:, 0]
     return DecodeWeights(
@@ -67,25 +67,25 @@ def _weight(linear: Any) -> Weight:
 
 
 def _merged(linears: Sequence[Any]) -> Weight:
-    """One weight of several linear layers' rows, in order; the layers' own become views of it."""
-    whole = Weight(
+    """One weight made of several layers' rows, in order; the layers' own become views of it."""
+    merged = Weight(
         torch.cat([linear.weight for linear in linears]),
         torch.cat([linear.scale for linear in linears]) if hasattr(linears[0], "scale") else None,
     )
     at = 0
     for linear in linears:
         rows = slice(at, at + linear.weight.shape[0])
-        linear.weight = nn.Parameter(whole.data[rows], requires_grad=False)
-        if whole.scale is not None:
-            linear.scale = whole.scale[rows]
+        linear.weight = nn.Parameter(merged.data[rows], requires_grad=False)
+        if merged.scale is not None:
+            linear.scale = merged.scale[rows]
         at = rows.stop
-    return whole
+    return merged
 
 
 def forward(
     ops: Ops, w: DecodeWeights, token: Tensor, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
-    """Feed (M,) tokens at (M,) positions of the cache's rows; the final hidden states (M, hidden)."""
+    """Feed (M,) tokens at (M,) positions of the cache's slots; returns the final hidden states (M, hidden)."""
     residual, eps = F.embedding(token, w.embed), w.shape.eps
     x = ops.add_norm(None, residual, w.layers[0].input_norm, eps, w.layers[0].qkv)
     after = [(layer.input_norm, layer.qkv) for layer in w.layers[1:]] + [(w.norm, None)]
@@ -106,6 +106,6 @@ def image_step(
     values: Sequence[Tensor],
     sampling: Sampling,
 ) -> None:
-    """Feed every lane's last token to both its streams, choose the next one and move `state` on."""
+    """Feed each image's last token to both its sequences, sample the next one and advance `state`."""
     hidden = forward(ops, w, state.token, state.position, keys, values)
-    ops.choose(ops.logits(hidden, w.visual_head), state, w.visual, sampling)
+    ops.sample(ops.logits(hidden, w.visual_head), state, w.visual, sampling)

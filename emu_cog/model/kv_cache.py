@@ -13,9 +13,9 @@ from transformers import Qwen3Config
 class KVCache:
     """Keys and values of `rows` sequences, `capacity` tokens each, allocated once.
 
-    Two tensors a layer of shape (rows, capacity, kv_heads, head_dim), the shape that flash-attn's kv-cache kernel
-    reads; in memory a head's tokens lie one after another, so that reading one head is one long stream. What is
-    valid is told by the caller's lengths; the rest is garbage and never attended to.
+    Two tensors per layer of shape (rows, capacity, kv_heads, head_dim), as flash-attn's kv-cache kernel reads them; in
+    memory the tokens of a head are contiguous, so that reading one head is one sequential read. The caller knows how
+    much of each slot is valid; the rest is garbage and never attended to.
     """
 
     def __init__(
@@ -26,15 +26,15 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for device in devices]
         self.rows, self.capacity = rows, capacity
         self.version = object()
-        """Another object whenever the buffers are: recorded steps hold their addresses."""
+        """A new object whenever the buffers are replaced: captured graphs hold their addresses."""
 
     @staticmethod
     def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
-        """Bytes one token of one sequence takes over all layers."""
+        """Bytes of one token of one sequence over all layers."""
         return 2 * config.num_hidden_layers * int(config.num_key_value_heads or 0) * config.head_dim * dtype.itemsize
 
     def grow(self, capacity: int) -> None:
-        """Room for `capacity` tokens a row, what is there kept. Cut off in between, no recording is taken for valid."""
+        """Make room for `capacity` tokens per slot, contents kept. If it fails half way, no capture stays valid."""
         self.version = object()
         for buffers in (self.keys, self.values):
             for i, old in enumerate(buffers):
@@ -44,16 +44,16 @@ class KVCache:
         self.capacity = capacity
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Give row `target` the first `length` tokens of row `source`: a shared prefill."""
+        """Copy the first `length` tokens of slot `source` to slot `target`: a shared prefill."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :length] = buffer[source, :length]
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """One forward pass's view of the cache: which rows, which positions are written, how much is read.
+    """One forward pass's view of the cache: which slots, which positions are written, how much is read.
 
-    `rows` slices the cache's rows; `positions` (N, T) int64; `filled` bounds every position from above, so that
+    `rows` selects the cache's slots; `positions` (N, T) int64; `filled` bounds every position from above, so that
     attention reads no further. transformers' attention layers call `update` on it as on any cache.
     """
 
@@ -63,7 +63,7 @@ class CacheView:
     filled: int
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write (N, kv_heads, T, head_dim) keys and values at `positions`; give back all up to `filled`."""
+        """Write (N, kv_heads, T, head_dim) keys and values at `positions`; returns all up to `filled`."""
         k, v = self.cache.keys[layer][self.rows], self.cache.values[layer][self.rows]
         positions = self.positions.to(keys.device)
         row = torch.arange(k.shape[0], device=k.device)[:, None]

@@ -1,4 +1,4 @@
-"""An Emu3.5 folder to a LanguageModel: its config, its headers compared, its weights straight to where they belong."""
+"""Load an Emu3.5 folder as a LanguageModel: read its config, compare its headers, read each weight to its device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from emu_cog.prompt.tokens import TokenIds
 
 GIB = 2**30
 CONFIG_FILE = "config.json"
-# Where config.json leaves a field out these hold, not Qwen3's own. Source: upstream's Emu3Config; dropout
+# Defaults of fields that config.json leaves out; Qwen3's own differ. Source: upstream's Emu3Config; dropout
 # (0.1 there) acts in training only.
 EMU3_DEFAULTS: dict[str, Any] = {
     "vocab_size": 184622,
@@ -74,10 +74,10 @@ def load_language_model(
 ) -> LanguageModel:
     """Load an Emu3.5 folder as it stands: config.json and model.safetensors, or its shards with their index.
 
-    Names and shapes are compared with the config from the files' headers before any weight is read; then the
-    shards are read in parallel, each tensor once and straight to its device. With `device_map` "auto" accelerate
-    spreads the layers over all GPUs. With `quantize` ("fp8", "int8") every layer's weight is turned to 8 bits as soon
-    as it is read, so that the whole in `dtype` never lies in memory. CheckpointError names what is wrong.
+    Names and shapes in the files' headers are compared with the config before any weight is read; then the shards are
+    read in parallel, each tensor once and straight to its device. With `device_map` "auto" accelerate spreads the
+    layers over all GPUs. With `quantize` ("fp8", "int8") each layer's weight is converted to 8 bits as soon as it is
+    read, so that the whole model in `dtype` is never in memory. CheckpointError names what is wrong.
     """
     config = read_config(folder)
     config._attn_implementation = choose_attention(device, dtype)
@@ -100,21 +100,21 @@ def load_language_model(
 
 
 Places = Mapping[str, torch.device]
-"""Module name to device; "" stands for the whole model."""
+"""Module name to device; "" is the whole model."""
 
 
 def _places(model: Qwen3ForCausalLM, dtype: torch.dtype, device: torch.device) -> Places:
-    """Where each module goes with EMU_DEVICE_MAP=auto: over all GPUs, or onto the one device that is no GPU."""
+    """Where EMU_DEVICE_MAP=auto puts each module: over all GPUs, or on the one device that is no GPU."""
     if device.type != "cuda":
         return {"": device}
     free = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
     places = spread(model, dtype, free)
-    log.info("the layers lie on GPU %s", ", ".join(map(str, sorted(set(places.values())))))
+    log.info("the layers are on GPU %s", ", ".join(map(str, sorted(set(places.values())))))
     return {name: torch.device("cuda", place) for name, place in places.items()}
 
 
 def spread(model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int]) -> dict[str, int]:
-    """Module name to GPU, by accelerate: even, so that the caches are too; a layer stays whole.
+    """Module name to GPU, by accelerate: evenly, so that the caches are too; a layer is never split.
 
     `free` are the bytes free on each GPU. InputError with the numbers where they are too few.
     """
@@ -126,7 +126,7 @@ def spread(model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int])
         raise InputError(
             f"EMU_DEVICE_MAP=auto: the model's {needed / GIB:.2f} GiB of weights do not fit {len(free)} GPU(s) with "
             f"{', '.join(f'{size / GIB:.2f}' for size in free.values())} GiB free, and parts in main memory would take "
-            "minutes a token: use more or larger GPUs, or 8-bit weights (EMU_QUANTIZE)"
+            "minutes per token: use more or larger GPUs, or 8-bit weights (EMU_QUANTIZE)"
         )
     return places
 

@@ -1,8 +1,8 @@
-"""8-bit weights: each linear layer of the decoder in fp8 (e4m3) or int8, with one fp32 scale a row.
+"""8-bit weights: each linear layer of the decoder in fp8 (e4m3) or int8, with one fp32 scale per weight row.
 
 Activations, norms, embeddings and the head keep the model's dtype: the head decides between 131072 codes, and its
-visual half is 2% of what a step reads. The scale is taken out of the sum and applied after it, so that a product is
-exact in the stored weights. This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a
+visual half is 2% of what a step reads. The scale is applied after the sum, so that a product is exact in the stored
+weights. This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a
 release of it serves two or three releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's
 own kernels read the bare tensors.
 """
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from emu_cog.errors import InputError
 
 FORMATS: dict[str, tuple[torch.dtype, float]] = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
-"""Name to stored type and the largest number it holds."""
+"""Name to stored dtype and the largest number it holds."""
 SLICE = 2**26
-"""Weights taken to fp32 at a time: 256 MiB."""
+"""Weights converted to fp32 at a time: 256 MiB."""
 
 
 def check_format(name: str | None, device: torch.device) -> None:
-    """InputError where `name` is no format, or one that the device has no conversion for."""
+    """InputError where `name` is no format, or one that `device` can't convert."""
     if name is None:
         return
     if name not in FORMATS:
@@ -51,7 +51,7 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias over 8-bit weights, for prefill and text; recorded steps read the tensors alone."""
+    """A linear layer without bias over 8-bit weights, for prefill and text; captured steps read the tensors alone."""
 
     weight: nn.Parameter
     scale: Tensor
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", torch.empty(rows, dtype=torch.float32, device="meta"), persistent=False)
 
     def fill(self, weight: Tensor) -> None:
-        """Take over a (rows, columns) weight in any dtype, on its device."""
+        """Convert a (rows, columns) weight of any dtype, on its device."""
         data, self.scale = quantized(weight, self.name)
         self.weight = nn.Parameter(data, requires_grad=False)
 
@@ -73,21 +73,21 @@ class QuantizedLinear(nn.Module):
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that 8-bit weights stand for: every linear one inside the decoder's layers, by name."""
+    """The layers that get 8-bit weights, by name: every linear one inside the decoder's layers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
             yield name, module
 
 
 def replace_linears(model: nn.Module, name: str) -> None:
-    """Put empty QuantizedLinear in the place of every quantizable layer of `model` (weights may be on "meta")."""
+    """Replace every quantizable layer of `model` by an empty QuantizedLinear (weights may be on "meta")."""
     for path, linear in list(quantizable(model)):
         model.set_submodule(path, QuantizedLinear(linear.out_features, linear.in_features, name))
 
 
 def quantize(model: nn.Module, name: str) -> None:
-    """Turn a loaded model's layers to 8 bits in place, one after another: each full weight goes before the next."""
-    for path in [path for path, _ in quantizable(model)]:  # the names alone: a list of layers would keep all weights
+    """Convert a loaded model's layers to 8 bits in place, each full weight freed before the next is read."""
+    for path in [path for path, _ in quantizable(model)]:  # names only: a list of layers would keep all weights alive
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         small = QuantizedLinear(linear.out_features, linear.in_features, name)

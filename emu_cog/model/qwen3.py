@@ -1,6 +1,6 @@
-"""The language model: transformers' Qwen3 over an Emu3.5 folder, a preallocated cache, and the two halves of its head.
+"""The language model: transformers' Qwen3 over an Emu3.5 folder, a preallocated cache, and a head in two halves.
 
-Emu3.5 is Qwen3 layer by layer and key by key; only the config's name and its defaults differ.
+Emu3.5 is Qwen3 layer by layer and key by key; only the config's name and defaults differ.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def _sdpa(
 
 
 def _flash(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, window: Any, scaling: float, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, view: CacheView, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """The same through flash-attn's kv-cache kernel, which reads what is filled and nothing more.
+    """The same through flash-attn's kv-cache kernel, which reads only what is filled.
 
-    `window` stands in the mask's place: the kernel needs each row's length, (N,) int32, after this step's tokens.
+    `view` takes the mask's place: the kernel needs each sequence's length, (N,) int32, after this step's tokens.
     """
     from flash_attn import flash_attn_with_kvcache
 
-    lengths = window.positions[:, -1].to(query.device, torch.int32) + 1
+    lengths = view.positions[:, -1].to(query.device, torch.int32) + 1
     out = flash_attn_with_kvcache(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -60,7 +60,7 @@ def _flash(
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """ "emu_flash" on CUDA in half precision where flash-attn is importable, else "emu_sdpa"; told in the log."""
+    """ "emu_flash" on CUDA in half precision where flash-attn is importable, else "emu_sdpa"; the log says which."""
     functions: dict[str, Callable[..., Any]] = {"emu_sdpa": _sdpa, "emu_flash": _flash}
     for name, function in functions.items():
         ALL_ATTENTION_FUNCTIONS.register(name, function)
@@ -82,12 +82,12 @@ class LanguageModel:
         self.model, self.ids = model, ids
         self.config: Qwen3Config = model.config
         self.context = int(model.config.max_position_embeddings)
-        """Tokens a stream may hold; the caller may lower it to what memory allows."""
+        """Tokens a sequence may hold; the caller may lower it to what memory allows."""
         if model.lm_head.weight.device.type == "cpu":
-            cpu_linear.use_in(model)
+            cpu_linear.replace_linears(model)
         weight = model.lm_head.weight
         self.device, self.dtype = model.model.embed_tokens.weight.device, weight.dtype
-        # The two halves of the head, as views: text mode may never give a visual token, an image nothing else.
+        # The two halves of the head, as views: text never contains a visual token, an image nothing else.
         self._text_head = weight[: ids.visual]
         self._visual_head = weight[ids.visual : ids.vocab_size]
 
@@ -96,28 +96,28 @@ class LanguageModel:
         return KVCache(self.config, rows=rows, capacity=capacity, dtype=self.dtype, devices=devices)
 
     def forward(self, tokens: Tensor, start: Tensor, cache: KVCache, *, rows: slice, filled: int) -> Tensor:
-        """Feed (N, T) int64 `tokens` to the rows `rows` of `cache` at positions start..start+T-1, `start` (N,) int64.
+        """Feed (N, T) int64 `tokens` to the slots `rows` of `cache` at positions start..start+T-1, `start` (N,) int64.
 
         `filled` is at least every position fed plus one. Returns the final hidden states (N, T, hidden).
         """
         positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        window = CacheView(cache, rows, positions, filled)
+        view = CacheView(cache, rows, positions, filled)
         if self.config._attn_implementation == "emu_flash":
-            mask: Any = window
+            mask: Any = view
         else:
-            # Row i may read what lies at or before its own position: causal, and blind to the unwritten rest.
+            # A token reads what lies at or before its own position: causal, and nothing that is not written yet.
             mask = torch.arange(filled, device=tokens.device)[None, None, None, :] <= positions[:, None, :, None]
         out = self.model.model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask={"full_attention": mask},
-            past_key_values=window,
+            past_key_values=view,
             use_cache=True,
         )
         return out.last_hidden_state
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) to (N, visual) fp32 logits over all that is not a visual token."""
+        """(N, hidden) to (N, visual) fp32 logits over everything but the visual tokens."""
         return self._logits(hidden, self._text_head)
 
     def visual_logits(self, hidden: Tensor) -> Tensor:
@@ -125,5 +125,5 @@ class LanguageModel:
         return self._logits(hidden, self._visual_head)
 
     def _logits(self, hidden: Tensor, half: Tensor) -> Tensor:
-        """On the model's first device; the moves do nothing unless the layers are spread over several."""
+        """On the model's first device; nothing is moved unless the layers are spread over several."""
         return head.logits(hidden.to(half.device), half).to(self.device)

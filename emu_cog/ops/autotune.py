@@ -1,7 +1,7 @@
-"""How the kernels cut their work: a first choice from the shapes, then the fastest by the clock on this device.
+"""Configurations of the kernels: defaults from the shapes, and for the linear ones the fastest on this device.
 
-Whatever is tried, every sum is taken in the same order: `splits` and `block_k` follow from the shape alone and no
-choice depends on the number of rows. So a picture is the same bit by bit on every start of one device, alone or in a
+No configuration changes the order of a sum: `splits` and `block_k` follow from the weight's shape alone, and nothing
+depends on the number of batch rows. So a picture is the same bit for bit after every start on one device, alone or in a
 batch.
 """
 
@@ -15,16 +15,42 @@ import torch
 from emu_cog.ops.interface import DecodeWeights, Weight
 
 MAX_ROWS = 16
-"""Rows the kernels take: one tile of the tensor cores."""
-TIMED = 16
-"""Layers whose weights a timing goes over: together far more than any cache holds."""
+"""Batch rows the kernels take: one tensor-core tile."""
+TIMED_LAYERS = 16
+"""Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
-"""Bytes of shared memory a program may take where the device does not say: the least of CUDA 8.0 and later."""
+"""Bytes of shared memory per program where the device reports none: the least since compute capability 8.0. Source:
+CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"."""
+
+
+class KernelBuildError(RuntimeError):
+    """A kernel can't be compiled for this GPU, or not loaded by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How a linear kernel cuts its work; `splits` cuts the sum over K. For 8-bit weights K counts words of four."""
+class Card:
+    """What configurations depend on: `shared` memory per program in bytes; `pdl`, programmatic dependent launch."""
+
+    name: str
+    shared: int = DEFAULT_SHARED
+    pdl: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card:
+        """The card of a CUDA device; for any other the defaults."""
+        if device.type != "cuda":
+            return cls(name=str(device))
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            name=f"{properties.name} (sm_{properties.major}{properties.minor})",
+            shared=getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED),
+            pdl=properties.major >= 9,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """How a linear kernel is tiled; `splits` divides the sum over K. For 8-bit weights K counts words of four."""
 
     block_n: int
     block_k: int
@@ -34,58 +60,69 @@ class Tiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All choices. `tiles` by the weight's shape (N, K); `pdl` is early launching (kernels.py tells)."""
+class KernelConfig:
+    """Configurations of all kernels. `linear` by the weight's shape (N, K); `pdl` see kernels/layers.py."""
 
-    tiles: Mapping[tuple[int, int], Tiles]
+    linear: Mapping[tuple[int, int], LinearConfig]
     key_splits: int = 8
     key_block: int = 64
     pdl: bool = False
 
 
-def choose_plan(w: DecodeWeights, device: torch.device) -> Plan:
-    """The first choice for `device`.
+def default_config(w: DecodeWeights, card: Card) -> KernelConfig:
+    """The configuration that autotuning starts from.
 
-    Measured on an H100 over the released model's shapes and 2 to 16 rows, 26 ways of cutting each: tiles of 64
-    outputs by 128 inputs were within 2% of the best everywhere, and so were eight parts of each row's keys.
+    Measured on an H100 over the released model's shapes, 2 to 16 batch rows and 26 configurations each: tiles of 64
+    outputs by 128 inputs were within 2% of the best everywhere, and so were eight splits of each sequence's keys.
     """
-    layer, shared, hopper = w.layers[0], DEFAULT_SHARED, False
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        shared, hopper = getattr(properties, "shared_memory_per_block_optin", shared), properties.major >= 9
-    tiles = {shape(weight): _tiles(weight, shared) for weight in (layer.qkv, layer.o, layer.down)}
-    tiles[shape(layer.gate_up)] = _tiles(layer.gate_up, shared, swiglu=True)
+    layer, shared = w.layers[0], card.shared
+    linear = {shape(weight): _default_linear(weight, shared) for weight in (layer.qkv, layer.o, layer.down)}
+    linear[shape(layer.gate_up)] = _default_linear(layer.gate_up, shared, swiglu=True)
     for head in (Weight(w.visual_head), Weight(w.text_head)):
-        tiles[shape(head)] = _tiles(head, shared, whole=True)
-    return Plan(tiles=tiles, key_block=64 if w.embed.dtype.itemsize == 2 else 32, pdl=hopper)
+        linear[shape(head)] = _default_linear(head, shared, unsplit=True)
+    return KernelConfig(linear=linear, key_block=64 if w.embed.dtype.itemsize == 2 else 32, pdl=card.pdl)
 
 
 def autotune(
-    plan: Plan, w: DecodeWeights, seconds: Callable[[Sequence[Weight], Tiles, bool], float | None]
-) -> tuple[Plan, list[str]]:
-    """`plan` with the fastest of `alternatives` for each kind of weight, and what was found, to be told.
+    config: KernelConfig, w: DecodeWeights, seconds: Callable[[Sequence[Weight], LinearConfig, bool], float], card: Card
+) -> tuple[KernelConfig, list[str]]:
+    """`config` with the fastest of `candidates` for each kind of weight, and one line about each for the log.
 
-    `seconds(weights, tiles, swiglu)` times the products of some weights of one shape; None where the device can't.
+    `seconds(weights, config, swiglu)` times the products of some weights of one shape. A configuration for which it
+    raises KernelBuildError is skipped; KernelBuildError with the last reason where that leaves none.
     """
-    kinds = {name: [getattr(layer, name) for layer in w.layers[:TIMED]] for name in ("qkv", "o", "gate_up", "down")}
-    tiles, told = dict(plan.tiles), []
+    kinds = {
+        name: [getattr(layer, name) for layer in w.layers[:TIMED_LAYERS]] for name in ("qkv", "o", "gate_up", "down")
+    }
+    linear, found = dict(config.linear), []
     for name, weights in (kinds | {"head": [Weight(w.visual_head)]}).items():
-        first = plan.tiles[shape(weights[0])]
-        timed = {choice: seconds(weights, choice, name == "gate_up") for choice in alternatives(first)}
-        found = {choice: time for choice, time in timed.items() if time is not None}
-        best = min(found, key=lambda choice: found[choice])
-        tiles[shape(weights[0])] = best
-        pace = sum(weight.data.nbytes for weight in weights) / found[best] / 1e12
-        told.append(f"{name} {best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
-    return replace(plan, tiles=tiles), told
+        at = shape(weights[0])
+        timings, last = {}, None
+        for candidate in candidates(config.linear[at]):
+            try:
+                timings[candidate] = seconds(weights, candidate, name == "gate_up")
+            except KernelBuildError as error:
+                last = error
+        if not timings:
+            raise KernelBuildError(
+                f"no configuration of the {name} product ({at[0]}x{at[1]}) can be built on {card.name}: {last}"
+            ) from last
+        best = min(timings, key=lambda candidate: timings[candidate])
+        linear[at] = best
+        pace = sum(weight.data.nbytes for weight in weights) / timings[best] / 1e12
+        found.append(f"{name} {best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
+    return replace(config, linear=linear), found
 
 
-def alternatives(first: Tiles) -> list[Tiles]:
-    """`first` and other ways that sum in the same order; none below 64 outputs, where Triton leaves Hopper's own
-    matrix instructions for older ones, which may round differently."""
-    shapes = [(64, 2, 4), (64, 3, 4), (64, 4, 4), (64, 6, 4), (128, 2, 8), (128, 3, 8), (128, 4, 8)]
-    others = [replace(first, block_n=n, stages=stages, warps=warps) for n, stages, warps in shapes]
-    return [first, *(choice for choice in others if choice != first)]
+def candidates(default: LinearConfig) -> list[LinearConfig]:
+    """`default` first, and others that sum in the same order.
+
+    None has fewer than 64 outputs: there Triton leaves Hopper's own matrix instructions for older ones, which may
+    round differently.
+    """
+    sizes = [(64, 2, 4), (64, 3, 4), (64, 4, 4), (64, 6, 4), (128, 2, 8), (128, 3, 8), (128, 4, 8)]
+    others = [replace(default, block_n=n, stages=stages, warps=warps) for n, stages, warps in sizes]
+    return [default, *(config for config in others if config != default)]
 
 
 def shape(weight: Weight) -> tuple[int, int]:
@@ -93,16 +130,16 @@ def shape(weight: Weight) -> tuple[int, int]:
     return weight.data.shape[0], weight.data.shape[1]
 
 
-def _tiles(weight: Weight, shared: int, *, swiglu: bool = False, whole: bool = False) -> Tiles:
-    """`whole` (and `swiglu`) leaves the sum over K in one piece; else about 400 programs share the work, three a
-    multiprocessor. `shared` is the shared memory a program may take, bytes."""
+def _default_linear(weight: Weight, shared: int, *, swiglu: bool = False, unsplit: bool = False) -> LinearConfig:
+    """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
+    multiprocessor. `shared` is the shared memory per program in bytes."""
     n, k = shape(weight)
     k, block = (k // 4, 64) if weight.scale is not None else (k, 128)
-    wanted = 1 if whole or swiglu else round(400 / (n / 64))
-    # Parts of equal length and of at least eight blocks: then no load needs a mask.
+    wanted = 1 if unsplit or swiglu else round(400 / (n / 64))
+    # Splits of equal length and of at least eight blocks: then no load needs a mask.
     fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
     splits = max(fitting, default=1)
     itemsize = 4 if weight.scale is not None else weight.data.dtype.itemsize
     stage = block * (64 * itemsize * (2 if swiglu else 1) + MAX_ROWS * max(itemsize * 2, 4))
     stages = min(6 if splits == 1 else 4, shared // stage)
-    return Tiles(block_n=64, block_k=block, stages=max(stages, 1), splits=splits)
+    return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits)

@@ -1,8 +1,8 @@
-"""Products with few rows on a CPU, taken the other way round.
+"""Products with few batch rows on a CPU, computed as (W x^T)^T.
 
-A decode step multiplies two rows, a pair of streams, with every weight. PyTorch's `F.linear` is slow at that: for
-2 x 640 by 131072 x 640 in fp32 it took 70 ms on one core of an AMD EPYC, `weight @ x.T` 18 ms, which is what reading
-the weight takes. From 16 rows on the first is the faster one.
+A decode step multiplies two rows, a conditional and an unconditional sequence, by every weight. PyTorch's `F.linear` is
+slow at that: for 2 x 640 by 131072 x 640 in fp32 it took 70 ms on one core of an AMD EPYC, `weight @ x.T` 18 ms, which
+is what reading the weight takes. From 16 rows on `F.linear` is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., K) by (N, K) to (..., N), as `F.linear`; the same product up to the order of its sums."""
+    """`F.linear`, (..., K) by (N, K) to (..., N), up to the order of its sums."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > MAX_ROWS * x.shape[-1]:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FewRowsLinear(nn.Linear):
-    """A linear layer without bias over another's weight, by `linear`."""
+    """A linear layer without bias over an existing weight, computed by `linear`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
@@ -35,9 +35,9 @@ class FewRowsLinear(nn.Linear):
         return linear(input, self.weight)
 
 
-def use_in(model: nn.Module) -> None:
-    """Put FewRowsLinear in the place of every linear layer without bias of `model`; the weights stay theirs."""
+def replace_linears(model: nn.Module) -> None:
+    """Replace every linear layer without bias in `model` by a FewRowsLinear over the same weight."""
     for name, module in list(model.named_modules()):
-        # What accelerate has hooked up to move between devices keeps its hooks.
+        # Layers with hooks of accelerate, which move tensors between devices, have to stay.
         if type(module) is nn.Linear and module.bias is None and not hasattr(module, "_hf_hook"):
             model.set_submodule(name, FewRowsLinear(module.weight))

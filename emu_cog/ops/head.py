@@ -1,7 +1,7 @@
 """The product with the head, never rounded to the weights' half precision.
 
 bfloat16 keeps 8 bits: among 131072 codes many scores round to the same number, and guidance, c - u times a scale,
-magnifies what was rounded off. A product in the head's dtype costs as much to read and is summed in fp32 anyway; here
+magnifies the rounding errors. A product in the head's dtype has to read as much and is summed in fp32 anyway; here
 that sum is kept.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from emu_cog.ops import cpu_linear
 
 SLICE = 2**25
-"""Weights a CPU takes to fp32 at a time: 128 MiB. CUDA needs no copy."""
+"""Weights that a CPU converts to fp32 at a time: 128 MiB. CUDA needs no copy."""
 
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""What one decode step is made of: the tensors it works on, its operations, and those in plain torch.
-
-M is the number of rows in the batch: two streams a picture. triton_ops.py holds the same operations in kernels. Both
-keep the layers' own roundings (after each norm, product and rotation), so that they differ by the order of sums alone.
-"""
+"""The operations of a decode step in plain torch: the reference that the kernels are tested against."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ from torch.nn import functional as F
 
 from emu_cog.ops import head as heads
 from emu_cog.ops.interface import ImageState, Layer, Shape, Weight
-from emu_cog.ops.sampling import draw, guide, keep_k, keep_top_k, keep_top_p
+from emu_cog.ops.sampling import guide, keep_top_k, keep_top_k_tensor, keep_top_p, sample
 from emu_cog.request import Sampling
 
 
 class TorchOps:
-    """The twin: plain torch, any device. `filled` bounds every position from above, so that attention reads no more."""
+    """`Ops` for any device. `filled` is above every position, so that attention reads no further."""
 
     def __init__(self, filled: int) -> None:
         self.filled = filled
@@ -33,16 +29,16 @@ class TorchOps:
         return heads.logits(x, head)
 
     def add_norm(
-        self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+        self, partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
-        if parts is not None:
-            residual += parts.sum(0).to(residual.dtype)
+        if partials is not None:
+            residual += partials.sum(0).to(residual.dtype)
         return _norm(residual, weight, eps)
 
     def rope_store(
-        self, parts: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+        self, partials: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        heads = parts.sum(0).to(keys.dtype).view(parts.shape[1], -1, shape.head_dim)
+        heads = partials.sum(0).to(keys.dtype).view(partials.shape[1], -1, shape.head_dim)
         q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
         cos, sin = rope[:, position, None]
         row = torch.arange(len(q), device=q.device)
@@ -57,13 +53,17 @@ class TorchOps:
         folded = q.view(m, keys.shape[1], -1, dim)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask[:, None, None]).reshape(m, -1)
 
-    def choose(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
-        torch.div(guide(logits[0::2], logits[1::2], state.knobs[0]), state.knobs[1], out=state.scores)
-        kept = keep_top_k(state.scores, sampling.top_k) if sampling.top_p < 1.0 else keep_k(state.scores, state.top_k)
+    def sample(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
+        guided = guide(logits[0::2], logits[1::2], state.cfg_scale[0])
+        torch.div(guided, state.temperature[0], out=state.scores)
+        if sampling.top_p < 1.0:
+            kept = keep_top_k(state.scores, sampling.top_k)
+        else:
+            kept = keep_top_k_tensor(state.scores, state.top_k)
         probs = keep_top_p(kept, sampling.top_p).softmax(dim=-1)
         at = state.step[:1]
         forced = state.forced[at][0]
-        token = torch.where(forced < 0, visual + draw(probs, state.uniform[at][0]), forced)
+        token = torch.where(forced < 0, visual + sample(probs, state.uniform[at][0]), forced)
         state.out[at] = token[None]
         state.token.copy_(token.repeat_interleave(2))
         state.position += state.advance[at][0]

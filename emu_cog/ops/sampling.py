@@ -1,4 +1,4 @@
-"""Guidance, filters and the draw: pure tensor functions over fp32 logits, one row a sequence.
+"""Guidance, filters and sampling: pure tensor functions over fp32 logits, one batch row per sequence.
 
 The order is upstream's (`apply_differential_topk` in logits_processor.py): guidance, temperature, top-k with
 ties at the threshold kept, top-p, softmax.
@@ -16,27 +16,27 @@ from emu_cog.request import Sampling
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance `u + s(c - u)` on (N, V) logits.
 
-    Upstream guides log-softmaxes; that shifts each row by a constant, which no later step can see.
+    Upstream guides log-softmaxes; that shifts each row by a constant, which no later operation can see.
     """
     return torch.lerp(unconditional, conditional, scale)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """-inf for all below the k-th largest of each row of (N, V); ties with it stay. k 0 or k >= V keeps all."""
+    """-inf below the k-th largest of each row of (N, V); ties with it stay. k 0 or k >= V keeps all."""
     if not 0 < k < scores.shape[-1]:
         return scores
     threshold = scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def keep_k(scores: Tensor, k: Tensor) -> Tensor:
-    """`keep_top_k` for a k that lies on the device, (1,) of 1..V: a sort instead of a partial one."""
+def keep_top_k_tensor(scores: Tensor, k: Tensor) -> Tensor:
+    """`keep_top_k` for a k on the device, (1,) int in 1..V: sorts everything, but never synchronizes."""
     ordered = scores.sort(dim=-1, descending=True).values
     return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """-inf outside each row's nucleus: the likeliest tokens up to and with the one that takes the sum over p."""
+    """-inf outside each row's nucleus: the likeliest tokens up to and including the one that takes the sum over p."""
     if p >= 1.0:
         return scores
     ordered, order = scores.sort(dim=-1, descending=True)
@@ -52,12 +52,11 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
     return keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p).softmax(dim=-1)
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """Invert the cumulative distribution of (N, V) `probs` at (N,) `uniform` in [0, 1): (N,) int64 indices.
 
-    One uniform number a token: the result depends on the row's own distribution and number alone, whatever
-    else is in the batch. In double precision, so that 131072 small terms add up and no token of probability
-    zero can be hit.
+    The result depends on the sequence's own distribution and number alone, whatever else is in the batch. In double
+    precision, so that 131072 small terms add up and no token of probability zero can be hit.
     """
     mass = probs.double().cumsum(dim=-1)
     target = uniform.double().unsqueeze(-1) * mass[:, -1:]

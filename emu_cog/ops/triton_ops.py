@@ -1,9 +1,11 @@
-"""The decode step's operations in Triton: `decode_ops.Ops` for CUDA, or for Triton's interpreter."""
+"""The decode step's operations in Triton: `interface.Ops` for CUDA, or for Triton's interpreter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,81 +13,122 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from emu_cog.ops.autotune import Plan, Tiles, autotune, choose_plan, shape
+from emu_cog.ops.autotune import (
+    Card,
+    KernelBuildError,
+    KernelConfig,
+    LinearConfig,
+    autotune,
+    default_config,
+    shape,
+)
 from emu_cog.ops.interface import DecodeWeights, ImageState, Layer, Shape, Weight
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
 from emu_cog.request import Sampling
 
-KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@contextmanager
+def build_errors(device: torch.device) -> Iterator[None]:
+    """Turn what keeps a kernel from being built for `device` into KernelBuildError.
+
+    That is Triton's own errors (too little shared memory, a kernel that its compiler refuses), but also RuntimeError
+    and OSError: a failed compiler pass, a missing C compiler, an assembler or driver that refuses the result. CUDA's
+    own errors pass through: nothing that runs after them can be trusted.
+    """
+    try:
+        yield
+    except (KernelBuildError, torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        if "CUDA error" in str(error):
+            raise
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # raises where the error came from a broken CUDA context
+        raise KernelBuildError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 class TritonOps:
-    """The fast set: CUDA (or Triton's interpreter). Works on one stream at a time."""
+    """The fast operations, for CUDA or Triton's interpreter. Works on one CUDA stream at a time."""
 
     BLOCK = 2048
-    """Scores a program of the draw handles."""
+    """Scores per program of the sampling kernels."""
 
-    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
-        self.plan, self.kind = plan, KINDS[dtype]
+    def __init__(self, config: KernelConfig, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, DTYPES[dtype]
         self._scratch: dict[int, dict[str, Tensor]] = {}
-        self.launch: dict[str, Any] = {"PDL": plan.pdl} | ({"launch_pdl": True} if plan.pdl else {})
+        self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
     def autotuned(cls, w: DecodeWeights, device: torch.device) -> tuple[TritonOps, list[str]]:
-        """With the plan that is fastest on `device` over the model's own weights; and what was found."""
-        ops = cls(choose_plan(w, device), w.embed.dtype)
+        """With the configuration that is fastest on `device` for the model's own weights; and lines for the log.
 
-        def seconds(weights: Sequence[Weight], tiles: Tiles, swiglu: bool) -> float | None:
+        KernelBuildError where no configuration can be built.
+        """
+        card = Card.of(device)
+        ops = cls(default_config(w, card), w.embed.dtype)
+
+        def seconds(weights: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
             x = torch.randn((2, weights[0].data.shape[1]), device=device)
-            x = x.to(torch.float16 if _is_small(weights[0]) else w.embed.dtype)
-            try:
-                return _replay_seconds(lambda: [ops.product(x, weight, tiles, swiglu=swiglu) for weight in weights])
-            except TritonError:  # too much shared memory, or a kernel that this compiler refuses
-                return None
+            x = x.to(torch.float16 if _is_8_bit(weights[0]) else w.embed.dtype)
+            with build_errors(device):
+                return _replay_seconds(lambda: [ops.product(x, weight, config, swiglu=swiglu) for weight in weights])
 
-        ops.plan, told = autotune(ops.plan, w, seconds)
-        return ops, told
+        ops.config, found = autotune(ops.config, w, seconds, card)
+        return ops, found
 
     # -- products ---------------------------------------------------------------------------------------------
 
-    def product(self, x: Tensor, w: Weight, tiles: Tiles, *, swiglu: bool = False) -> Tensor:
-        """The linear kernels' launch: parts (splits, M, N), with `swiglu` (1, M, N) ready for the next product."""
+    def product(self, x: Tensor, w: Weight, config: LinearConfig, *, swiglu: bool = False) -> Tensor:
+        """Launch a linear kernel: partials (splits, M, N), with `swiglu` (1, M, N) ready for the next product."""
         if not x.is_contiguous():
-            raise ValueError(f"the kernels read rows that lie one after the other, not {tuple(x.stride())}")
-        m, small = len(x), w.scale is not None
-        # An 8-bit weight is counted in words of four along K.
-        data = w.data.view(torch.int32) if small else w.data
+            raise ValueError(f"the kernels read contiguous rows, not strides {tuple(x.stride())}")
+        m, eight_bits = len(x), w.scale is not None
+        # Four 8-bit weights are one word along K.
+        data = w.data.view(torch.int32) if eight_bits else w.data
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
-        chunk = _up(_up(k, tiles.splits), tiles.block_k) * tiles.block_k
+        chunk = _up(_up(k, config.splits), config.block_k) * config.block_k
         splits = _up(k, chunk)
-        parts = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
-        grid = (_up(n, tiles.block_n), splits)
+        partials = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
+        grid = (_up(n, config.block_n), splits)
         common: dict[str, Any] = {
             "ROWS": 16,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
-            "STAGES": tiles.stages,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.stages,
             "SWIGLU": swiglu,
-            "EVEN": n % tiles.block_n == 0 and k % chunk == 0 and chunk % tiles.block_k == 0,
-            "num_warps": tiles.warps,
+            "EVEN": n % config.block_n == 0 and k % chunk == 0 and chunk % config.block_k == 0,
+            "num_warps": config.warps,
             **self.launch,
         }
-        if small:
+        if eight_bits:
             fp8 = w.data.dtype == torch.float8_e4m3fn
             eight_bit.linear8_kernel[grid](
-                x, data, w.scale, parts, m, n, k, chunk, FP8=fp8, KIND=self.kind, ASM=x.is_cuda, **common
+                x,
+                data,
+                w.scale,
+                partials,
+                m,
+                n,
+                k,
+                chunk,
+                FP8=fp8,
+                KIND=self.dtype,
+                ASM=x.device.type != "cpu",
+                **common,
             )
         else:
-            layers.linear_kernel[grid](x, data, parts, m, n, k, chunk, **common)
-        return parts
+            layers.linear_kernel[grid](x, data, partials, m, n, k, chunk, **common)
+        return partials
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.plan.tiles[shape(w)])
+        return self.product(x, w, self.config.linear[shape(w)])
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.plan.tiles[shape(w)], swiglu=True)[0]
+        return self.product(x, w, self.config.linear[shape(w)], swiglu=True)[0]
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         return self.linear(x.contiguous(), Weight(head))[0]
@@ -93,11 +136,11 @@ class TritonOps:
     # -- the rest of a layer ----------------------------------------------------------------------------------
 
     def add_norm(
-        self, parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+        self, partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
         m, h = residual.shape
         out = self._input(residual, into)
-        source, splits = (residual, 0) if parts is None else (parts, len(parts))
+        source, splits = (residual, 0) if partials is None else (partials, len(partials))
         block = _power(h)
         warps = max(1, min(16, block // 256))
         layers.add_norm_kernel[(m,)](
@@ -110,19 +153,19 @@ class TritonOps:
             splits,
             m,
             BLOCK=block,
-            SPREAD=_is_small(into),
+            INTERLEAVED=_is_8_bit(into),
             num_warps=warps,
             **self.launch,
         )
         return out
 
     def rope_store(
-        self, parts: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+        self, partials: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        splits, m, _ = parts.shape
-        q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=parts.device)
+        splits, m, _ = partials.shape
+        q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=partials.device)
         layers.rope_store_kernel[(m, shape.heads + 2 * shape.kv_heads)](
-            parts,
+            partials,
             layer.q_norm,
             layer.k_norm,
             rope[0],
@@ -145,7 +188,7 @@ class TritonOps:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
         m, heads, dim = q.shape
-        kv, splits = keys.shape[2], self.plan.key_splits
+        kv, splits = keys.shape[2], self.config.key_splits
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
@@ -162,7 +205,7 @@ class TritonOps:
             GROUP=heads // kv,
             PADDED=max(16, _power(heads // kv)),
             D=dim,
-            BLOCK=self.plan.key_block,
+            BLOCK=self.config.key_block,
             SPLITS=splits,
             STAGES=3,
             num_warps=4,
@@ -176,35 +219,37 @@ class TritonOps:
             D=dim,
             SPLITS=splits,
             PADDED=_power(splits),
-            KIND=self.kind,
-            SPREAD=_is_small(into),
+            KIND=self.dtype,
+            INTERLEAVED=_is_8_bit(into),
             num_warps=1,
             **self.launch,
         )
         return out
 
     def _input(self, like: Tensor, into: Weight | None) -> Tensor:
-        """Room for what the weight `into` reads: fp16 for an 8-bit one (kernels8.py tells why)."""
-        return torch.empty_like(like, dtype=torch.float16 if _is_small(into) else like.dtype)
+        """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py)."""
+        return torch.empty_like(like, dtype=torch.float16 if _is_8_bit(into) else like.dtype)
 
-    # -- the draw ---------------------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------------------
 
-    def choose(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
+    def sample(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
         if sampling.top_p < 1.0:
-            TorchOps(0).choose(logits, state, visual, sampling)
+            TorchOps(0).sample(logits, state, visual, sampling)
             return
-        lanes, vocabulary = len(logits) // 2, logits.shape[1]
+        images, vocabulary = len(logits) // 2, logits.shape[1]
         blocks = _up(vocabulary, self.BLOCK)
-        if lanes not in self._scratch:
-            self._scratch[lanes] = _draw_scratch(lanes, blocks, logits.device)
-        s = self._scratch[lanes]
-        grid, some = (lanes, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
+        if images not in self._scratch:
+            self._scratch[images] = _sampling_scratch(images, blocks, logits.device)
+        s = self._scratch[images]
+        grid, some = (images, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
         counts, top, k = s["counts"], s["top"], state.top_k
-        sampling_kernels.guide_kernel[grid](logits, state.knobs, state.scores, counts, top, vocabulary, **some)
+        sampling_kernels.guide_kernel[grid](
+            logits, state.cfg_scale, state.temperature, state.scores, counts, top, vocabulary, **some
+        )
         for digit in (1, 2, 3):
             sampling_kernels.count_kernel[grid](state.scores, counts, k, vocabulary, PASS=digit, **some)
         sampling_kernels.mass_kernel[grid](state.scores, counts, top, k, s["threshold"], s["mass"], vocabulary, **some)
-        sampling_kernels.choose_kernel[(lanes,)](
+        sampling_kernels.sample_kernel[(images,)](
             state.scores,
             counts,
             top,
@@ -225,18 +270,18 @@ class TritonOps:
         )
 
 
-def _draw_scratch(lanes: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
-    """What the draw's kernels hand to each other; `counts` and `top` are left as they are here by the last of them."""
+def _sampling_scratch(images: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
+    """Buffers between the sampling kernels; the last one resets `counts` and `top` to the values they have here."""
     return {
-        "counts": torch.zeros((lanes, 4, 256), dtype=torch.int32, device=device),
-        "top": torch.full((lanes,), -(2**31), dtype=torch.int32, device=device),
-        "threshold": torch.zeros((lanes,), dtype=torch.int32, device=device),
-        "mass": torch.zeros((lanes, blocks), dtype=torch.float64, device=device),
+        "counts": torch.zeros((images, 4, 256), dtype=torch.int32, device=device),
+        "top": torch.full((images,), -(2**31), dtype=torch.int32, device=device),
+        "threshold": torch.zeros((images,), dtype=torch.int32, device=device),
+        "mass": torch.zeros((images, blocks), dtype=torch.float64, device=device),
     }
 
 
 def _replay_seconds(work: Callable[[], object]) -> float:
-    """Seconds of GPU time that `work` takes, the better of two replays of its graph: launching costs nothing then."""
+    """Seconds of GPU time that `work` takes: the better of two replays of its CUDA graph, no launch overhead."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -257,7 +302,7 @@ def _replay_seconds(work: Callable[[], object]) -> float:
     return best
 
 
-def _is_small(weight: Weight | None) -> bool:
+def _is_8_bit(weight: Weight | None) -> bool:
     return weight is not None and weight.scale is not None
 
 

@@ -20,7 +20,7 @@ from emu_cog.errors import CheckpointError, InputError
 from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import check_memory_budget
-from emu_cog.model.device import choose_device, choose_dtype, choose_spread
+from emu_cog.model.device import check_settings, choose_device, choose_dtype, choose_spread
 from emu_cog.prompt import geometry, tasks
 from emu_cog.prompt.segments import Kind, Text, parse_image
 from emu_cog.prompt.tokens import TokenIds, block_length
@@ -85,6 +85,7 @@ class UpstreamPipeline:
                 f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
                 f"leave one of the two out; {_INSTEAD}"
             )
+        check_settings(device=settings.device, dtype=settings.dtype, device_map=settings.device_map, quantize=None)
         try:
             clone = ensure_clone(
                 settings.weights_dir.expanduser().absolute(), url=settings.upstream_url, commit=settings.upstream_commit

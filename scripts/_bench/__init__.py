@@ -1,1 +1,1 @@
-"""The parts of scripts/bench: sizes and floors, the report, and one module a thing that is measured."""
+"""The parts of scripts/bench: sizes and floors, the report, and one module per thing that is measured."""

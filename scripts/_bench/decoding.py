@@ -1,4 +1,4 @@
-"""The decode step, prefill and what the host does meanwhile, through the engine as requests use it."""
+"""The decode step, prefill and synchronization, through the engine as requests use it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ REFERENCE_TOKENS = block_length(64, 64)
 class Bench:
     """What the parts share.
 
-    `item`: bytes that a number of the layers' weights takes. `bandwidth`: bytes a second. `columns` and `rows`: the
-    piece of an image that is timed, its first row not counted. `compile`: whether steps are recorded where they can.
+    `item`: bytes per number of the layers' weights. `bandwidth`: bytes per second. `columns` and `rows`: the part of an
+    image that is timed, its first row not counted. `compile`: whether steps are captured where they can be.
     """
 
     report: Report
@@ -60,12 +60,12 @@ class Timed:
 
 
 def prompt(ids: Any, length: int, salt: int) -> tuple[int, ...]:
-    """`length` ids of text that repeat in no short cycle."""
+    """`length` ids of text without a short cycle."""
     return (ids.bos, *((7919 * i + salt) % (ids.pad - 1) for i in range(length - 2)), ids.bss)
 
 
-def rules(size: tuple[int, int]) -> GenerationConfig:
-    """An image of `size` rows and columns at once, whatever the random model would say."""
+def image_only(size: tuple[int, int]) -> GenerationConfig:
+    """An image of `size` rows and columns without any text, whatever the random model would write."""
     return GenerationConfig(cfg_scale=GUIDANCE, image=IMAGE, text=TEXT, size=size, max_new_tokens=0, single_image=True)
 
 
@@ -75,12 +75,12 @@ def image(
     """Make images side by side after prompts of `context` tokens; yield the time at each finished row. Returns the
     engine's Stats."""
     ids, rows = bench.lm.ids, rows or bench.rows
-    jobs = [
+    requests = [
         EngineRequest(conditional=prompt(ids, context, 1), unconditional=prompt(ids, context, 2), seed=i)
         for i in range(images)
     ]
     ends = (ids.eol, ids.eoi)
-    for event in engine.generate(jobs, rules((rows, bench.columns))):
+    for event in engine.generate(requests, image_only((rows, bench.columns))):
         if isinstance(event, Tokens) and event.index == 0 and event.ids[-1] in ends:
             yield time.perf_counter()
         elif isinstance(event, Stats):
@@ -89,7 +89,7 @@ def image(
 
 
 def time_image(bench: Bench, engine: Engine, *, context: int, images: int) -> Timed:
-    """The median row after the first, by its tokens: the forced EOL is a step like any other."""
+    """The median image row after the first, per token: the forced EOL is a step like any other."""
     started = time.perf_counter()
     ends: list[float] = []
     stats = _drain(image(bench, engine, context=context, images=images), ends)
@@ -115,7 +115,7 @@ def _drain(ends: Generator[float, None, Stats], into: list[float]) -> Stats:
 
 
 def fits(bench: Bench, *, context: int, images: int) -> bool:
-    """Whether the caches for `images` images, and one more for safety, can be had."""
+    """Whether the caches for `images` images fit, with a margin."""
     tokens = context + block_length(bench.rows, bench.columns) + 512
     needed = bench.size.cache_bytes(tokens=tokens, rows=2 * images, item=bench.lm.dtype.itemsize)
     return context + block_length(bench.rows, bench.columns) < bench.lm.context and (
@@ -124,7 +124,7 @@ def fits(bench: Bench, *, context: int, images: int) -> bool:
 
 
 def along_images(bench: Bench, engine: Engine, counts: list[int], *, context: int) -> dict[int, float]:
-    """Seconds of a step by the number of images in flight."""
+    """Seconds per step by the number of images side by side."""
     steps = {}
     for images in counts:
         if timed := _point(bench, engine, context=context, images=images, part="images"):
@@ -150,7 +150,7 @@ def _point(bench: Bench, engine: Engine, *, context: int, images: int, part: str
 
 
 def scaling(bench: Bench, steps: Mapping[int, float]) -> None:
-    """What several images in flight cost, from seconds of a step by their number."""
+    """What several images side by side cost, from seconds per step by their number."""
     if 1 in steps and 4 in steps:
         value = steps[4] / steps[1]
         bench.report.add(Row(part="images", what="four images against one", value=value, unit="x the time"))
@@ -160,7 +160,7 @@ def scaling(bench: Bench, steps: Mapping[int, float]) -> None:
 
 
 def floor_of(bench: Bench, context: float, images: int) -> float:
-    """Seconds: the weights once, and each stream's keys and values once, at the copy's pace."""
+    """Seconds to read the weights once, and each sequence's keys and values once, at the copy's bandwidth."""
     weights = bench.size.step_weights(layer_bytes=bench.item, head_bytes=bench.lm.dtype.itemsize)
     cache = bench.size.cache_bytes(tokens=context, rows=2 * images, item=bench.lm.dtype.itemsize)
     return floor_seconds(weights + cache, bench.bandwidth)
@@ -192,7 +192,7 @@ def prefill(bench: Bench, engine: Engine, references: Sequence[int]) -> None:
         seconds = []
         for _ in range(2):  # the first one allocates
             seconds.append(_drain(image(bench, engine, context=tokens, images=1, rows=1), []).prefill_seconds)
-        note = f"two streams of {tokens} tokens"
+        note = f"two sequences of {tokens} tokens"
         bench.report.add(Row(part="prefill", what=f"prefill, {name}", value=seconds[-1], unit="s", note=note))
 
 
@@ -200,31 +200,31 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def synchronisations(bench: Bench, engine: Engine) -> None:
-    """How often the host waits for the device inside an image, counted in a profile of whole rows."""
+    """How often the host synchronizes with the device inside an image, counted in a profile of image rows."""
     if bench.device.type != "cuda":
-        bench.report.not_measured("synchronisations", "the device is a CPU: there is nothing to wait for")
+        bench.report.not_measured("synchronisations", "the device is a CPU: nothing is asynchronous")
         return
     narrow = replace(bench, columns=16)  # a profile of more steps takes long to read
     rows = image(narrow, engine, context=512, images=1, rows=4)
     next(rows)
     found = _waits(lambda: (next(rows), next(rows)))
     rows.close()
-    own = _waits(lambda: None)  # the profiler waits for the device itself, at its end
+    own = _waits(lambda: None)  # the profiler itself synchronizes at its end
     waits = {name: found[name] - own[name] for name in WAITS}
-    told = ", ".join(f"{name} {count}" for name, count in waits.items() if count)
+    counts = ", ".join(f"{name} {count}" for name, count in waits.items() if count)
     bench.report.add(
         Row(
             part="sync",
-            what="the host waits for the device",
+            what="synchronizations with the device",
             value=sum(waits.values()) / 2,
-            unit=f"times a row of {narrow.columns + 1} steps",
-            note=f"in two rows: {told}",
+            unit=f"per row of {narrow.columns + 1} steps",
+            note=f"in two rows: {counts}",
         )
     )
 
 
 def _waits(work: Callable[[], object]) -> Mapping[str, int]:
-    """Calls by name that `work` made and that wait for the device."""
+    """Synchronizing calls that `work` made, by name."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
@@ -244,5 +244,5 @@ def write_trace(bench: Bench, engine: Engine, path: str) -> None:
     rows.close()
     seen.export_chrome_trace(path)
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    bench.report.tell(seen.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
-    bench.report.tell(f"  trace written to {path}")
+    bench.report.print(seen.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    bench.report.print(f"  trace written to {path}")

@@ -25,10 +25,10 @@ CHILD = """
 import json, os, sys, threading, time
 import psutil, torch
 from pathlib import Path
-from emu_cog.loading import load_language_model
+from emu_cog.model.loader import load_language_model
 from _bench.sizes import Size
 folder, device, size = Path(sys.argv[1]), torch.device(sys.argv[2]), Size(**json.loads(sys.argv[3]))
-torch.zeros(1, device=device)  # the device's own start is no loading
+torch.zeros(1, device=device)  # the device's own start is not loading
 process, done, peak = psutil.Process(), threading.Event(), [0]
 def private():
     info = process.memory_info()
@@ -51,7 +51,7 @@ print(json.dumps({"seconds": seconds, "bytes": held, "private": peak[0] - before
 
 
 def shape_for(size: Size, budget: float) -> Size:
-    """`size` with so many layers that the checkpoint takes about `budget` bytes at two bytes a number; at least one."""
+    """`size` with as many layers, at least one, as fit `budget` bytes at two bytes per number."""
     fixed = 4.0 * size.hidden * (size.text + size.visual)
     return replace(size, layers=max(1, min(size.layers, int((budget - fixed) // (2 * size.layer_weights)))))
 
@@ -59,7 +59,7 @@ def shape_for(size: Size, budget: float) -> Size:
 def measure(report: Report, size: Size, *, device: torch.device, folder: Path, limit: float) -> None:
     """Write, drop from the page cache, read raw, drop again, load. At most `limit` bytes, and what disk and RAM allow.
 
-    The raw read of the same files is what the disk gives: one reader, 16 MiB at a time.
+    The raw read of the same files, by one reader 16 MiB at a time, is what the disk can do.
     """
     room = min(limit, shutil.disk_usage(folder).free / 3, psutil.virtual_memory().available / 3)
     small = shape_for(size, room)
@@ -97,7 +97,7 @@ def measure(report: Report, size: Size, *, device: torch.device, folder: Path, l
     report.add(
         Row(
             part="loading",
-            what="host memory beside the weights while loading",
+            what="host memory besides the weights while loading",
             value=max(extra, 0) / GIB,
             unit="GiB",
             note="private pages; the mapped files can be dropped at any time",
@@ -111,7 +111,7 @@ def write(folder: Path, size: Size) -> int:
     wanted = shapes(size)
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
     for i, (name, shape) in enumerate(wanted.items()):
-        # One random block repeated: nothing on the way from the disk may be able to compress it away.
+        # One random block repeated, so that nothing between disk and memory can compress it.
         noise = torch.randint(0, 2**15, (min(shape[0] * shape[-1], 2**20),), dtype=torch.int16)
         count = shape[0] * (shape[1] if len(shape) > 1 else 1)
         value = noise.repeat(-(-count // len(noise)))[:count].view(torch.bfloat16).reshape(shape)

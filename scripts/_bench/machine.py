@@ -1,4 +1,4 @@
-"""The machine: names, versions, commit, memory, the clock that waits for the device, and its copy bandwidth."""
+"""The machine: names, versions, commit, memory, timing that synchronizes, and copy bandwidth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything a figure needs beside it to mean something."""
+    """What has to be reported along with a figure."""
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -64,7 +64,7 @@ def total_bytes(device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can be allocated now; what PyTorch keeps for itself is given back first."""
+    """Bytes that can be allocated now; PyTorch's cache is freed first."""
     gc.collect()
     if device.type != "cuda":
         return float(psutil.virtual_memory().available)
@@ -85,7 +85,7 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device, *, repeats: int = 5) -> float:
-    """The median of `repeats` runs after one that is not counted, the device waited for."""
+    """The median of `repeats` runs after one that is not counted, the device synchronized."""
     work()
     wait(device)
     taken = []
@@ -98,7 +98,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device, *, repeats: int = 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a plain copy on the device, read and written ones counted: what memory gives at best.
+    """Bytes per second of a plain copy on the device, counting reads and writes: the most that memory can do.
 
     The best of several sizes and runs, all far larger than the caches.
     """

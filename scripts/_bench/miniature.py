@@ -1,7 +1,7 @@
-"""How near the fast ways of decoding come to the plain modules on the trained miniature, in bfloat16 as on a GPU.
+"""How closely the fast ways of decoding agree with the modules on the trained miniature, in bfloat16 as on a GPU.
 
-Random weights spread their scores thinly, so that rounding alone changes the likeliest token; a trained model is the
-fair judge.
+The scores of random weights are so close that rounding alone changes the likeliest token; a trained model is the fair
+test.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPTS = (
 
 ROUNDS = 3
 """Each a picture of every prompt, all in one batch; in one round alone chance moves the share by 0.3 points."""
-Drawn = list[tuple[EngineRequest, Codes]]
+Generated = list[tuple[EngineRequest, Codes]]
 
 
 def measure(report: Report, device: torch.device, *, compile: bool) -> None:
@@ -50,17 +50,19 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
         return
     plain = _load(device, None, compile)
     plan = tasks.plan(Request(prompt="-"), plain.defaults)
-    rounds = [_drawn(plain, _jobs(plain, first), plan) for first in range(0, ROUNDS * len(PROMPTS), len(PROMPTS))]
+    rounds = [
+        _generated(plain, _requests(plain, first), plan) for first in range(0, ROUNDS * len(PROMPTS), len(PROMPTS))
+    ]
     exact = [
-        list(decoding.by_passes(plain.lm, job, grid, guidance=plan.guidance))
-        for drawn in rounds
-        for job, grid in tqdm(drawn, desc="two passes a token", leave=False)
+        list(decoding.by_passes(plain.lm, request, grid, guidance=plan.guidance))
+        for generated in rounds
+        for request, grid in tqdm(generated, desc="two passes per token", leave=False)
     ]
     steps = plain.engine.runner
-    what = "recorded steps" if steps else "their twin in plain torch"
-    _tell(
+    what = "captured steps" if steps else "the same steps in plain torch"
+    _report(
         report,
-        f"emu-mini: {what} against two passes a token through the modules",
+        f"emu-mini: {what} against two passes per token through the modules",
         exact,
         _batched(plain, rounds, plan),
         plan,
@@ -73,7 +75,7 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
             continue
         machine.free_bytes(device)
         small = _load(device, name, compile)
-        _tell(report, f"emu-mini in {name} against bfloat16", exact, _batched(small, rounds, plan), plan)
+        _report(report, f"emu-mini in {name} against bfloat16", exact, _batched(small, rounds, plan), plan)
 
 
 def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline:
@@ -88,34 +90,36 @@ def _load(device: torch.device, quantize: str | None, compile: bool) -> Pipeline
     )
 
 
-def _jobs(pipeline: Pipeline, first: int) -> list[EngineRequest]:
+def _requests(pipeline: Pipeline, first: int) -> list[EngineRequest]:
     """One engine request per prompt, with seeds from `first` on."""
     return [pipeline.prepare(Request(prompt=words, seed=first + i)).outputs[0] for i, words in enumerate(PROMPTS)]
 
 
-def _drawn(pipeline: Pipeline, jobs: list[EngineRequest], plan: tasks.Plan) -> Drawn:
-    """The jobs with their pictures as codes; nothing is decoded to pixels, which on a GPU would compile the decoder."""
+def _generated(pipeline: Pipeline, requests: list[EngineRequest], plan: tasks.Plan) -> Generated:
+    """The requests with their pictures as codes; decoding to pixels would compile the decoder on a GPU."""
     found: dict[int, Codes] = {}
-    readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(jobs))]
-    for event in pipeline.engine.generate(jobs, generation_config(plan)):
+    readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(requests))]
+    for event in pipeline.engine.generate(requests, generation_config(plan)):
         if isinstance(event, Tokens):
             for segment in readers[event.index].feed(event.ids):
                 if isinstance(segment, ImageCodes):
                     found[event.index] = segment.codes
-    return [(job, found[i]) for i, job in enumerate(jobs)]
+    return [(request, found[i]) for i, request in enumerate(requests)]
 
 
-def _batched(pipeline: Pipeline, rounds: list[Drawn], plan: tasks.Plan) -> list[list[Tensor]]:
-    """Scores by job and row, all jobs of a round side by side through the steps."""
+def _batched(pipeline: Pipeline, rounds: list[Generated], plan: tasks.Plan) -> list[list[Tensor]]:
+    """Scores by request and image row, all requests of a round side by side through single steps."""
     steps = pipeline.engine.runner or ModelRunner(pipeline.lm, twin=True)
     scores: list[list[Tensor]] = []
-    for drawn in rounds:
-        rows = decoding.by_steps(steps, [job for job, _ in drawn], [grid for _, grid in drawn], guidance=plan.guidance)
-        scores += [list(job) for job in zip(*rows, strict=True)]
+    for generated in rounds:
+        rows = decoding.by_steps(
+            steps, [request for request, _ in generated], [grid for _, grid in generated], guidance=plan.guidance
+        )
+        scores += [list(request) for request in zip(*rows, strict=True)]
     return scores
 
 
-def _tell(report: Report, what: str, exact: list[list[Tensor]], other: list[list[Tensor]], plan: tasks.Plan) -> None:
+def _report(report: Report, what: str, exact: list[list[Tensor]], other: list[list[Tensor]], plan: tasks.Plan) -> None:
     def flat(scores: list[list[Tensor]]) -> Iterator[Tensor]:
         return chain.from_iterable(scores)
 

@@ -1,4 +1,4 @@
-"""Models of any size with random weights, made where they are used: no file is read, nothing lies in memory twice."""
+"""Models of any size with random weights, made on their device: no file is read, nothing is in memory twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emu_cog.vision.ibq import IBQ, VisionConfig
 
 
 def language_model(size: Size, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A decoder of `size`, its weights normal with a spread that keeps activations level, on `device` in `dtype`."""
+    """A decoder of `size`, its weights normal with a variance that keeps activations level, on `device` in `dtype`."""
     config = config_of(size)
     config._attn_implementation = choose_attention(device, dtype)
     with init_empty_weights(include_buffers=False):
@@ -30,7 +30,7 @@ def language_model(size: Size, *, device: torch.device, dtype: torch.dtype) -> L
         value = torch.empty(shape, dtype=dtype, device=device)
         value.fill_(1.0) if len(shape) == 1 else value.normal_(std=shape[1] ** -0.5, generator=generator)
         setattr(module, name, nn.Parameter(value, requires_grad=False))
-    # Logits of spread 2 or so, as sharp as a trained model's, so that top-k has something to choose from.
+    # Logits with a standard deviation of about 2, as sharp as a trained model's, so that top-k matters.
     model.lm_head.weight.mul_(2.0)
     model.model.rotary_emb.to(device)
     return LanguageModel(model.eval(), size.ids())
@@ -51,7 +51,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size]]
 
 @dataclass(frozen=True)
 class VisionSize:
-    """Width, blocks a level, codes and their width of a vision tokenizer."""
+    """A vision tokenizer's width, blocks per level, number of codes and their width."""
 
     ch: int
     blocks: int
@@ -59,12 +59,12 @@ class VisionSize:
     embed: int
 
 
-# The released tokenizer's, as its 455 M parameters tell; and one for CPUs and tests.
+# The released tokenizer's, which gives its 455 M parameters; and one for CPUs and tests.
 VISION_SIZES = {"full": VisionSize(256, 4, 131072, 256), "tiny": VisionSize(32, 1, 256, 32)}
 
 
 def vision_tokenizer(size: VisionSize, *, device: torch.device) -> IBQ:
-    """An fp32 tokenizer whose pixels spread over the range as a picture's do."""
+    """An fp32 tokenizer whose pixels fill the range as a picture's do."""
     config = VisionConfig(
         ch=size.ch,
         out_ch=3,
@@ -89,6 +89,6 @@ def vision_tokenizer(size: VisionSize, *, device: torch.device) -> IBQ:
         elif not ("norm" in name and name.endswith("weight")):
             value.zero_()
     with torch.inference_mode():
-        spread = model.decode(torch.randint(0, size.codes, (1, 10, 10), device=device, generator=generator)).std()
-        model.decoder.conv_out.weight.mul_(0.5 / spread)
+        deviation = model.decode(torch.randint(0, size.codes, (1, 10, 10), device=device, generator=generator)).std()
+        model.decoder.conv_out.weight.mul_(0.5 / deviation)
     return model

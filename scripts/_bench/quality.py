@@ -1,4 +1,4 @@
-"""How near recorded steps and 8-bit weights come to the plain modules in full precision, and what 8 bits gain."""
+"""How closely captured steps and 8-bit weights agree with the modules in full precision, and what 8 bits gain."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from emu_cog.model.qwen3 import LanguageModel
 __all__ = ["agreement", "check_format", "eight_bits", "exact_scores"]
 
 CONTEXT = 32768
-"""Tokens of the one output that 8-bit weights should leave room for on an 80 GB device."""
+"""Tokens of one output that 8-bit weights should leave room for on an 80 GB device."""
 
 
-def _job(bench: Bench) -> tuple[EngineRequest, list[list[int]]]:
+def _request(bench: Bench) -> tuple[EngineRequest, list[list[int]]]:
     ids = bench.lm.ids
     grid = [[(7919 * (row * 64 + column)) % ids.visual_count for column in range(64)] for row in range(4)]
-    streams = [decoding.prompt(ids, 256, salt) for salt in (1, 2)]
-    return EngineRequest(conditional=streams[0], unconditional=streams[1], seed=0), grid
+    prompts = [decoding.prompt(ids, 256, salt) for salt in (1, 2)]
+    return EngineRequest(conditional=prompts[0], unconditional=prompts[1], seed=0), grid
 
 
 def exact_scores(bench: Bench) -> list[Tensor]:
-    """Guided scores along one fixed piece of an image, through the modules; on the host, a row each."""
-    job, grid = _job(bench)
-    return [row.cpu() for row in ways.by_modules(bench.lm, job, grid, guidance=GUIDANCE)]
+    """Guided scores along one fixed piece of an image, through the modules: one tensor per image row, on the host."""
+    request, grid = _request(bench)
+    return [row.cpu() for row in ways.by_modules(bench.lm, request, grid, guidance=GUIDANCE)]
 
 
 def _scores(bench: Bench, lm: LanguageModel, steps: ModelRunner | None) -> Iterator[Tensor]:
-    job, grid = _job(bench)
+    request, grid = _request(bench)
     if steps is None:
-        return (row.cpu() for row in ways.by_modules(lm, job, grid, guidance=GUIDANCE))
-    return (rows[0].cpu() for rows in ways.by_steps(steps, [job], [grid], guidance=GUIDANCE))
+        return (row.cpu() for row in ways.by_modules(lm, request, grid, guidance=GUIDANCE))
+    return (rows[0].cpu() for rows in ways.by_steps(steps, [request], [grid], guidance=GUIDANCE))
 
 
 def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: ModelRunner | None, what: str) -> None:
@@ -59,7 +59,7 @@ def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: Model
 
 
 def eight_bits(bench: Bench, name: str, exact: list[Tensor], *, short: int, step: float | None) -> None:
-    """Turn the model's layers to format `name`, for good, and measure. `step`: the seconds of full weights."""
+    """Convert the model's layers to format `name`, for good, and measure. `step`: seconds with full weights."""
     lm = bench.lm
     quantize(lm.model, name)
     machine.free_bytes(bench.device)

@@ -1,4 +1,4 @@
-"""Upstream's own `generate` on the very tensors of the native model, timed token by token."""
+"""Upstream's own `generate` on the native model's tensors, timed token by token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clone_folder(given: str | None, weights_dir: Path) -> Path | None:
 
 
 class _Words:
-    """The tokenizer as upstream's `generate` and logits processor ask it: roles, digits and the star."""
+    """As much of a tokenizer as upstream's `generate` and logits processor need: roles, digits and the star."""
 
     def __init__(self, ids: TokenIds) -> None:
         self.ids = ids
@@ -51,7 +51,7 @@ class _Words:
 
 
 class _OpenImage(LogitsProcessor):
-    """A random model would not begin an image: its first token is chosen for it."""
+    """A random model would not begin an image, so the first token is forced."""
 
     def __init__(self, start: int, boi: int) -> None:
         self._start, self._boi = start, boi
@@ -102,13 +102,13 @@ def on_the_same_weights(bench: Bench, clone: Path) -> Upstream:
 
 
 def time_token(bench: Bench, up: Upstream, *, context: int, tokens: int) -> float:
-    """Seconds an image token takes upstream, the mean of the last of `tokens`, after prompts of `context` tokens."""
+    """Seconds per image token upstream, the mean over the last of `tokens`, after prompts of `context` tokens."""
     ids = bench.lm.ids
-    streams = [torch.tensor([prompt(ids, context, salt)], device=bench.device) for salt in (1, 2)]
+    prompts = [torch.tensor([prompt(ids, context, salt)], device=bench.device) for salt in (1, 2)]
     clock = _Clock(ids.visual)
     up.generate(
-        streams[0],
-        streams[1],
+        prompts[0],
+        prompts[1],
         guidance=GUIDANCE,
         image=IMAGE,
         text=TEXT,

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. `against` tells what it is held to ("1.12 x the floor"); `note` anything else."""
+    """One figure. `against` is what it is compared with ("1.12 x the floor"); `note` anything else."""
 
     part: str
     what: str
@@ -35,32 +35,32 @@ def number(value: float) -> str:
 
 @dataclass
 class Report:
-    """Collects rows and prints each at once, so that a run that is cut off has told what it had."""
+    """Collects rows and prints each immediately, so that a run that is cut off has shown what it had."""
 
     machine: Mapping[str, Any]
     out: TextIO = field(default_factory=lambda: sys.stdout)
     rows: list[Row] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def tell(self, text: str) -> None:
+    def print(self, text: str) -> None:
         print(text, file=self.out, flush=True)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        self.tell("  " + "  ".join(cell for cell in row.cells() if cell))
+        self.print("  " + "  ".join(cell for cell in row.cells() if cell))
 
     def not_measured(self, what: str, why: str) -> None:
         self.missing[what] = why
-        self.tell(f"  {what}: not measured, {why}")
+        self.print(f"  {what}: not measured, {why}")
 
     def finish(self, seconds: float) -> None:
         """The table, what was not measured, and the JSON line, which comes last."""
-        self.tell("")
+        self.print("")
         for line in table(("what", "value", "unit", "against", "note"), [row.cells() for row in self.rows]):
-            self.tell(line)
+            self.print(line)
         for what, why in self.missing.items():
-            self.tell(f"not measured: {what} ({why})")
-        self.tell(self.json(seconds))
+            self.print(f"not measured: {what} ({why})")
+        self.print(self.json(seconds))
 
     def json(self, seconds: float) -> str:
         rows = [{k: v for k, v in asdict(row).items() if v != ""} for row in self.rows]
@@ -83,7 +83,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One thing to measure. `seconds` is what it takes at least: it is left out where less is left."""
+    """One thing to measure. It is left out where less than `seconds` are left."""
 
     name: str
     run: Callable[[], None]
@@ -91,7 +91,7 @@ class Part:
 
 
 def run_parts(parts: Sequence[Part], report: Report, *, deadline: float) -> None:
-    """Run `parts` in order. One that fails or comes too late is told as not measured; the rest goes on."""
+    """Run `parts` in order. One that fails or comes too late is reported as not measured; the others still run."""
     for part in parts:
         left = deadline - time.monotonic()
         if left < part.seconds:
@@ -99,9 +99,9 @@ def run_parts(parts: Sequence[Part], report: Report, *, deadline: float) -> None
                 part.name, f"{max(left, 0):.0f} s of the budget were left and it needs {part.seconds:.0f}"
             )
             continue
-        report.tell(f"{part.name} ({left:.0f} s left)")
+        report.print(f"{part.name} ({left:.0f} s left)")
         try:
             part.run()
-        except Exception as error:  # a bench tells what failed and goes on
+        except Exception as error:  # the other parts are still worth measuring
             first = " ".join(str(error).split())[:200]
             report.not_measured(part.name, f"it failed: {type(error).__name__}: {first}")

@@ -1,4 +1,4 @@
-"""One run of the bench: the model is made, the parts follow by importance, each figure is told as it comes."""
+"""One run of the bench: make the model, measure the parts by importance, print each figure as it is measured."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What a device can bear: contexts in tokens, the piece of an image that is timed, tokens upstream makes."""
+    """What suits a device: contexts in tokens, the part of an image that is timed, tokens that upstream makes."""
 
     short: int
     contexts: list[int]
@@ -80,7 +80,7 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
     name = wanted.size or choose(machine.free_bytes(device), item=dtype.itemsize, cpu=device.type == "cpu")
     facts = machine.describe(device) | {"model": name, "dtype": str(dtype).removeprefix("torch.")}
     report = Report(facts)
-    report.tell(", ".join(f"{key} {value}" for key, value in facts.items()))
+    report.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     bandwidth = machine.copy_bandwidth(device)
     report.add(Row(part="copy", what="copy bandwidth", value=bandwidth / 1e9, unit="GB/s", note="bytes read + written"))
     began = time.perf_counter()
@@ -88,7 +88,7 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
     made = name if needed else "tiny"
     lm = models.language_model(SIZES[made], device=device, dtype=dtype)
     machine.wait(device)
-    report.tell(f"  made {SIZES[made].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
+    report.print(f"  made {SIZES[made].parameters / 1e9:.2f} B random weights in {time.perf_counter() - began:.1f} s")
     pace = GPU if device.type == "cuda" and name != "tiny" else CPU
     bench = Bench(
         report=report,
@@ -102,7 +102,7 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
     )
     try:
         _Session(bench, pace, wanted, settings).run()
-    finally:  # also when it is told to stop
+    finally:  # also when it is stopped
         report.add(Row(part="memory", what="most memory in use", value=machine.peak_gib(device), unit="GiB"))
         report.finish(time.monotonic() - started)
         if wanted.json:
@@ -111,7 +111,7 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
 
 @dataclass
 class _Session:
-    """The parts, and what later ones take from earlier ones: steps by images in flight, the native engine."""
+    """The parts, and what later ones need from earlier ones: step seconds by number of images, the native engine."""
 
     bench: Bench
     pace: Pace
@@ -147,13 +147,13 @@ class _Session:
         run_parts(parts, self.bench.report, deadline=self.wanted.deadline)
 
     def native(self) -> Engine:
-        """The engine as Pipeline builds it, made at its first use; the seconds are told."""
+        """The engine as Pipeline builds it, made at its first use; the seconds are reported."""
         self._full_weights()
         if self.engine is None:
             began = time.perf_counter()
             self.engine = Engine(self.bench.lm, build(self.bench.lm, compile=self.bench.compile))
             machine.wait(self.bench.device)
-            self._setup("merging the weights", time.perf_counter() - began)
+            self._setup("weights merged, kernels built", time.perf_counter() - began)
         return self.engine
 
     def _setup(self, what: str, seconds: float) -> None:
@@ -165,7 +165,7 @@ class _Session:
         engine, short = self.native(), self.pace.short
         timed = decoding.time_image(self.bench, engine, context=short, images=1)
         row = timed.step * (self.bench.columns + 1)
-        self._setup("kernels, recording and the first row, less a row", max(timed.first - row, 0.0))
+        self._setup("capture and the first row, less one row", max(timed.first - row, 0.0))
         self.steps[1] = timed.step
         decoding.add_step(self.bench, f"step, 1 image, {short} tokens", timed, 1, "step")
         self._device_memory("weights and one image")
@@ -193,9 +193,9 @@ class _Session:
         reference.compare(self.bench, clone, context=self.pace.short, tokens=self.pace.upstream_tokens, native=native)
 
     def eager(self) -> None:
-        """The twin that goes through the modules, as with EMU_COMPILE=0."""
+        """Steps through the modules, as with EMU_COMPILE=0."""
         if self.engine is not None and self.engine.runner is None:
-            self.bench.report.not_measured("eager", "it is what was measured above: nothing is recorded here")
+            self.bench.report.not_measured("eager", "it is what was measured above: nothing is captured here")
             return
         self._full_weights()
         timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
@@ -221,12 +221,12 @@ class _Session:
         pictures.decode(self.bench.report, vision, sizes, compile=self.bench.compile)
 
     def agreement(self) -> None:
-        """Recorded steps against the modules: another order of the same sums."""
-        steps = self.native().steps
-        if steps is None:
-            self.bench.report.not_measured("agreement", "nothing is recorded here: steps go through the modules")
+        """Captured steps against the modules: the same sums in another order."""
+        runner = self.native().runner
+        if runner is None:
+            self.bench.report.not_measured("agreement", "nothing is captured here: steps go through the modules")
             return
-        quality.agreement(self.bench, self._exact(), self.bench.lm, steps, "recorded steps against the modules")
+        quality.agreement(self.bench, self._exact(), self.bench.lm, runner, "captured steps against the modules")
 
     def mini(self) -> None:
         """The same on the trained miniature, and what 8 bits cost there."""
@@ -234,19 +234,19 @@ class _Session:
         miniature.measure(self.bench.report, self.bench.device, compile=self.bench.compile)
 
     def small(self, form: str) -> None:
-        """8-bit weights. The full ones make room for them and are made again from their seed afterwards."""
+        """8-bit weights. The full ones are freed before, and made again from their seed afterwards."""
         quality.check_format(form, self.bench.device)
         self._full_weights()
         if 1 not in self.steps:
-            self.step()  # what 8 bits are held against
+            self.step()  # what 8 bits are compared with
             self._free_caches()
         exact = self._exact()
         self.engine, self.full = None, False
-        machine.free_bytes(self.bench.device)  # the merged weights, or both would lie there at once
+        machine.free_bytes(self.bench.device)  # the merged weights go first, or both would be in memory
         quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
 
     def _full_weights(self) -> None:
-        """After 8-bit weights: the model anew. The old one is let go first: two of them would not fit."""
+        """After 8-bit weights, make the model again. The old one is freed first: two would not fit."""
         if not self.full:
             device, dtype = self.bench.device, self.bench.lm.dtype
             del self.bench.lm
@@ -262,7 +262,7 @@ class _Session:
         return self.exact
 
     def loading(self) -> None:
-        """Last: the model makes room, and a smaller one is written and read, two bytes a number."""
+        """Last, since it frees the model: a smaller one is written and read, two bytes per number."""
         device, full = self.bench.device, self.pace is GPU
         self.engine, self.full = None, False
         del self.bench.lm

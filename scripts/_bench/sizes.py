@@ -9,7 +9,7 @@ from typing import Any
 from emu_cog.prompt.tokens import ROLES, TokenIds
 
 RESERVE = 8 * 2**30
-"""Bytes left free beside the weights: caches, the vision tokenizer, workspace."""
+"""Bytes left free besides the weights: caches, the vision tokenizer, workspace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Size:
         return self.layers * self.layer_weights * layer_bytes + self.hidden * self.visual * head_bytes
 
     def cache_bytes(self, *, tokens: float, rows: int, item: int) -> float:
-        """Bytes of keys and values that `rows` streams of `tokens` tokens have to read in one step."""
+        """Bytes of keys and values that `rows` sequences of `tokens` tokens have to read in one step."""
         return 2.0 * self.layers * self.kv_heads * self.head_dim * item * tokens * rows
 
     def config(self) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ class Size:
 SIZES: Mapping[str, Size] = {
     # The released model, from its config.json.
     "34b": Size(hidden=5120, intermediate=25600, layers=64, heads=64, kv_heads=8, head_dim=128),
-    # The same proportions, for smaller devices; the vocabulary stays whole.
+    # The same proportions, for smaller devices; the vocabulary stays complete.
     "8b": Size(hidden=3072, intermediate=15360, layers=36, heads=32, kv_heads=8, head_dim=128),
     "0.5b": Size(hidden=640, intermediate=3200, layers=20, heads=10, kv_heads=2, head_dim=64),
     "tiny": Size(
@@ -82,7 +82,7 @@ SIZES: Mapping[str, Size] = {
 
 
 def choose(available: float, *, item: int, cpu: bool) -> str:
-    """The largest size whose weights fit `available` bytes at `item` bytes a number; on a CPU at most 0.5b."""
+    """The largest size whose weights fit `available` bytes at `item` bytes per number; on a CPU at most 0.5b."""
     for name, size in SIZES.items():
         if cpu and name not in ("0.5b", "tiny"):
             continue
@@ -92,5 +92,5 @@ def choose(available: float, *, item: int, cpu: bool) -> str:
 
 
 def floor_seconds(needed: float, bandwidth: float) -> float:
-    """The least time for `needed` bytes at `bandwidth` bytes a second."""
+    """The least time for `needed` bytes at `bandwidth` bytes per second."""
     return needed / bandwidth

@@ -1,7 +1,7 @@
-"""How near two ways of decoding come to each other: the same codes through both, distributions compared step by step.
+"""How closely two ways of decoding agree: the same codes through both, distributions compared step by step.
 
-For the bench and the tests. Scores are guided fp32 logits at temperature 1; each way gives them image row by image
-row, so that a full-size image never lies in memory as a whole.
+For the bench and the tests. Scores are guided fp32 logits at temperature 1, yielded one image row at a time, so that
+those of a full-size image are never in memory at once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from emu_cog.request import Sampling
 Codes = Sequence[Sequence[int]]
 """An image's codes, row by row."""
 FLOOR = 1e-8
-"""Probability that a token cut by the other way's filter counts as: the divergence stays finite."""
+"""Probability of a token that the other filter removed: keeps the divergence finite."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over `steps` steps: the share with the same likeliest token, and KL(reference || other) in nats."""
+    """Over `steps` steps: the share with the same top-1 token, and KL(reference || other) in nats."""
 
     steps: int
     top1: float
@@ -38,12 +38,12 @@ class Agreement:
 
 
 @torch.inference_mode()
-def by_modules(lm: LanguageModel, job: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
-    """(columns, V) scores a row, by the modules: each stream alone, its whole sequence in passes of many tokens."""
+def by_modules(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
+    """(columns, V) scores per image row, through the modules: each sequence by itself, in passes of many tokens."""
     header, body = _block(lm, codes)
     columns = len(codes[0])
-    streams = []
-    for prompt in (job.conditional, job.unconditional):
+    sequences = []
+    for prompt in (request.conditional, request.unconditional):
         ids = [*prompt, *header, *body]
         cache = lm.new_cache(rows=1, capacity=len(ids))
         parts = []
@@ -51,24 +51,24 @@ def by_modules(lm: LanguageModel, job: EngineRequest, codes: Codes, *, guidance:
             tokens = torch.tensor([ids[begin : begin + PREFILL_CHUNK]], device=lm.device)
             start = torch.tensor([begin], device=lm.device)
             parts.append(lm.forward(tokens, start, cache, rows=slice(None), filled=begin + tokens.shape[1])[0])
-        first = len(prompt) + len(header) - 1  # IMG's own state tells of the first code
-        streams.append(torch.cat(parts)[first : first + len(body) + 1])
+        first = len(prompt) + len(header) - 1  # IMG's hidden state predicts the first code
+        sequences.append(torch.cat(parts)[first : first + len(body) + 1])
     for row in range(len(codes)):
         at = slice(row * (columns + 1), row * (columns + 1) + columns)
-        conditional, unconditional = (lm.visual_logits(hidden[at]) for hidden in streams)
+        conditional, unconditional = (lm.visual_logits(hidden[at]) for hidden in sequences)
         yield guide(conditional, unconditional, guidance)
 
 
 @torch.inference_mode()
-def by_passes(lm: LanguageModel, job: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
-    """(columns, V) scores a row, by the modules as upstream steps: two passes a token, each stream alone.
+def by_passes(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
+    """(columns, V) scores per image row, through the modules as upstream steps: two passes per token, one per sequence.
 
-    The prompts are filled in as `by_steps` does it, so that the steps alone are compared.
+    Prompts are prefilled as in `by_steps`, so that only the steps are compared.
     """
     header, body = _block(lm, codes)
-    streams = job.conditional, job.unconditional
-    cache = lm.new_cache(rows=2, capacity=max(map(len, streams)) + len(header) + len(body) + 1)
-    starts = _begin(lm, cache, [job], header)
+    sequences = request.conditional, request.unconditional
+    cache = lm.new_cache(rows=2, capacity=max(map(len, sequences)) + len(header) + len(body) + 1)
+    starts = _begin(lm, cache, [request], header)
     columns, fed = len(codes[0]), [header[-1], *body]
     for row in range(len(codes)):
         seen = []
@@ -83,26 +83,26 @@ def by_passes(lm: LanguageModel, job: EngineRequest, codes: Codes, *, guidance: 
                 scores.append(lm.visual_logits(hidden[:, -1]))
             conditional, unconditional = scores
             seen.append(guide(conditional, unconditional, guidance)[0])
-        yield torch.stack(seen[:columns])  # what the last one chooses is forced: EOL, or EOI
+        yield torch.stack(seen[:columns])  # the last token is forced: EOL or EOI
 
 
 @torch.inference_mode()
 def by_steps(
-    steps: ModelRunner, jobs: Sequence[EngineRequest], codes: Sequence[Codes], *, guidance: float
+    runner: ModelRunner, requests: Sequence[EngineRequest], codes: Sequence[Codes], *, guidance: float
 ) -> Iterator[Sequence[Tensor]]:
-    """(columns, V) scores a row for every job, by `steps`: all jobs in one batch, a token at a time over the cache.
+    """(columns, V) scores per image row for every request, through `runner`: all in one batch, token by token.
 
-    All images must have one size.
+    All images must have the same size.
     """
-    lm = steps.lm
+    lm = runner.lm
     header, body = _block(lm, codes[0])
     rows, columns = len(codes[0]), len(codes[0][0])
-    longest = max(len(stream) for job in jobs for stream in (job.conditional, job.unconditional))
-    cache = lm.new_cache(rows=2 * len(jobs), capacity=longest + len(header) + len(body) + 1)
-    starts = _begin(lm, cache, jobs, header)
-    plan = image_schedule.schedule([(rows, columns)] * len(jobs), [(Uniforms(0), 0)] * len(jobs), lm.ids)
+    longest = max(len(sequence) for request in requests for sequence in (request.conditional, request.unconditional))
+    cache = lm.new_cache(rows=2 * len(requests), capacity=longest + len(header) + len(body) + 1)
+    starts = _begin(lm, cache, requests, header)
+    plan = image_schedule.schedule([(rows, columns)] * len(requests), [(Uniforms(0), 0)] * len(requests), lm.ids)
     forced = torch.tensor([[*_block(lm, grid)[1], lm.ids.eoi] for grid in codes]).T
-    state, replay = steps.image(
+    state, replay = runner.image(
         cache,
         forced=forced,
         uniform=plan.uniform,
@@ -121,7 +121,7 @@ def by_steps(
 
 
 def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Sampling) -> Agreement:
-    """Rows of (columns, V) scores from two ways, filtered by `sampling`, against each other."""
+    """Compare image rows of (columns, V) scores from two ways of decoding, filtered by `sampling`."""
     same, divergences = [], []
     for ours, theirs in zip(reference, other, strict=True):
         p, q = probabilities(ours, sampling), probabilities(theirs.to(ours.device), sampling)
@@ -137,10 +137,10 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Samp
     )
 
 
-def _begin(lm: LanguageModel, cache: KVCache, jobs: Sequence[EngineRequest], header: Sequence[int]) -> list[int]:
-    """Prompts and an image's header into the cache, IMG left out; the tokens that lie in each row."""
-    lengths = [len(stream) for job in jobs for stream in (job.conditional, job.unconditional)]
-    prefill(lm, cache, jobs)
+def _begin(lm: LanguageModel, cache: KVCache, requests: Sequence[EngineRequest], header: Sequence[int]) -> list[int]:
+    """Prefill prompts and the image header without IMG; returns the number of tokens in each slot."""
+    lengths = [len(sequence) for request in requests for sequence in (request.conditional, request.unconditional)]
+    prefill(lm, cache, requests)
     tokens = torch.tensor([header[:-1]] * len(lengths), device=lm.device)
     starts, filled = torch.tensor(lengths, device=lm.device), max(lengths) + len(header) - 1
     lm.forward(tokens, starts, cache, rows=slice(None), filled=filled)

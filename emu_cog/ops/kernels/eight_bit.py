@@ -1,10 +1,10 @@
-"""The linear kernel for 8-bit weights: four weights a 32-bit word, taken apart in registers for the tensor cores.
+"""The linear kernel for 8-bit weights: four weights per 32-bit word, unpacked in registers for the tensor cores.
 
-Memory would be read at half its pace if every weight were loaded and converted on its own. So the weights are loaded as
-words along K; byte i of word j belongs to input 4j + i. Each of the four bytes makes one matrix of its own, multiplied
-with the inputs that belong to it: those must lie apart ("spread"), a row's inputs 4j first, then 4j + 1, and so on. The
-kernels before this one write their results that way, as fp16 and divided by INPUT_SCALE: fp8 and int8 turn into fp16 in
-one or two instructions, and a million still fits.
+Loading and converting every weight by itself would read memory at half its bandwidth. So weights are loaded as words
+along K; byte i of word j belongs to input 4j + i. Each of the four bytes forms a matrix of its own, multiplied with the
+inputs that belong to it. Those are interleaved: a row's inputs 4j first, then its inputs 4j + 1, and so on. The
+preceding kernels write their results in that layout, as fp16 divided by INPUT_SCALE: fp8 and int8 convert to fp16 in
+one or two instructions, and values up to a million still fit.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from emu_cog.ops.kernels.layers import INPUT_SCALE, _begin, _spread, _swiglu
+from emu_cog.ops.kernels.layers import INPUT_SCALE, _begin, _scaled, _swiglu
 
 
 @triton.jit
 def _unpack(words, FP8: tl.constexpr, ASM: tl.constexpr):
-    """(N, K) int32 to four (N, K) fp16, the lowest byte first. ASM False says the same to Triton's interpreter."""
+    """(N, K) int32 to four (N, K) fp16, the lowest byte first. ASM False computes the same for Triton's interpreter."""
     if ASM:
         if FP8:
             return tl.inline_asm_elementwise(
@@ -36,7 +36,7 @@ def _unpack(words, FP8: tl.constexpr, ASM: tl.constexpr):
                 pack=1,
             )
         else:
-            # A byte b + 128 under the upper half 0x64 is the fp16 number 1024 + b + 128: take 1152 away.
+            # A byte b + 128 under the upper half 0x64 is the fp16 number 1024 + b + 128: subtract 1152.
             return tl.inline_asm_elementwise(
                 """{
                 .reg .b32 u, a, b, c;
@@ -69,10 +69,10 @@ def _byte(words, i: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def linear8_kernel(
-    x_ptr,  # (M, 4, W) fp16: spread and scaled
+    x_ptr,  # (M, 4, W) fp16: interleaved and scaled
     w_ptr,  # (N, W) int32; with SWIGLU (2N, W), the gate's rows first
     scale_ptr,  # (N,) or (2N,) fp32
-    out_ptr,  # parts (splits, M, N) fp32; with SWIGLU (M, N) fp16, spread and scaled
+    out_ptr,  # partials (splits, M, N) fp32; with SWIGLU (M, N) fp16, interleaved and scaled
     M,
     N,
     W,
@@ -88,7 +88,7 @@ def linear8_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`kernels.linear_kernel` with everything along K counted in words. KIND is the model's dtype."""
+    """`layers.linear_kernel` with everything along K counted in words. KIND is the model's dtype."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, W)
@@ -133,6 +133,6 @@ def linear8_kernel(
         acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None] * INPUT_SCALE
         acc = _swiglu(acc, acc_up, KIND)
         cell = (n % 4) * (N // 4) + n // 4
-        acc = _spread(acc)
+        acc = _scaled(acc)
     out_at = out_ptr + tl.program_id(1) * M * N + m[None, :] * N + cell[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & live[:, None])

@@ -1,8 +1,8 @@
-"""The decode step's kernels, in Triton: at most 16 rows through weights that are read once, at the memory's pace.
+"""The decode step's kernels, in Triton: at most 16 batch rows through weights that are read once, at memory bandwidth.
 
-Only steps.py's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
-kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel is set up while the
-one before it still runs, and waits there before it touches anything that one wrote.
+Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
+kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
+predecessor still runs, and waits there before it touches anything that the predecessor wrote.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
-    if PDL:  # in words of its own: Triton 3.4's gdc_wait does not compile
+    if PDL:  # as assembly: Triton 3.4's gdc_wait does not compile
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;",
             "=r",
@@ -25,12 +25,12 @@ def _begin(PDL: tl.constexpr):
 
 
 INPUT_SCALE = tl.constexpr(16.0)
-"""What the inputs of 8-bit products are divided by, so that fp16 holds them; taken back after the sum."""
+"""Inputs of 8-bit products are divided by this, so that fp16 holds them; the sum is multiplied by it."""
 
 
 @triton.jit
-def _spread(x):
-    """fp32 to what an 8-bit product reads: in fp16's range."""
+def _scaled(x):
+    """fp32 to what an 8-bit product reads: divided by INPUT_SCALE, clamped to fp16's range."""
     return tl.minimum(tl.maximum(x / INPUT_SCALE, -65504.0), 65504.0)
 
 
@@ -38,7 +38,7 @@ def _spread(x):
 def linear_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
-    out_ptr,  # (M, N) in x's type; for parts (splits, M, N) fp32
+    out_ptr,  # (M, N) in x's type; without SWIGLU partials (splits, M, N) fp32
     M,
     N,
     K,
@@ -51,8 +51,8 @@ def linear_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x @ w.T through the tensor cores, weights as their left operand. Program (i, s): block i of the outputs, and
-    of the sum over K the part s, `chunk` long."""
+    """x @ w.T on tensor cores, computed as (w x^T)^T. Program (i, s): block i of the outputs, split s,
+    `chunk` long, of the sum over K."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, K)
@@ -95,19 +95,19 @@ def _swiglu(gate, up, kind: tl.constexpr):
 
 @triton.jit
 def add_norm_kernel(
-    parts_ptr,  # (splits, M, H) fp32
+    partials_ptr,  # (splits, M, H) fp32
     residual_ptr,  # (M, H), read and written
     weight_ptr,  # (H,)
-    out_ptr,  # (M, H); with SPREAD as an 8-bit product reads it
+    out_ptr,  # (M, H); with INTERLEAVED as an 8-bit product reads it
     H,
     eps,
     splits,
     M,
     BLOCK: tl.constexpr,
-    SPREAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sum the parts, add them to the residual stream, and give its RMSNorm. One program a row."""
+    """Sum the partials, add them to the residual stream, and write its RMSNorm. One program per batch row."""
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     live = i < H
@@ -118,20 +118,20 @@ def add_norm_kernel(
     if splits > 0:
         total = tl.zeros((BLOCK,), tl.float32)
         for s in range(splits):
-            total += tl.load(parts_ptr + (s * M + row) * H + i, mask=live, other=0.0)
+            total += tl.load(partials_ptr + (s * M + row) * H + i, mask=live, other=0.0)
         x = (x + total.to(kind).to(tl.float32)).to(kind).to(tl.float32)
         tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
     y = ((x * scale).to(kind).to(tl.float32) * weight).to(kind)
-    if SPREAD:
+    if INTERLEAVED:
         i = (i % 4) * (H // 4) + i // 4
-        y = _spread(y.to(tl.float32))
+        y = _scaled(y.to(tl.float32))
     tl.store(out_ptr + row * H + i, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def rope_store_kernel(
-    parts_ptr,  # (splits, M, (heads + 2 kv) * D) fp32: queries, keys, values
+    partials_ptr,  # (splits, M, (heads + 2 kv) * D) fp32: queries, keys, values
     q_weight_ptr,
     k_weight_ptr,  # (D,)
     cos_ptr,
@@ -139,7 +139,7 @@ def rope_store_kernel(
     position_ptr,  # (M,) int64
     q_ptr,  # (M, heads, D)
     k_ptr,
-    v_ptr,  # (rows, capacity, kv, D)
+    v_ptr,  # (slots, capacity, kv, D)
     row_stride,
     token_stride,
     head_stride,
@@ -151,7 +151,7 @@ def rope_store_kernel(
     D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm and rotate queries and keys, write keys and values into the cache. Program (row, head)."""
+    """Norm and rotate queries and keys, store keys and values in the cache. Program (batch row, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
@@ -160,7 +160,7 @@ def rope_store_kernel(
     low = tl.zeros((HALF,), tl.float32)
     high = tl.zeros((HALF,), tl.float32)
     for s in range(splits):
-        at = parts_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
+        at = partials_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
         low += tl.load(at)
         high += tl.load(at + HALF)
     position = tl.load(position_ptr + row)
@@ -179,23 +179,23 @@ def rope_store_kernel(
         high = ((high * scale).to(kind).to(tl.float32) * w_high.to(tl.float32)).to(kind).to(tl.float32)
         cos = tl.load(cos_ptr + position * D + i).to(tl.float32)
         sin = tl.load(sin_ptr + position * D + i).to(tl.float32)
-        turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
+        rotated_low, rotated_high = low * cos - high * sin, high * cos + low * sin
         if head < HEADS:
             cell = q_ptr + (row * HEADS + head) * D + i
         else:
             cell = k_ptr + row.to(tl.int64) * row_stride + position * token_stride + (head - HEADS) * head_stride + i
-        tl.store(cell, turned_low.to(kind))
-        tl.store(cell + HALF, turned_high.to(kind))
+        tl.store(cell, rotated_low.to(kind))
+        tl.store(cell + HALF, rotated_high.to(kind))
 
 
 @triton.jit
 def attend_kernel(
     q_ptr,  # (M, KV * GROUP, D)
     k_ptr,
-    v_ptr,  # (rows, capacity, KV, D)
-    position_ptr,  # (M,) int64: the last key that counts
+    v_ptr,  # (slots, capacity, KV, D)
+    position_ptr,  # (M,) int64: the last key that is read
     acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32
-    log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a part with no keys
+    log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a split with no keys
     row_stride,
     token_stride,
     head_stride,
@@ -209,8 +209,8 @@ def attend_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attention of one token a row over a part of its keys, the GROUP heads that share keys together.
-    Program (row, kv head, part): the row's keys are cut into SPLITS equal parts, whatever their number."""
+    """Attention of one token per sequence over a split of its keys, for the GROUP heads that share keys.
+    Program (batch row, kv head, split): the keys are divided into SPLITS equal parts, however many there are."""
     _begin(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = (tl.load(position_ptr + row) + 1).to(tl.int32)
@@ -249,16 +249,17 @@ def attend_kernel(
 def combine_kernel(
     acc_ptr,
     log_ptr,
-    out_ptr,  # (M, HEADS * D); with SPREAD as an 8-bit product reads it
+    out_ptr,  # (M, HEADS * D); with INTERLEAVED as an 8-bit product reads it
     HEADS: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
     KIND: tl.constexpr,
-    SPREAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The parts' weighted mean: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND. Program (row, head)."""
+    """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND.
+    Program (batch row, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     cell = row * HEADS + head
@@ -268,7 +269,7 @@ def combine_kernel(
     acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
     out = (tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(KIND)
     at = head * D + d
-    if SPREAD:
+    if INTERLEAVED:
         at = (at % 4) * (HEADS * D // 4) + at // 4
-        out = _spread(out.to(tl.float32))
+        out = _scaled(out.to(tl.float32))
     tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))

@@ -1,0 +1,167 @@
+"""The kernels compiled ahead of time, without a GPU: the project's own launches on tensors without memory.
+
+`python -m tests.kernels_kit 80 [all]` prints a JSON object for compute capability 8.0: bytes of shared memory by weight
+format and kernel; with "all" also for 16 batch rows, and what autotuning makes of all candidates. It needs a process of
+its own, where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import Qwen3Config
+
+from emu_cog.model.decode import image_step
+from emu_cog.model.kv_cache import KVCache
+from emu_cog.model.quantize import FORMATS
+from emu_cog.ops.autotune import Card, KernelBuildError, LinearConfig, autotune, default_config, shape
+from emu_cog.ops.interface import DecodeWeights, ImageState, Layer, Shape, Weight
+from emu_cog.request import Sampling
+
+META = torch.device("meta")
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory per program, by compute capability times ten. Source: CUDA C++ Programming Guide."""
+TEXT, VISUAL, HIDDEN = 151854, 131072, 5120
+
+
+def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> DecodeWeights:
+    """The released model's shapes, without its numbers."""
+
+    def weight(n: int, k: int) -> Weight:
+        scale = torch.empty(n, device=META) if weight_dtype.itemsize == 1 else None
+        return Weight(torch.empty((n, k), dtype=weight_dtype, device=META), scale)
+
+    def half(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device=META)
+
+    layer = Layer(
+        qkv=weight(10240, HIDDEN),
+        o=weight(HIDDEN, 8192),
+        gate_up=weight(51200, HIDDEN),
+        down=weight(HIDDEN, 25600),
+        input_norm=half(HIDDEN),
+        post_norm=half(HIDDEN),
+        q_norm=half(128),
+        k_norm=half(128),
+    )
+    head = half(TEXT + VISUAL, HIDDEN)
+    return DecodeWeights(
+        embed=head,
+        layers=(layer,) * layers,
+        norm=half(HIDDEN),
+        visual_head=head[TEXT:],
+        text_head=head[:TEXT],
+        visual=TEXT,
+        rope=half(2, 32768, 128),
+        shape=Shape(heads=64, kv_heads=8, head_dim=128, eps=1e-6),
+    )
+
+
+class _Driver:
+    """As much of Triton's driver as compiling needs."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self._target
+
+
+@contextmanager
+def compiled(capability: int) -> Iterator[dict[str, list[int]]]:
+    """Launches compile for the capability and do nothing else; yields the bytes of shared memory by kernel."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, list[int]] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found.setdefault(self.__name__, []).append(int(kernel.metadata.shared))
+        return kernel
+
+    driver.set_active(_Driver(capability))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def card(capability: int) -> Card:
+    return Card(name=f"sm_{capability}", shared=SHARED[capability] * 1024, pdl=capability >= 90)
+
+
+def steps(capability: int, weight_dtype: torch.dtype, batch_rows: Sequence[int]) -> dict[str, list[int]]:
+    """Compile all kernels of an image step and of text logits in their default configuration."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    weights = released(weight_dtype)
+    ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
+    config = Qwen3Config(num_hidden_layers=1, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+    with compiled(capability) as found:
+        for rows in batch_rows:
+            cache = KVCache(config, rows=rows, capacity=4096, dtype=torch.bfloat16, devices=[META])
+            state = ImageState.empty(rows // 2, 16, VISUAL, META)
+            image_step(ops, weights, state, cache.keys, cache.values, Sampling())
+            hidden = torch.empty((rows, HIDDEN), dtype=torch.bfloat16, device=META)
+            ops.logits(hidden[::2], weights.text_head)
+    return found
+
+
+def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, list]]:
+    """Autotune over all candidates, each one as fast as it has stages. By weight shape: "tried", a list of (block_n,
+    stages, bytes of shared memory), the default first, and "chosen", (block_n, stages)."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    weights, limits = released(weight_dtype), card(capability)
+    ops = TritonOps(default_config(weights, limits), torch.bfloat16)
+    tried: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+
+    def seconds(some: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
+        eight_bits = some[0].scale is not None
+        x = torch.empty((2, some[0].data.shape[1]), dtype=torch.float16 if eight_bits else torch.bfloat16, device=META)
+        with compiled(capability) as found:
+            ops.product(x, some[0], config, swiglu=swiglu)
+        ((needed,),) = found.values()
+        tried.setdefault(shape(some[0]), []).append((config.block_n, config.stages, needed))
+        if needed > limits.shared:  # as Triton refuses to load it
+            raise KernelBuildError(f"out of resource: shared memory, Required: {needed}")
+        return 1.0 / config.stages
+
+    linear = autotune(ops.config, weights, seconds, limits)[0].linear
+    return {str(at): {"tried": all_, "chosen": [linear[at].block_n, linear[at].stages]} for at, all_ in tried.items()}
+
+
+def main() -> None:
+    capability, everything = int(sys.argv[1]), sys.argv[2:] == ["all"]
+    import triton
+
+    formats = {"bfloat16": torch.bfloat16} | {name: dtype for name, (dtype, _) in FORMATS.items()}
+    document: dict[str, object] = {}
+    for name, dtype in formats.items():
+        try:
+            found = steps(capability, dtype, (2, 16) if everything else (2,))
+            document[name] = {kernel: max(shared) for kernel, shared in found.items()}
+            if everything:
+                document[f"{name} candidates"] = tuned(capability, dtype)
+        except triton.errors.TritonError as error:
+            document[name] = f"{type(error).__name__}: {str(error)[-300:]}"
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

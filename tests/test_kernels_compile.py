@@ -1,0 +1,79 @@
+"""Every kernel compiles for the cards that users have, at the released model's shapes, and fits their shared memory.
+
+Ahead of time, so that it needs no GPU (kernels_kit.py). What only a GPU finds out is left to `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emu_cog.errors import InputError
+from emu_cog.model.quantize import FORMATS, check_format
+from tests.conftest import ROOT
+from tests.kernels_kit import SHARED
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+OTHERS = {"add_norm", "linear", "rope_store", "attend", "combine", "guide", "count", "mass", "sample"}
+QUICK = (80, 90)
+
+
+def compile_for(capability: int, cache: Path, *more: str) -> dict[str, Any]:
+    """In a process of its own: kernels that were imported for the interpreter can't be compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels_kit", str(capability), *more],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each format that is accepted on the card compiles, each that is refused does not; each kernel fits."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    for name in ("bfloat16", *FORMATS):
+        try:
+            check_format(None if name == "bfloat16" else name, torch.device("cuda"))
+        except InputError:
+            assert "sm_89" in found[name], f"{name} is refused for no reason"
+            continue
+        assert isinstance(found[name], dict), found[name]
+        names = {kernel.removesuffix("_kernel") for kernel in found[name]}
+        assert names == (OTHERS if name == "bfloat16" else OTHERS | {"linear8"})
+        for kernel, needed in found[name].items():
+            assert needed <= SHARED[capability] * 1024, f"{kernel} with {name} weights"
+
+
+@pytest.mark.parametrize("capability", QUICK)
+def test_the_default_configurations_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(compile_for(capability, tmp_path), capability, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_autotuning_skips_what_does_not_fit(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults always fit; the largest candidates need more shared memory than most cards have."""
+    found = compile_for(capability, tmp_path, "all")
+    check(found, capability, monkeypatch)
+    limit, too_large = SHARED[capability] * 1024, 0
+    for name in ("bfloat16", *FORMATS):
+        for at, tuning in found.get(f"{name} candidates", {}).items():
+            needed = {(block_n, stages): shared for block_n, stages, shared in tuning["tried"]}
+            assert tuning["tried"][0][2] <= limit, f"the default for {at} with {name} weights"
+            assert needed[tuple(tuning["chosen"])] <= limit
+            too_large += sum(shared > limit for shared in needed.values())
+    assert too_large
