@@ -33,6 +33,8 @@ PREDICTOR = ROOT / "predict.py"
 COGLET_FOLDER = Path("/tmp/coglet")
 """Where coglet 0.23.1 keeps a folder for each prediction, whatever TMPDIR says (found by running it)."""
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_SETUP_FAILED = re.compile(rb'\{"timestamp":[^\n]*"Worker initialization failed"[^\n]*\n')
+"""A line of coglet's log that says in JSON what `_wait` says in a sentence."""
 _SLOT_LOST = b"PermitInUse dropped without state transition"
 """coglet's log line after a prediction that it could not begin: its slot stays taken, health stays BUSY for good."""
 _LAYERS = re.compile(r"^(worker setup failed( \(slot [^)]*\))?: |setup failed: )+", re.IGNORECASE)
@@ -143,6 +145,7 @@ class Server:
         while data := os.read(self._process.stdout.fileno(), 2**16):
             self._slot_lost = self._slot_lost or _SLOT_LOST in tail + data
             tail = (tail + data)[-len(_SLOT_LOST) :]
+            data = _SETUP_FAILED.sub(b"", data)
             try:
                 while reader and data:
                     data = data[os.write(2, data) :]

@@ -98,7 +98,7 @@ def test_failure_names_each_source_and_says_what_to_do(hub: HubServer, tmp_path:
     code, out, err = run(hub, tmp_path)
     assert (code, out) == (1, "")
     last = err[err.index("error: ") :]
-    assert "Emu3.5-Image could not be had" in last
+    assert "Emu3.5-Image could not be found or downloaded" in last
     assert "local: no folder Emu3.5-Image" in last
     assert "cdn: " in last
     assert "answered 404 (not found)" in last
@@ -146,7 +146,7 @@ class TestVerify:
         (tmp_path / "mine").mkdir()
         code, _, err = run(hub, tmp_path, str(tmp_path / "mine"), "--verify")
         assert code == 1
-        assert "Emu3.5-VisionTokenizer could not be had" in err
+        assert "Emu3.5-VisionTokenizer could not be found or downloaded" in err
         assert not hub.seen
 
     def test_a_changed_bit_and_a_lost_file_are_named_and_brought_anew(

@@ -131,7 +131,7 @@ def test_when_all_fail_each_tells_why(hub: HubServer, tmp_path: Path) -> None:
         resolved(settings(hub, tmp_path / "w"))
     lines = str(caught.value).splitlines()
     for folder in ("Emu3.5-Image", "Emu3.5-VisionTokenizer"):
-        at = lines.index(f"{folder} could not be had:")
+        at = lines.index(f"{folder} could not be found or downloaded:")
         local, cdn, from_hub = lines[at + 1 : at + 4]
         assert local.startswith("  local: no folder")
         assert re.match("  cdn: .*404", cdn)

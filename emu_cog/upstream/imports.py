@@ -47,7 +47,7 @@ class Code:
 
 
 def import_code(clone: Path, *, dtype: torch.dtype, attention: str) -> Code:
-    """Import the clone's package `src` anew, with a stand-in for `src.emu3p5`. `sys.path` is not changed."""
+    """Import the clone's package `src` again, with a stand-in for `src.emu3p5`. `sys.path` is not changed."""
     with _IMPORT_LOCK, _src_from(clone, _stand_in(dtype, attention)):
         modules = {name: importlib.import_module(f"src.utils.{name}") for name in _MODULES}
         for name, module in sys.modules.items():

@@ -60,7 +60,7 @@ class Archive:
             except ChangedError as error:
                 if attempt:
                     raise
-                log.warning("%s: beginning anew with what is there now", error)
+                log.warning("%s: starting again with the file as it is now", error)
         raise AssertionError
 
     def _download(self, stagings: list[Staging], nearby: Mapping[str, list[Path]]) -> list[Staging]:

@@ -73,7 +73,7 @@ def fetch_piece(
         piece.path.unlink()
         meter.lose(piece.size)
         if attempt < tries:
-            log.warning("%s arrived altered (%s): fetching it anew", piece.path.name, wrong[0])
+            log.warning("%s arrived altered (%s): downloading it again", piece.path.name, wrong[0])
     raise FetchError(f"{piece.remote.url} arrived altered, {tries} time(s): {piece.path.name} has {wrong[0]}")
 
 
@@ -160,7 +160,7 @@ def raising_disk_full(path: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"no room to write {path} ({error.strerror}; {gigabytes(shutil.disk_usage(path.parent).free)} free on its "
-            "disk). What arrived is kept and the next start goes on from there: free space, or set EMU_WEIGHTS_DIR "
+            "disk). What arrived is kept and the next start resumes from there: free space, or set EMU_WEIGHTS_DIR "
             "to a folder on a larger disk"
         ) from None
 

@@ -125,7 +125,7 @@ def read_pins(path: Path) -> dict[str, Pin]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} can't be understood ({error}): take it from version control again, or write it anew with "
+            f"{path} can't be understood ({error}): take it from version control again, or write it again with "
             "scripts/download-weights --pin"
         ) from None
 

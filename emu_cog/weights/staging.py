@@ -76,7 +76,7 @@ class Staging:
                     if name not in known or (name in whole and whole[name].sha256 != known[name]):
                         path.unlink()
                 kept = sum(1 for p in self.folder.rglob("*") if p.is_file())
-                log.info("%s: staging begins anew from %s; %d file(s) kept", self.part.folder, origin, kept)
+                log.info("%s: staging starts again from %s; %d file(s) kept", self.part.folder, origin, kept)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._state, {"origin": origin, "revision": revision})
 
@@ -122,7 +122,7 @@ class Staging:
                 log.info("%s: checking %d file(s) that lie in %s already", self.part.folder, len(names), folder)
             for name, entry in hash_files(folder, names).items():
                 if entry != trusted[name]:
-                    log.warning("%s is altered and is fetched anew", folder / name)
+                    log.warning("%s is altered and is downloaded again", folder / name)
                 elif _link(folder / name, self.folder / name):
                     self.record(name, entry)
 
@@ -205,7 +205,7 @@ def _link(source: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         os.link(source.resolve(), target)
     except OSError as error:
-        log.info("%s can't be linked (%s) and is fetched anew", source, error.strerror)
+        log.info("%s can't be linked (%s) and is downloaded again", source, error.strerror)
         return False
     return True
 

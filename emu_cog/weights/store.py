@@ -266,12 +266,15 @@ class Store:
     def _failure(self, lacking: list[Part], reasons: Mapping[str, list[str]]) -> str:
         lines = []
         for part in lacking:
-            lines += [f"{part.folder} could not be had:", *(f"  {reason}" for reason in reasons[part.key])]
+            lines += [
+                f"{part.folder} could not be found or downloaded:",
+                *(f"  {reason}" for reason in reasons[part.key]),
+            ]
         forced = self.settings.weights_source
         lines.append(
             f"EMU_WEIGHTS_SOURCE={forced} rules out the other sources. "
             * (forced is not None)
-            + f"What arrived is kept in {self.root} and the next start goes on from there: mend what is named above, "
+            + f"What arrived is kept in {self.root} and the next start resumes from there: fix what is named above, "
             "or put the complete folders there, or set EMU_WEIGHTS_DIR to where they are"
         )
         return "\n".join(lines)
