@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from random import Random
 
@@ -18,6 +20,7 @@ from scripts.mini.train.encode import draw_square
 from scripts.mini.verdicts import Answer
 from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
+from tests.conftest import ROOT
 
 SQUARE = (12, 12)
 
@@ -206,3 +209,15 @@ def test_the_language_models_data_draw_the_same_pictures() -> None:
     head, things = torch.from_numpy(batch.head), torch.from_numpy(batch.things)
     drawn = draw_square(head, things, *paints("cpu"), places(192, 192))
     assert torch.equal(drawn, render(batch))
+
+
+@pytest.mark.parametrize("readme", ["scripts/mini/README.md", "emu_cog/mini/README.md"])
+def test_every_command_and_file_a_readme_names_exists(readme: str) -> None:
+    """The recipe's README went on describing `reinforce` after its files had been removed."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w/])(?:scripts|emu_cog)/[\w./-]*\w", text)):
+        path = ROOT / name
+        assert path.exists(), name
+        assert path.is_dir() or path.suffix or os.access(path, os.X_OK), f"{name} can't be run"
+    for name in set(re.findall(r"`((?:train/|tasks/)?\w+\.(?:py|json))`", text)):
+        assert any((ROOT / folder / name).exists() for folder in ("scripts/mini", "emu_cog/mini/model")), name
