@@ -66,7 +66,7 @@ def test_prompts_written_without_the_grammar_are_answered_right(
 
 
 def test_the_vision_tokenizer_reconstructs_pictures() -> None:
-    figures = through_codes(load_vision_tokenizer(MINIATURE / "vision"), 12)
+    figures = through_codes(load_vision_tokenizer(MINIATURE / "vision"), 6)
     assert figures["psnr_db"] >= 30
 
 

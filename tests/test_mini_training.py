@@ -238,6 +238,7 @@ def test_what_is_not_marked_teaches_nothing() -> None:
     assert loss.item() == pytest.approx(each[:, 3:6].mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_encode_goes_on_after_the_parts_that_are_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

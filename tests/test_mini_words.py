@@ -32,8 +32,8 @@ COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
 COUNT = {**{word: n for n, word in enumerate(NUMBERS[:5])}, **{str(n): n for n in (2, 3, 4)}, "pair": 2, "couple": 2}
 
 
-def told(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int]:
-    """How often a text names each thing of a table, the longest words first."""
+def mentions(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int]:
+    """How often `text` names each value of `words`, longest words matched first."""
     found: Counter[str | int] = Counter()
     text = text.lower()
     for word in sorted(words, key=len, reverse=True):
@@ -54,12 +54,12 @@ def test_other_words_mean_the_same_things(task: str) -> None:
             if task == "x2i" and table is SIZE:
                 continue  # "bigger" and "enlarge" are not sizes, "a small" may be
             if pronoun and table in (SHAPE, COLOUR):
-                assert told(text, table) <= told(made.question, table), (made.question, text)
+                assert mentions(text, table) <= mentions(made.question, table), (made.question, text)
                 continue
-            assert told(text, table) == told(made.question, table), (made.question, text)
+            assert mentions(text, table) == mentions(made.question, table), (made.question, text)
         if task == "t2i":
-            numbers = {n: c for n, c in told(text, COUNT).items() if n != 1}
-            assert numbers == {n: c for n, c in told(made.question, COUNT).items() if n != 1}, (made.question, text)
+            numbers = {n: c for n, c in mentions(text, COUNT).items() if n != 1}
+            assert numbers == {n: c for n, c in mentions(made.question, COUNT).items() if n != 1}, (made.question, text)
         assert not re.search(r"\ba [aeiou](?!ne\b)", text.lower()), text
         assert not re.search(r"\ban [^aeiou]", text.lower()), text
         assert "  " not in text

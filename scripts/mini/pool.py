@@ -43,14 +43,6 @@ def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: 
         yield from pool.map(work, items)
 
 
-def size_for(rng_number: float, share_square: float) -> tuple[int, int]:
-    """(rows, columns) of a picture: square in `share_square` of all cases, else one of the other shapes alike."""
-    if rng_number < share_square:
-        return SQUARE
-    rest = (rng_number - share_square) / (1 - share_square)
-    return OTHER_SIZES[min(int(rest * len(OTHER_SIZES)), len(OTHER_SIZES) - 1)]
-
-
 SQUARE = (12, 12)
 AREA = 192 * 192
 """Pixels of a picture, the checkpoint's default for every task."""

@@ -23,7 +23,7 @@ from emu_cog.vision.ibq import IBQ, load_vision_tokenizer
 from scripts.mini.pool import SQUARE, begin, workers
 from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
 from scripts.mini.train.fused import fuse
-from scripts.mini.train.runs import device_name, part, tell
+from scripts.mini.train.runs import device_name, fraction, log_record
 from scripts.mini.train.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
@@ -181,17 +181,17 @@ def main() -> None:
         help=f"how often each task is drawn, as JSON; default {json.dumps(SHARES)}. The held-out samples keep to that",
     )
     parser.add_argument(
-        "--many", type=part, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
+        "--many", type=fraction, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
     )
     parser.add_argument(
         "--beyond",
-        type=part,
+        type=fraction,
         default=0.0,
         help="which part of t2i and x2i, 0 to 1, goes beyond the examination: longer lists, places for several "
         "things, two changes at once, things alike",
     )
     parser.add_argument(
-        "--reworded", type=part, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
+        "--reworded", type=fraction, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
     )
     parser.add_argument("--wordings", type=int, default=1, help="ways each sample is asked in, over the same pictures")
     parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="samples kept to measure with, at most")
@@ -250,7 +250,7 @@ def main() -> None:
         "wordings": args.wordings,
         "device": device_name(device),
     }
-    tell(record, args.out / LOG)
+    log_record(record, args.out / LOG)
 
 
 if __name__ == "__main__":

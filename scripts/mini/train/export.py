@@ -17,7 +17,7 @@ from emu_cog.prompt.tokenizer import RANKS_FILE, VISION_FILE
 from emu_cog.weights.store import MINIATURE
 from scripts.mini.pool import AREA
 from scripts.mini.train.language_model import LanguageModel, Shape
-from scripts.mini.train.runs import part
+from scripts.mini.train.runs import fraction
 from scripts.mini.train.train_language import read_weights
 
 LIMIT = 40 * 10**6
@@ -94,7 +94,7 @@ def main() -> None:
         help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
     )
     parser.add_argument("--blend", type=Path, help="folder of earlier weights of the same training, to be mixed in")
-    parser.add_argument("--blend-share", type=part, default=0.2, help="how much of them, 0 to 1")
+    parser.add_argument("--blend-share", type=fraction, default=0.2, help="how much of them, 0 to 1")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         if args.blend:

@@ -21,7 +21,7 @@ from scripts.mini.train.encode import HELD_OUT, LENGTHS
 from scripts.mini.train.examples import Data, read
 from scripts.mini.train.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.train.muon import Muon
-from scripts.mini.train.runs import device_name, keep, stop_when_told, tell
+from scripts.mini.train.runs import device_name, log_record, save_atomically, stop_on_signal
 from scripts.mini.train.sequences import tokenizer
 
 TOKENS = 40320
@@ -121,7 +121,9 @@ class Course:
     """The least held-out loss on pictures so far, whose weights lie in the folder."""
 
     def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
-        keep({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path)
+        save_atomically(
+            {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path
+        )
 
     @classmethod
     def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
@@ -277,7 +279,7 @@ def main() -> None:
         visual=words.ids.visual,
         seed=args.seed,
     )
-    stop_when_told(training.stop)
+    stop_on_signal(training.stop)
     record = training.run(steps=args.steps, seconds=args.seconds)
     record |= {
         "seconds": round(time.time() - started, 1),
@@ -289,7 +291,7 @@ def main() -> None:
         "rate": args.rate,
         "shape": asdict(shape),
     }
-    tell(record, args.out / "train.log")
+    log_record(record, args.out / "train.log")
 
 
 if __name__ == "__main__":
