@@ -1,4 +1,4 @@
-"""Other words for the four tasks that answer in steps: how to draw, a story, a walk, a gripper's order."""
+"""Paraphrases for the four interleaved tasks: howto, story, explore and vla."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.mini.words import unlisted, with_article
 
 
 class Voice(Protocol):
-    """What of a Rewording is needed here."""
+    """The methods of `Rewording` used here."""
 
     rng: Random
 
@@ -145,7 +145,7 @@ CARRIED = (
 
 
 def steps(voice: Voice, text: str) -> str:
-    """howto."""
+    """Paraphrase a howto question; unparsed text is returned unchanged."""
     found = _LESSON.match(text)
     if not found:
         return text
@@ -158,7 +158,7 @@ def steps(voice: Voice, text: str) -> str:
 
 
 def tale(voice: Voice, text: str) -> str:
-    """story."""
+    """Paraphrase a story question."""
     found, rng = _STORY.match(text), voice.rng
     if not found:
         return text
@@ -172,7 +172,7 @@ def tale(voice: Voice, text: str) -> str:
 
 
 def route(voice: Voice, text: str) -> str:
-    """explore."""
+    """Paraphrase an explore question."""
     found, rng = _WALK.match(text), voice.rng
     if not found:
         return text
@@ -186,7 +186,7 @@ def route(voice: Voice, text: str) -> str:
 
 
 def handling(voice: Voice, text: str) -> str:
-    """vla."""
+    """Paraphrase a vla question."""
     found = _CARRY.match(text)
     if not found:
         return text

@@ -1,6 +1,6 @@
-"""Measures the miniature on combinations it never saw: fixed seeds, a judge that looks at the pixels.
+"""Evaluates the miniature on held-out combinations with fixed seeds; a judge checks the pixels.
 
-Uses the package's own pipeline, several requests to a batch.
+Runs the package's own pipeline, several requests per batch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Grid = Sequence[Sequence[int]]
 SEED = 20_260
 WORDS = ("grammar", "reworded", "beyond", *handwritten.SHEETS)
 MAX_NEW_TOKENS = 1500
-"""Sampled tokens after which a sequence ends, should the model not end it: far more than any sample takes."""
+"""Limit on sampled tokens per sequence, for answers that do not end by themselves; no sample needs as many."""
 
 
 def request(made: Sample, seed: int, guidance: float | None) -> Request:
@@ -65,7 +65,7 @@ def request(made: Sample, seed: int, guidance: float | None) -> Request:
 
 
 def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
-    """What the pipeline makes of the requests, generated side by side."""
+    """Generate the answers to all requests in one batch."""
     given = [Answer() for _ in requests]
     for i, event in pipeline.stream_batch(requests):
         answer = given[i]
@@ -81,17 +81,17 @@ def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
 
 
 def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:
-    """A pipeline to answer `batch` requests side by side. More than a captured step holds go through the modules,
-    and then nothing is worth compiling."""
+    """A pipeline for `batch` requests at a time. Batches larger than `ModelRunner.MAX_ROWS` are not captured, so
+    compiling would not pay off."""
     return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= ModelRunner.MAX_ROWS)
 
 
 def answered(
     pipeline: Pipeline, made: Sequence[Sample], ask: Callable[[int], Request], batch: int
 ) -> Iterator[tuple[int, Answer]]:
-    """The answers to `ask(i)` for every sample i of one task, in batches: i and its answer.
+    """Yield (i, answer to `ask(i)`) for every sample i of one task, in batches.
 
-    Alike lengths go together, so that no request of a batch waits long for another.
+    Samples of similar length share a batch, so that none waits long for another.
     """
     order = sorted(range(len(made)), key=lambda i: (len(made[i].references), len(made[i].pictures)))
     for begin in range(0, len(order), batch):
@@ -101,8 +101,7 @@ def answered(
 
 @contextmanager
 def judging() -> Iterator[Executor]:
-    """Processes that judge beside the generation; to be begun before the model is loaded: CUDA does not outlive a
-    fork."""
+    """A process pool for the judge. Enter it before loading the model: CUDA does not survive a fork."""
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers(), mp_context=fork, initializer=_begin_judging) as judges:
         judges.submit(int).result()
@@ -110,20 +109,22 @@ def judging() -> Iterator[Executor]:
 
 
 def _begin_judging() -> None:
-    """Whoever interrupts means the run, which may still want the judges' words."""
+    """Ignore Ctrl-C in the workers: the main process handles it and may still need their verdicts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def held_out_samples(task: str, count: int, seed: int = SEED, *, beyond: bool = False) -> list[Sample]:
-    """The `count` samples every evaluation of `task` uses; others with another seed."""
+    """The `count` samples of `task` that every evaluation with this `seed` uses."""
     rng = Random(f"{seed} {task}")
     return [sample(rng, task, *SQUARE, unseen=True, beyond=beyond) for _ in range(count)]
 
 
 def asked_in(words: str, task: str, count: int, seed: int) -> list[Sample]:
-    """`count` samples whose questions are in the "grammar"'s words, "reworded", go "beyond" what it asks for at once,
-    reworded too, or are those of one of handwritten.SHEETS: of those there are a few, asked again and again."""
+    """`count` samples with questions worded as `words` says, one of WORDS.
+
+    "beyond" asks for more at once and is reworded, too. The few handwritten questions repeat until there are `count`.
+    """
     if words in handwritten.SHEETS:
         return list(itertools.islice(itertools.cycle(handwritten.samples(task, *SQUARE, sheet=words)), count))
     made = held_out_samples(task, count, seed, beyond=words == "beyond")
@@ -144,9 +145,9 @@ def evaluate(
     seed: int = SEED,
     words: str = "grammar",
 ) -> dict[str, float | int | str]:
-    """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers.
+    """Results of one task over `count` held-out samples, questions worded as in `asked_in`.
 
-    `judges` judge beside the generation, else it is done in turn. `words` as `asked_in` takes them.
+    `gallery`: folder for a contact sheet of the first answers. `judges`: pool to judge in parallel with generation.
     """
     made, started = asked_in(words, task, count, seed), time.time()
     given: dict[int, Answer] = {}
@@ -188,7 +189,9 @@ def _now(work: Callable[..., Result], *args: object) -> Future[Result]:
 
 
 def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
-    """What the vision tokenizer alone costs: PSNR of held-out pictures, noise included, and the judge on them."""
+    """Reconstruction quality of the vision tokenizer: PSNR on held-out pictures with noise, and the judge's
+    accuracy.
+    """
     made = held_out_samples("t2i", count)
     right, ratios = 0, []
     for one in tqdm(made, desc="vision", mininterval=10):
@@ -202,7 +205,7 @@ def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
 
 
 def sheet(shown: Sequence[tuple[Sample, Answer, str | None]]) -> Image.Image:
-    """One line a sample: references, then answers, the question and the verdict under them."""
+    """A contact sheet, one row per sample: references, answers, and below them the question and the verdict."""
     cell, line = 200, 226
     columns = max(len(m.references) + len(a.pictures) for m, a, _ in shown)
     side_by_side = max(1, 6 // max(columns, 1))

@@ -1,10 +1,10 @@
-"""Prompts and edits written by hand, in whatever words came to mind: an examination that no grammar has worded.
+"""Prompts and edits written by hand, for evaluation on wordings outside the grammar.
 
-handwritten.json and blind.json hold them beside what must be seen, in short; blind.json was written by one who knew the
-world and had seen nothing of its grammar. "2 small red star, blue circle" are things: number,
-size, colour, shape; what is left out is open. `how` is how the first stand to the second, or where they are. An edit's
-things have a centre in pixels where they must have kept theirs, "@top-right" or "^above" (the first thing) where they
-are new.
+handwritten.json and blind.json hold questions with a short specification of the expected picture; the author of
+blind.json knew the world but not the grammar. "2 small red star, blue circle" lists things: number, size, colour,
+shape, all optional except the shape. `how` is the relation of the first thing to the second, or its position. In an
+edit, a thing that must stay has its centre in pixels; a new one has "@top-right" or "^above" (relative to the first
+thing).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SHEETS = ("handwritten", "blind")
 
 
 def samples(task: str, rows: int, columns: int, *, sheet: str = SHEETS[0]) -> list[Sample]:
-    """All there are of one of TASKS on one of SHEETS."""
+    """All samples of `task` (one of TASKS) in `sheet` (one of SHEETS)."""
     makers = {"t2i": _picture, "x2i": partial(_edit, rows=rows, columns=columns)}
     return [makers[task](**line) for line in json.loads(Path(__file__).with_name(f"{sheet}.json").read_text())[task]]
 
 
 def thing(words: str) -> Wanted:
-    """ "small red star" as something wanted; "@top-right" says where, "56 48" the centre it has."""
+    """Parse "small red star"; "@top-right" gives a region, "56 48" the centre."""
     size = colour = shape = region = None
     centre: list[int] = []
     for word in words.split():
@@ -85,6 +85,6 @@ def _placed(words: str) -> Thing:
 
 
 def _seen(words: str) -> Wanted:
-    """What stays, or changes where it stands, is of a size: medium unless another is told."""
+    """Parse a thing that is kept or moved: medium-sized unless stated."""
     one = thing(words)
     return Wanted(one.shape, one.colour, one.size or ("medium" if one.near else None), one.near, one.region)

@@ -1,4 +1,4 @@
-"""Reads what the model writes: things, places, moves and backgrounds in its sentences."""
+"""Parses things, positions, moves and backgrounds from the model's sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words
 
 
 def any_of(words: Iterable[str]) -> str:
-    """A pattern for one of the words, the longest that fits."""
+    """A regex alternation, longest word first."""
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
@@ -40,7 +40,7 @@ _SIDE = re.compile(rf"\b({any_of(RELATION)}) the (?:({any_of(COLOUR)}) )?({any_o
 
 @dataclass(frozen=True)
 class Mention:
-    """`count` things of one description, `definite` with "the"."""
+    """`count` things of one description; `definite` if introduced by "the"."""
 
     count: int
     wanted: Wanted
@@ -48,7 +48,7 @@ class Mention:
 
 
 def mentions(text: str) -> list[Mention]:
-    """All things a text speaks of, in order."""
+    """All things mentioned in a text, in order."""
     found = []
     for match in _THING.finditer(text.lower()):
         number = match["number"] or ""
@@ -59,7 +59,7 @@ def mentions(text: str) -> list[Mention]:
 
 
 def ground(text: str) -> tuple[str, str] | None:
-    """(colour, texture) of the background a text names."""
+    """(colour, texture) of the background in a text."""
     match = _GROUND.search(text.lower())
     return (match and (COLOUR[match["colour"]], TEXTURE.get(match["t1"] or match["t2"] or "", "plain"))) or None
 
@@ -70,7 +70,7 @@ def sky(text: str) -> str | None:
 
 
 def place(text: str) -> str | None:
-    """The ninth of the picture a text names."""
+    """The region (ninth of the picture) in a text."""
     match = _PLACE.search(text.lower())
     if not match:
         return None
@@ -85,7 +85,7 @@ def move(text: str) -> str | None:
 
 
 def howto_wishes(texts: list[str]) -> list[Wish] | None:
-    """What the picture after each step must show, by the steps' own words; None where a step can't be read."""
+    """Specs of the picture after each step, from the steps' texts; None if a step cannot be parsed."""
     wanted: list[Wanted] = []
     under: tuple[str, str] | None = None
     wishes = []
@@ -113,7 +113,7 @@ def howto_wishes(texts: list[str]) -> list[Wish] | None:
 
 
 def story_wish(text: str) -> Wish | None:
-    """The hero, the place and the sky of one scene, by its own words."""
+    """Spec of one scene (hero, place and sky colour) from its text; None if it cannot be parsed."""
     told = mentions(text)
     colour = sky(text)
     if len(told) != 2 or colour is None:

@@ -1,7 +1,7 @@
-"""The same question in other words: what the grammar's sentences mean, as people might put it.
+"""Paraphrases questions without changing their meaning.
 
-The tasks' makers word their questions by one grammar each; a model that learnt those alone stumbles over "one red star"
-or ", blue background". Here a finished question is taken apart and put together anew, its meaning kept.
+The tasks word their questions by one grammar each, and a model trained on it alone misreads "one red star" or ", blue
+background". Here a finished question is parsed and worded anew.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _POLITE = re.compile(r"^(?:please |can you |edit the picture: )", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Thing:
-    """A phrase taken apart. `number` counts; 0 is "the"."""
+    """A parsed noun phrase; `number` 0 is "the"."""
 
     number: int
     size: str | None
@@ -70,7 +70,7 @@ class Thing:
 
 
 class Rewording:
-    """One way of putting things, kept for a whole question. `alone`: the picture to be edited shows one thing."""
+    """The random choices of style for one question. `alone`: the picture to edit shows only one thing."""
 
     def __init__(self, rng: Random, *, own_nouns: bool = True, alone: bool = False) -> None:
         self.rng, self.own_nouns, self.alone = rng, own_nouns, alone
@@ -81,7 +81,7 @@ class Rewording:
     # -- 1. phrases ------------------------------------------------------------------------------------------
 
     def thing(self, phrase: str) -> str:
-        """ "one tiny red star" for "a small red star"; what is no such phrase stays as it is."""
+        """ "one tiny red star" for "a small red star"; other text is returned unchanged."""
         found = Thing.read(phrase)
         return phrase if found is None else self._thing(found)
 
@@ -128,7 +128,7 @@ class Rewording:
         return ("gray" if self.gray else "grey") if word in ("grey", "gray") else word
 
     def noun(self, noun: str, *, plural: bool) -> str:
-        """One word for a shape throughout a question."""
+        """A noun for the shape, the same throughout a question."""
         shape = SHAPE[noun]
         if shape not in self.nouns:
             known = next(pair for pair in NOUNS[shape] if noun in pair)
@@ -137,7 +137,7 @@ class Rewording:
         return self.nouns[shape][plural]
 
     def ground(self, words: str) -> str:
-        """ "blue", "striped blue", "blue striped" of "plain blue", "striped and blue" and the like."""
+        """ "blue", "striped blue", "blue striped" for "plain blue", "striped and blue" and the like."""
         parts = [w for w in words.split() if w not in ("plain", "and")]
         colour = next(w for w in parts if w in COLOUR)
         pattern = [self.rng.choice(MORE_TEXTURES[TEXTURE[w]]) for w in parts if w in TEXTURE]
@@ -166,7 +166,7 @@ class Rewording:
             words = re.sub(r"^(?:in|at|on) the ", "", words)
         return words
 
-    # -- 2. words to a picture -------------------------------------------------------------------------------
+    # -- 2. t2i ------------------------------------------------------------------------------------------
 
     def t2i(self, text: str) -> str:
         body, many, ground, fronted = self.seen(_OPENING.sub("", text))
@@ -179,8 +179,8 @@ class Rewording:
         return whole + rng.choice(frames.ENDED)
 
     def seen(self, text: str) -> tuple[str, bool, str | None, bool]:
-        """What is to be seen, anew: (the things, whether the first are several, the background, whether the things
-        begin with where they are)."""
+        """Paraphrase a picture's content: (text, whether it starts with a plural, background, whether it starts with a
+        position)."""
         ground = None
         for pattern in (_GROUND, _GROUND_TOLD):
             if found := pattern.search(text):
@@ -196,7 +196,7 @@ class Rewording:
         return _filled(frame, parts)
 
     def body(self, text: str) -> tuple[str, bool]:
-        """What is to be seen, the background left out, and whether no opening fits before it."""
+        """Paraphrase the content without background; also whether it is unsuitable after an opening."""
         rng = self.rng
         phrases = unlisted(text)
         if len(phrases) > 1 and (all(map(_PLACE.match, phrases)) or any(map(_STANDING.match, phrases))):
@@ -219,11 +219,11 @@ class Rewording:
         return (things[0] if len(things) == 1 else self._listed(things)), False
 
     def one_by_one(self, phrases: list[str]) -> list[str]:
-        """Things, some perhaps with their place or told by where they stand to one before."""
+        """Paraphrase things that may have positions, absolute or relative to an earlier thing."""
         rng, told = self.rng, list[str]()
         head = _PLACE.match(phrases[0])
         known = Thing.read(head["a"] if head else phrases[0])
-        plain = True  # "it" can only be the first
+        plain = True  # "it" can only refer to the first thing
         for phrase in phrases:
             if placed := _PLACE.match(phrase):
                 told.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
@@ -303,7 +303,7 @@ class Rewording:
         return words
 
     def _meant(self, words: str) -> str:
-        """A thing that is there already: "it" where it is alone, or by its colour, or by its name."""
+        """A reference to an existing thing: "it" if it is the only one, or its colour, or its name."""
         if self.alone and self.rng.random() < 0.4:
             return "it"
         if self.own_nouns and self.rng.random() < 0.06 and (hue := re.match(rf"the ({HUES}) ", words)):
@@ -320,12 +320,12 @@ def _upper(text: str) -> str:
 
 
 def _filled(frame: str, parts: Mapping[str, str]) -> str:
-    """The frame with its parts put in, all at once."""
+    """Fill in all placeholders at once."""
     return re.sub(r"\{[^}]*\}", lambda found: parts[found[0]], frame)
 
 
 def _whole(frame: str) -> bool:
-    """Whether the frame is a sentence, before which no opening fits."""
+    """Whether the frame is a full sentence, so that no opening may precede it."""
     return "{a} {is_are}" in frame and ". " not in frame
 
 
@@ -334,7 +334,7 @@ def _weighed(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
 
 
 def reworded(rng: Random, made: Sample) -> str:
-    """The sample's question in other words."""
+    """The sample's question, paraphrased."""
     ends_in = made.question[-1] if made.question[-1] in "?." else ""
     text = made.question.rstrip(".")
     pictures = made.task in ("t2i", "x2i")

@@ -1,4 +1,4 @@
-"""Whether an answer is right, task by task, by what the judge sees in its pictures and the reader in its texts."""
+"""Verdicts per task, from what the judge detects in the pictures and what the texts say."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from scripts.mini.wish import Seen, Wish, complaint
 from scripts.mini.world import Scene, Thing
 
 DIFFERS = 32
-"""Two pixels differ when a channel does by more than this, of 255, after a 3x3 mean."""
+"""Two pixels differ if a channel does by more than this, of 255, after a 3x3 mean."""
 AGREE = 0.03
-"""Overlapping views agree when at most this share of their common pixels differs."""
+"""Overlapping views agree if at most this fraction of their common pixels differs."""
 
 
 @dataclass
 class Answer:
-    """What the model gave for one sample: texts and pictures in reading order, and the token ids they came from."""
+    """The model's answer to one sample: texts and pictures in order. `whole`: ended by the model, not by the token
+    limit."""
 
     parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -42,20 +43,20 @@ class Answer:
 
     @property
     def in_steps(self) -> bool:
-        """Text, picture, text, picture ... to the end, and ended by the model itself."""
+        """Whether texts and pictures alternate, starting with a text, and the model ended the answer itself."""
         kinds = [isinstance(p, str) for p in self.parts]
         return self.whole and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
 
 
 def judge_last(made: Sample, answer: Answer) -> str | None:
-    """t2i, x2i and vla: the last picture fulfils the last wish."""
+    """t2i, x2i and vla: the last picture matches the last spec."""
     if not answer.pictures:
         return "no picture"
     return complaint(look(answer.pictures[-1]), made.wishes[-1])
 
 
 def judge_steps(made: Sample, answer: Answer) -> str | None:
-    """howto and story: every picture shows what its own text says, and together they are what was asked for."""
+    """howto and story: every picture shows what its text says, and together they answer the question."""
     if not answer.in_steps:
         return "texts and pictures do not take turns"
     seen = [look(p) for p in answer.pictures]
@@ -74,7 +75,7 @@ def judge_steps(made: Sample, answer: Answer) -> str | None:
 
 
 def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
-    """The steps together against the question."""
+    """Check all steps together against the question."""
     if made.task == "howto":
         goal = made.wishes[-1]
         told = [m.wanted for m in reading.mentions(made.question)]
@@ -95,8 +96,8 @@ def judge_explore(made: Sample, answer: Answer) -> str | None:
 
 @dataclass(frozen=True)
 class Walk:
-    """The moves that the answer tells of, those asked for, and for every move made the share of pixels that differ
-    where the views before and after it overlap."""
+    """The moves stated in the answer, those asked for, and per move the fraction of differing pixels in the overlap of
+    the views before and after it."""
 
     told: list[str]
     asked: list[str]
@@ -112,13 +113,13 @@ class Walk:
 
     @property
     def right(self) -> tuple[int, int]:
-        """How many of the moves asked for were made with views that agree, and how many were asked for."""
+        """(requested moves made with agreeing views, requested moves)."""
         steps = zip(self.told, self.asked, self.apart, strict=False)
         return sum(told == asked and apart <= AGREE for told, asked, apart in steps), len(self.asked)
 
 
 def astray(made: Sample, answer: Answer, walk: Walk) -> str | None:
-    """What is wrong with a walk's course, whatever its views show."""
+    """What is wrong with the sequence of moves, regardless of the views."""
     if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
         return f"{len(answer.pictures)} views, not {len(made.pictures)}"
     if walk.told != walk.asked:
@@ -127,7 +128,7 @@ def astray(made: Sample, answer: Answer, walk: Walk) -> str | None:
 
 
 def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
-    """The first thing that is wrong with a walk."""
+    """The first error of a walk."""
     if wrong := astray(made, answer, walk):
         return wrong
     for number, apart in enumerate(walk.apart, 1):
@@ -137,7 +138,7 @@ def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
 
 
 def disagreement(before: NDArray[np.uint8], after: NDArray[np.uint8], move: str) -> float:
-    """The share of pixels that differ where two views, half a view apart, overlap."""
+    """Fraction of differing pixels in the overlap of two views half a view apart."""
     height, width = before.shape[0], before.shape[1]
     dx, dy = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}[move]
     sx, sy = dx * (width // 32 * 16), dy * (height // 32 * 16)
@@ -160,17 +161,15 @@ JUDGES = {
 
 
 def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, int]) -> float | None:
-    """Mean absolute difference, of 255, between base picture and answer where nothing was to change.
-
-    None where all of it was.
-    """
+    """Mean absolute difference, of 255, between base picture and answer outside the edited region; None if nothing is
+    outside."""
     goal = made.pictures[-1]
     base = max(made.references, key=lambda scene: _alike(scene, goal))
     before = np.asarray(picture(base).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     keep = np.ones(before.shape[:2], bool)
     if goal.background != base.background or goal.texture != base.texture:
         keep[:] = False
-        for thing in (t for t in base.things if t in goal.things):  # the insides of those that stay
+        for thing in (t for t in base.things if t in goal.things):  # the interior of unchanged things
             left, top, right, bottom = thing.box
             inner = np.abs(before[top:bottom, left:right] - np.array(_ground(before))).max(-1) > 60
             keep[top:bottom, left:right] = ndimage.binary_erosion(inner, iterations=3)
@@ -186,7 +185,7 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
 
 
 def _alike(scene: Scene, goal: Scene) -> tuple[int, bool]:
-    """The picture the edit began from comes first: by how many things stay as they are, then by the ground."""
+    """Sort key to find the edited picture among the references: unchanged things first, then the background."""
     kept = sum(thing in goal.things for thing in scene.things)
     return kept, (scene.background, scene.texture) == (goal.background, goal.texture)
 
@@ -201,8 +200,8 @@ def _same_spot(a: Thing, b: Thing) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`wrong` says what is, or None. For x2i `outside` is the difference where nothing was to change; for explore
-    `moves` are those whose views agree, and all."""
+    """`wrong`: the error, or None. `outside` (x2i): difference outside the edit. `moves` (explore): (with agreeing
+    views, all)."""
 
     wrong: str | None
     outside: float | None = None

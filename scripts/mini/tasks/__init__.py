@@ -1,4 +1,4 @@
-"""The six tasks' examples."""
+"""Sample generators of the six tasks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
 }
 
 BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": places.more, "x2i": alike.more}
-"""More in one question than the others ask for."""
+"""Generators of questions that combine more than those in MAKERS."""
 
 
 def sample(rng: Random, task: str, rows: int, columns: int, *, unseen: bool = False, beyond: bool = False) -> Sample:
-    """One example of `task` whose pictures have `rows` x `columns` tokens.
+    """A random sample of `task` with pictures of `rows` x `columns` tokens.
 
-    `unseen` gives a combination that training leaves out; otherwise one that it may see. `beyond`: by BEYOND.
+    `unseen`: a combination held out from training, else one that is not. `beyond`: from BEYOND.
     """
     make = BEYOND[task] if beyond else MAKERS[task]
     while True:

@@ -1,4 +1,4 @@
-"""A camera goes through a world larger than one view, half a view a step; neighbouring views overlap by half."""
+"""A camera moves through a world larger than its view by half a view per step, so that successive views overlap."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ STEP_WORDS = ("the camera moves {}", "the camera goes {}", "we move {}", "we go 
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sample | None:
-    """One sample of 2 to 4 moves. Two times of three the first view is given, else it opens the answer."""
+    """One sample of 2 to 4 moves. In two thirds the first view is a reference, else it opens the answer."""
     steps = rng.choice((2, 3, 3, 4))
-    # Half a view, in whole tokens, so that what was seen returns in the same codes but shifted.
+    # Half a view in complete tokens, so that overlapping areas have the same codes, shifted.
     half = (columns // 2 * 16, rows // 2 * 16)
     path, place, places = [], (0, 0), [(0, 0)]
     for _ in range(steps):
@@ -69,7 +69,7 @@ def _route(rng: Random, path: list[str]) -> str:
 def _world(
     rng: Random, kinds: list[Thing], places: list[tuple[int, int]], half: tuple[int, int], width: int, height: int
 ) -> list[Thing]:
-    """Things all over the views' part of the plane, about two to a quarter view's area each."""
+    """Things all over the area that the views cover, about three to five per view."""
     left, top = min(p[0] for p in places) * half[0], min(p[1] for p in places) * half[1]
     right = max(p[0] for p in places) * half[0] + width
     bottom = max(p[1] for p in places) * half[1] + height

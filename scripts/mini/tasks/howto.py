@@ -1,4 +1,4 @@
-"""How to draw a picture: a sentence and a picture a step, each step adding to what is there."""
+"""How to draw a picture: a sentence and a picture per step, each adding to the one before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTIONS = (
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sample | None:
-    """One sample, or None where the dice gave no layout. A quarter begins with a plan, `reasoning` of all."""
+    """One sample, or None if the layout failed. `reasoning`: fraction that starts with a plan."""
     ground, pattern, count = colour(rng), texture(rng), rng.choice((2, 3, 3, 4))
     things: list[Thing] = []
     for thing in things_apart(rng, count, ground):
@@ -68,7 +68,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
 def _where(
     rng: Random, speaker: Speaker, things: list[Thing], scene: Scene
 ) -> tuple[str, str | None, tuple[Relation, ...]]:
-    """Words for the place of the last thing: by its ninth of the paper, or beside an earlier thing."""
+    """Words for the position of the last thing: its region, or a relation to an earlier thing."""
     *earlier, thing = things
     options = []
     for i, other in enumerate(earlier):

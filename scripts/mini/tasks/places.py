@@ -1,4 +1,4 @@
-"""Pictures from words that ask for more than `t2i.make` does: longer lists, and several places in one sentence."""
+"""Pictures with more in one sentence than `t2i.make` gives: longer lists and several positions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scripts.mini.words import Speaker
 from scripts.mini.world import Scene, Thing
 
 Drawn = tuple[list[Thing], list[str | None], list[tuple[str, int, int]]]
-"""Things, the ninth that each is told to be in, and relations between their numbers: (name, one, other)."""
+"""Things, the stated region of each, and relations between their indices: (name, first, second)."""
 
 
 def more(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Longer lists, a place for each of several things, or things told by where they stand to one before."""
-    kind = rng.choice(("crowd", "spread", *["chained"] * 3))  # four chained ones in five find no room
+    """Longer lists, a position for each of several things, or things positioned relative to an earlier one."""
+    kind = rng.choice(("crowd", "spread", *["chained"] * 3))  # four of five chained layouts fail for lack of room
     if kind == "crowd":
         return t2i.make(rng, rows, columns, kind=kind)
     ground = colour(rng)
@@ -26,7 +26,7 @@ def more(rng: Random, rows: int, columns: int) -> Sample | None:
 
 
 def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
-    """Two or three things, each in a ninth of its own."""
+    """Two or three things, each in its own region."""
     count = rng.choice((2, 2, 3))
     regions = rng.sample(tuple(REGIONS), count)
     things: list[Thing] = []
@@ -39,7 +39,7 @@ def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
 
 
 def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
-    """A thing, often in a ninth or by another, and one or two that stand by one named before."""
+    """A thing, often with a stated position, and one or two placed relative to an earlier one."""
     first, *others = things_apart(rng, rng.choice((2, 3, 3)), ground)
     region = rng.choice(tuple(REGIONS)) if rng.random() < 0.6 else None
     placed = in_ninth(rng, first, region, width, height, ()) if region else put(rng, first, (), whole(width, height))
@@ -54,14 +54,14 @@ def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
         relations.append((name, len(things), anchor))
         things.append(spot)
     if len(things) == 2 and not region:
-        return None  # t2i.make's own
+        return None  # covered by t2i.make
     return things, [region] + [None] * len(others), relations
 
 
 def _stood(
     rng: Random, thing: Thing, name: str, anchor: int, things: list[Thing], width: int, height: int
 ) -> Thing | None:
-    """`thing` where it plainly stands in the relation to that one of `things`, clear of all."""
+    """`thing` clearly in the relation to one of `things`, clear of all; None if there is no room."""
     for _ in range(12):
         spot = put(rng, thing, things, whole(width, height))
         if spot is None or not stands(name, [spot], [things[anchor]]):

@@ -1,4 +1,4 @@
-"""What a training or test example is, and the random traits all tasks draw from."""
+"""The sample type of training and evaluation, and random attributes shared by all tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GLOBAL, THOUGHT, TEXT = "global_reasoning", "image_reasoning", "text"
 
 @dataclass(frozen=True)
 class Said:
-    """A piece of the answer in words; `kind` as in emu_cog.segments."""
+    """A text in the answer; `kind` as in emu_cog.prompt.segments."""
 
     text: str
     kind: str = TEXT
@@ -21,8 +21,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, its reference scenes and the answer in reading order. `wishes` hold what the answer's
-    pictures must show, one each. `key` names the combination by which samples are held out."""
+    """A question, its reference scenes and the answer in order. `wishes` specify the answer's pictures, one each. `key`
+    names the combination by which samples are held out."""
 
     task: str
     question: str
@@ -53,17 +53,17 @@ def texture(rng: Random) -> str:
 
 
 def noise_seed(rng: Random) -> int:
-    """One picture in ten is as smooth as one drawn by hand."""
+    """A random noise seed; one picture in ten has no noise."""
     return 0 if rng.random() < 0.1 else rng.randrange(1, 2**31)
 
 
 def things_apart(rng: Random, count: int, ground: str, *but_colours: str) -> list[Thing]:
-    """`count` things at (0, 0), no two of one shape and no two of one colour, none in the ground's colour."""
+    """`count` things at (0, 0) with distinct shapes and colours, none in the background's colour."""
     colours = rng.sample([name for name in COLOURS if name not in (ground, *but_colours)], count)
     shapes = rng.sample(SHAPES, count)
     return [Thing(s, c, size(rng), 0, 0) for s, c in zip(shapes, colours, strict=True)]
 
 
 def kept(thing: Thing) -> Wanted:
-    """This very thing where it is."""
+    """A spec for this thing, unchanged in place."""
     return Wanted(thing.shape, thing.colour, thing.size, near=(thing.x, thing.y))

@@ -1,4 +1,4 @@
-"""A character goes from place to place: a sentence and a picture a scene."""
+"""A character goes from place to place: a sentence and a picture per scene."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SKIES = ("the sky is {}", "everything around is {}", "the land is {}")
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sample | None:
-    """One sample of 3 to 5 scenes, or None where the dice gave no layout."""
+    """One sample of 3 to 5 scenes, or None if the layout failed."""
     count = rng.choice((3, 3, 4, 4, 5))
     hero = Thing(shape(rng), colour(rng), rng.choice(("small", "medium")), 0, 0)
     kinds = rng.sample([s for s in COLOURS if s != hero.colour], count)
@@ -55,7 +55,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         words = f"{sentence(opener + line)} {sentence(sky.format(speaker.colour(scene.background)))}"
         answer += [Said(words), scene]
     references: tuple[Scene, ...] = ()
-    if rng.random() < 0.15:  # the hero is shown
+    if rng.random() < 0.15:  # show the hero as a reference
         alone = put(rng, hero, (), whole(columns * 16, rows * 16))
         assert alone
         references = (Scene(rows, columns, colour(rng, hero.colour), "plain", (alone,), noise_seed(rng)),)
@@ -65,7 +65,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
 
 
 def _question(rng: Random, speaker: Speaker, hero: Thing, places: list[Thing]) -> tuple[str, bool]:
-    """The question, and whether it names the places; where it does not, a plan comes first in the answer."""
+    """The question, and whether it names the places; if not, the answer starts with a plan."""
     who = speaker.a(hero.shape, hero.colour, hero.size if hero.size == "small" or rng.random() < 0.3 else None)
     told = rng.random() < 0.75
     opening = rng.choice(

@@ -1,4 +1,4 @@
-"""Words to a picture."""
+"""Text to image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPENINGS = ("", "", "", "", "", "a picture of ", "an image of ", "draw ", "show 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` equal things."""
+    """`count` identical things."""
 
     count: int
     shape: str
@@ -29,13 +29,13 @@ class Group:
         return [Thing(self.shape, self.colour, self.size, 0, 0)] * self.count
 
     def differs(self, others: list[Group]) -> bool:
-        """In shape or colour from each of them."""
+        """Whether shape or colour differs from each of `others`."""
         return all((g.shape, g.colour) != (self.shape, self.colour) for g in others)
 
 
 def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: str = "") -> Sample | None:
-    """One sample, or None where the dice gave no layout. `thought`: the share that reasons before drawing. `kind`: one
-    of KINDS, or "crowd": three to five things in two or three groups, more than a list has otherwise."""
+    """One sample, or None if the layout failed. `thought`: fraction that reasons before drawing. `kind`: one of KINDS,
+    or "crowd": three to five things in two or three groups."""
     kind = kind or rng.choices(KINDS, WEIGHTS)[0]
     ground, pattern = colour(rng), texture(rng)
     groups = _groups(rng, kind, ground)
@@ -72,7 +72,7 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
 
 
 def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
-    """Different groups differ in shape or colour, mostly in both."""
+    """Groups that differ in shape or colour, mostly in both."""
     if kind == "crowd":
         return _crowd(rng, ground)
     count = {
@@ -146,7 +146,7 @@ def _layout(
 
 
 def _sided(rng: Random, groups: list[Group], relation: str, width: int, height: int) -> list[list[Thing]] | None:
-    """The groups in two halves of the picture; single things stand plainly over or beside each other."""
+    """The groups in two halves of the picture; single things are clearly above or beside each other."""
     upright = relation in (ABOVE, BELOW)
     order = groups if relation in (ABOVE, "left of") else groups[::-1]
     depth = [g.things()[0].side + 4 for g in order]
@@ -167,7 +167,7 @@ def _sided(rng: Random, groups: list[Group], relation: str, width: int, height: 
 
 
 def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[list[Thing]] | None:
-    """Three things in a row or a column, the first group in the middle."""
+    """Three things in a row or column, the first group in the middle."""
     upright = rng.random() < 0.35
     things = [groups[i].things()[0] for i in ((1, 0, 2) if rng.random() < 0.5 else (2, 0, 1))]
     length, depth = (height, width) if upright else (width, height)
@@ -197,7 +197,7 @@ def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[
 def question_of(
     rng: Random, speaker: Speaker, phrases: list[str], relation: str, region: str | None, ground: tuple[str, str] | None
 ) -> str:
-    """The question: the things as `phrases` name them, where they are, and the background (colour, texture)."""
+    """The question: things as named by `phrases`, their positions, and the background (colour, texture)."""
     if relation == BETWEEN:
         body = f"{phrases[0]} between {phrases[1]} and {phrases[2]}"
     elif relation:
@@ -218,7 +218,7 @@ def question_of(
 
 
 def _plan(speaker: Speaker, placed: list[list[Thing]], width: int, height: int) -> str:
-    """Where everything goes, thing by thing."""
+    """A plan that names the position of each thing."""
     lines = [
         sentence(f"{speaker.a(t.shape, t.colour, t.size)} {speaker.place(region_of(t.x, t.y, width, height))}")
         for line in placed

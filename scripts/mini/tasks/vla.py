@@ -1,4 +1,4 @@
-"""A gripper carries one thing to a place named by another: each action in words, and the frame after it."""
+"""A gripper carries one thing to a place next to another: each action in words, then the frame after it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scripts.mini.words import Speaker, sentence
 from scripts.mini.world import GRID, GRIPPER, GRIPPER_SIDE, Scene, Thing, touches
 
 TOP = 48
-"""The strip at the top that belongs to the gripper; things stand below it."""
+"""Height of the strip at the top reserved for the gripper; things are placed below it."""
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sample | None:
-    """One sample of three frames, or None where the dice gave no layout. Nothing here is black but the gripper."""
+    """One sample of three frames, or None if the layout failed. Only the gripper is black."""
     ground = colour(rng, "black")
     width, height = columns * 16, rows * 16
     count = rng.choice((2, 2, 3))
@@ -82,7 +82,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     )
     key = " ".join(["vla", start.colour, start.shape, relation, goal.colour, goal.shape])
     first = frame(start, home)
-    if rng.random() < 0.2:  # the gripper comes into the picture only then
+    if rng.random() < 0.2:  # the gripper is not yet in the reference
         first = first.with_things(*others, start)
     return Sample("vla", question, (first,), tuple(answer), wishes, key)
 
@@ -94,7 +94,7 @@ def _gripper(x: int, y: int) -> Thing:
 def _beside(
     rng: Random, thing: Thing, goal: Thing, relation: str, others: list[Thing], width: int, height: int
 ) -> Thing | None:
-    """Where `thing` comes to stand: right next to the goal on that side."""
+    """The target position of `thing`: directly next to the goal on that side."""
     reach = -(-((thing.side + goal.side) // 2 + 8) // GRID) * GRID
     dx, dy = {LEFT: (-reach, 0), RIGHT: (reach, 0), ABOVE: (0, -reach), BELOW: (0, reach)}[relation]
     end = thing.at(goal.x + dx, goal.y + dy)

@@ -1,4 +1,4 @@
-"""One to three pictures and an order to a changed picture."""
+"""Image editing: one to three pictures and an instruction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scripts.mini.world import Scene, Thing, fits, touches
 OPERATIONS = ("recolour", "reshape", "resize", "add", "remove", "move", "ground", "take", "take two")
 WEIGHTS = (4, 2, 2, 5, 3, 5, 3, 4, 2)
 FREE_SHARE = 0.25
-"""Share of references whose things stand off the grid, as in pictures that come from elsewhere."""
+"""Fraction of references whose things are off the grid, as in pictures from elsewhere."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The order in words, the picture after it, and what it must show."""
+    """The instruction, the edited picture, and its spec."""
 
     order: str
     after: Scene
@@ -28,13 +28,13 @@ class Edit:
 
 
 FIRST = ("recolour", "reshape", "resize", "remove", "ground")
-"""Operations after which everything has its place, so that a second one may follow."""
+"""Operations after which all positions are determined, so that a second operation may follow."""
 
 Maker = Callable[[Random, Speaker, Scene, bool], Edit | None]
 
 
 def make(rng: Random, rows: int, columns: int) -> Sample | None:
-    """One sample, or None where the dice gave no layout."""
+    """One sample, or None if the layout failed."""
     operation = rng.choices(OPERATIONS, WEIGHTS)[0]
     before = scene(rng, rows, columns, rng.choice((1, 2, 2, 3, 3)) if operation != "move" else rng.choice((2, 3)))
     if before is None:
@@ -54,7 +54,7 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
 
 
 def twice(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Two changes asked for at once, or None where the dice gave no layout."""
+    """Two changes in one instruction, or None if the layout failed."""
     before = scene(rng, rows, columns, rng.choice((2, 2, 3)))
     operations = rng.choice(FIRST), rng.choice(tuple(MAKERS))
     if before is None or operations[0] == operations[1]:
@@ -66,13 +66,13 @@ def twice(rng: Random, rows: int, columns: int) -> Sample | None:
         return None
     new = [t for t in first.after.things if t not in before.things]
     if operations[1] in ("remove", "recolour", "reshape") and not all(t in second.after.things for t in new):
-        return None  # what was changed just now is undone
+        return None  # the second change would undo the first
     order = first.order + rng.choice((" and ", " and then ", ", then ")) + second.order
     return sample_of(rng, order, (before,), second, " ".join(operations))
 
 
 def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit, operation: str) -> Sample:
-    """The order with or without a capital and a full stop, and all that belongs to it."""
+    """Build the sample, with random capitalization and final full stop."""
     if rng.random() < 0.6:
         order = order[0].upper() + order[1:]
     if rng.random() < 0.5 and not order.endswith("?"):
@@ -83,7 +83,7 @@ def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit
 
 
 def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -> Scene | None:
-    """A picture of `count` things of different shapes and colours anywhere in it."""
+    """A picture of `count` things with distinct shapes and colours at random positions."""
     ground = colour(rng, *but_colours)
     step = 1 if rng.random() < FREE_SHARE else 8
     things = put_all(rng, things_apart(rng, count, ground, *but_colours), (), whole(columns * 16, rows * 16), step=step)
@@ -91,7 +91,7 @@ def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -
 
 
 def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...]) -> str:
-    """ "the red star", or "the star" where there is but one."""
+    """ "the red star", or "the star" if it is the only one."""
     lone = all(o.shape != thing.shape for o in others if o is not thing)
     return speaker.the(thing.shape, None if lone and rng.random() < 0.3 else thing.colour)
 
@@ -99,7 +99,7 @@ def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...])
 def _edit(
     rng: Random, order: str, before: Scene, things: list[Thing], changed: Wanted | None = None, **more: object
 ) -> Edit:
-    """Every thing that was there before stays; `changed` describes the last of `things` where it is new."""
+    """An edit that keeps all other things; `changed` describes the last of `things` if it is new."""
     after = replace(before, things=tuple(things), seed=noise_seed(rng))
     wanted = [kept(t) for t in (things[:-1] if changed else things)]
     wanted += [changed] if changed else []
@@ -157,7 +157,7 @@ def _resize(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | 
 def _spot(
     rng: Random, speaker: Speaker, thing: Thing, others: list[Thing], before: Scene
 ) -> tuple[Thing, str, Wanted, tuple[Relation, ...]] | None:
-    """A free place for `thing`: (placed, words for the place, what to look for, relations to the last of all)."""
+    """A free position for `thing`: (placed, words for the position, spec, relations to others)."""
     width, height = before.width, before.height
     want = Wanted(thing.shape, thing.colour, thing.size)
     if rng.random() < 0.45 or not others:
@@ -194,7 +194,7 @@ def _add(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | Non
     others = list(before.things)
     tell_size = told and (new.size != "medium" or rng.random() < 0.3)
     if not tell_size and new.size != "medium":
-        return None  # unsaid, a new thing is of medium size
+        return None  # unless stated, a new thing is medium-sized
     what = speaker.a(new.shape, new.colour, new.size if tell_size else None)
     verb = rng.choice(("add {}", "add {}", "put {}", "draw {}", "place {}"))
     if verb == "add {}" and rng.random() < 0.2:
@@ -256,7 +256,7 @@ MAKERS: dict[str, Maker] = {
 
 
 def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | None:
-    """Things out of other pictures go into the base picture, which is the first or the last of them."""
+    """Copy things from other pictures into the base picture, the first or last reference."""
     count = 3 if two else 2
     givers, taken = [], []
     for _ in range(count - 1):

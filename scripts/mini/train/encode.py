@@ -1,6 +1,6 @@
-"""Writes the language model's examples: words and scenes made by many processes, pictures drawn and encoded here.
+"""Writes the language model's dataset: worker processes generate samples; pictures are rendered and encoded here.
 
-Parts of the data are whole files as soon as they are there, so that training can begin with the first.
+Shards are written atomically, so that training can start with the first.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from scripts.mini.train.runs import device_name, fraction, log_record
 from scripts.mini.train.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
-"""Sequences are filled up to one of these."""
+"""Sequences are padded to the next of these lengths."""
 SAMPLES_A_CHUNK = 10_000
-"""Many, so that the rarer sizes of pictures fill their batches too."""
+"""Large, so that rarer picture sizes fill their batches, too."""
 CHUNKS_A_PART = 2
 HELD_OUT_SAMPLES = 4000
 HELD_OUT = "held-out.npz"
 PARTS = "part-*-?????.npz"
-"""What `part_name` gives, any seed's and whole."""
+"""Glob pattern for the complete shards of any seed (see `part_name`)."""
 LOG = "encode.log"
-"""A JSON line for every start that came to its end."""
+"""One JSON line per completed run."""
 Rows = dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]]
 
 
 class Encoder:
-    """Pictures to codes in bulk: on a GPU in half precision with fused norms, the commonest size drawn by compiled
-    code."""
+    """Encodes pictures in bulk. On a GPU: half precision, fused norms, and compiled rendering of the most common
+    size.
+    """
 
     COUNT, FEW = 256, 128
-    """Pictures a batch, of the commonest and of other sizes: always as many, since each new shape is set up anew."""
+    """Fixed batch sizes, in pictures, of the most common and of other sizes: every new shape needs setup."""
     CPU_COUNT = 8
-    """On a CPU: larger batches spend their time on getting memory."""
+    """Batch size on a CPU, where larger batches spend their time on memory allocation."""
     MOST = 10
-    """Things in a picture that compiled code draws; the rare fuller ones are drawn step by step."""
+    """Maximum things per picture in the compiled renderer; fuller pictures are rendered eagerly."""
 
     def __init__(self, vision: IBQ, device: torch.device, *, compiled: bool) -> None:
         self.vision, self.device = copy.deepcopy(vision), device
@@ -62,8 +63,8 @@ class Encoder:
 
     @torch.inference_mode()
     def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> NDArray[np.int64]:
-        """(N, rows * columns) codes of a batch's pictures, resized to `final` rows and columns; with `again`, of
-        the pictures that come back from their codes."""
+        """(N, rows * columns) codes of a batch, resized to `final` (rows, columns); `again`: encoded, decoded and
+        encoded again."""
         found = []
         step = self.COUNT if (batch.rows, batch.columns) == SQUARE else self.FEW
         step = step if self.device.type == "cuda" else self.CPU_COUNT
@@ -83,7 +84,7 @@ class Encoder:
         return (pixels.to(self.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
     def draw(self, rows: int, columns: int, head: NDArray[np.int32], things: NDArray[np.int32]) -> Tensor:
-        """(N, 3, H, W) uint8 pictures, the same by either way."""
+        """(N, 3, H, W) uint8 pictures, the same with and without compilation."""
         most = things.shape[1]
         if self._draw is None or (rows, columns) != SQUARE or most > self.MOST:
             batch = Batch(rows, columns, head, things)
@@ -98,7 +99,7 @@ def draw_square(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, pl
 
 
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
-    """The chunk's ids with the codes of its drawn pictures in place of the blanks."""
+    """The chunk's ids with blanks replaced by the codes of its pictures."""
     codes = np.zeros(part.blanks, np.int32)
     for (_, final, again), (batch, firsts) in part.scenes.items():
         found = encoder.codes(batch, final, again)
@@ -110,7 +111,7 @@ def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
 
 
 def sort_in(rows: Rows, part: Chunk, encoder: Encoder, visual: int) -> None:
-    """Put the chunk's lines among those of their length; the few longer than all LENGTHS are left out."""
+    """Add the chunk's sequences to `rows` by padded length; those longer than all LENGTHS are dropped."""
     ids = fill(part, encoder, visual)
     ends = np.cumsum(part.lengths)
     for first, end in zip(ends - part.lengths, ends, strict=True):
@@ -120,7 +121,7 @@ def sort_in(rows: Rows, part: Chunk, encoder: Encoder, visual: int) -> None:
 
 
 def write(path: Path, rows: Rows, pad: int) -> None:
-    """One file of (M, length) int16 ids and uint8 marks for every length, in place whole or not at all."""
+    """Write one shard atomically: (M, length) int16 ids and uint8 loss masks per length."""
     arrays: dict[str, NDArray[np.generic]] = {}
     for length, lines in sorted(rows.items()):
         ids = np.full((len(lines), length), pad, np.int16)
@@ -138,7 +139,7 @@ def part_name(seed: int, number: int) -> str:
 
 
 def parts_there(folder: Path, seed: int) -> int:
-    """How many of `seed`'s parts an earlier start, cut off perhaps, has left in `folder`."""
+    """Number of complete shards of `seed` in `folder`, from earlier runs."""
     number = 0
     while (folder / part_name(seed, number)).exists():
         number += 1
@@ -146,7 +147,7 @@ def parts_there(folder: Path, seed: int) -> int:
 
 
 def parts(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks in lists of CHUNKS_A_PART."""
+    """Chunks in groups of CHUNKS_A_PART."""
     group: list[Chunk] = []
     for one in source:
         group.append(one)
@@ -158,7 +159,7 @@ def parts(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def shares(text: str) -> dict[str, int]:
-    """The option's JSON: whole numbers by task; argparse tells what is wrong."""
+    """Parse the option's JSON (integers by task); argparse reports the error."""
     given = json.loads(text)
     wrong = not isinstance(given, dict) or any(type(n) is not int or n < 0 for n in given.values())
     if wrong or not set(given) <= set(SHARES) or not sum(given.values()):
@@ -212,7 +213,7 @@ def main() -> None:
         raise SystemExit(
             f"{args.out} holds all {there} parts of seed {args.seed} already: give another --seed for more"
         )
-    chunks = begin(chunk, jobs, processes=workers())  # before CUDA is touched, which does not outlive a fork
+    chunks = begin(chunk, jobs, processes=workers())  # fork before CUDA is initialized
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

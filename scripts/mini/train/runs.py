@@ -25,7 +25,7 @@ def save_atomically(state: Mapping[str, object], path: Path) -> None:
 
 
 def fraction(text: str) -> float:
-    """The type of a command-line option between 0 and 1; argparse reports the error."""
+    """Parse a command-line option between 0 and 1; argparse reports the error."""
     given = float(text)
     if not 0 <= given <= 1:
         raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, not {text}")

@@ -1,4 +1,4 @@
-"""Trains the miniature's language model on freshly drawn examples of all six tasks."""
+"""Trains the miniature's language model on samples of all six tasks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from scripts.mini.train.runs import device_name, log_record, save_atomically, st
 from scripts.mini.train.sequences import tokenizer
 
 TOKENS = 40320
-"""A step; every one of LENGTHS divides it."""
+"""Tokens per step, divisible by all LENGTHS."""
 SAVE_EVERY = 45.0
-"""Seconds between two looks at the held-out loss, each with a save."""
+"""Seconds between evaluations of the held-out loss, each followed by a checkpoint."""
 STATE = "training.pt"
 
 
 class Gradients:
-    """One call a batch: gradients and loss. On a GPU each shape's pass is captured once as a CUDA graph and
-    replayed, since launching a small model's kernels one by one takes longer than they run."""
+    """Computes loss and gradients of a batch. On a GPU each shape is captured once as a CUDA graph and replayed, as
+    kernel launches would take longer than the kernels of so small a model."""
 
     def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
         self.model, self.captured = model, captured
@@ -53,7 +53,7 @@ class Gradients:
         learn = torch.ones(count, length, dtype=torch.uint8, device=device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # a first pass, for all that is set up once
+        with torch.cuda.stream(aside):  # warm-up pass for one-time setup
             self._pass(ids, learn)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -81,7 +81,7 @@ class Gradients:
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, path: Path, visual: int, tokens: int) -> dict[str, float]:
-    """Mean cross entropy of pictures' and of text's tokens over all of a file's examples."""
+    """Mean cross entropy of visual and of other tokens over all sequences of a shard."""
     device = model.embed.device
     sums = torch.zeros(4, device=device)
     for length, found in read(path).items():
@@ -113,12 +113,12 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 
 @dataclass
 class Course:
-    """How far a training has come, over all its starts; kept with the weights and the optimizers in STATE."""
+    """Training progress over all runs, saved with the weights and optimizer states in STATE."""
 
     steps: int = 0
     seconds: float = 0.0
     best: float = math.inf
-    """The least held-out loss on pictures so far, whose weights lie in the folder."""
+    """The lowest held-out loss on visual tokens so far, that of the saved weights."""
 
     def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
         save_atomically(
@@ -135,15 +135,15 @@ class Course:
 
 
 def rate_at(progress: float, step: int, rate: float) -> float:
-    """A short climb, a plateau for a third of the way, then a straight fall to zero."""
+    """Learning rate: linear warm-up, plateau to 30 % of the run, linear decay to zero."""
     return rate * min(1.0, (step + 1) / 150) * min(1.0, (1 - progress) / 0.7)
 
 
 class Training:
-    """Steps until `steps` or `seconds` of training are up; the rate falls to zero along whichever ends first.
+    """Trains until `steps` or `seconds` are reached; the learning rate decays to zero at whichever comes first.
 
-    Every SAVE_EVERY seconds the held-out loss is told, the weights are kept in `out` if they are the best so far, and
-    STATE is written: a training that was cut off goes on from there when it is started again.
+    Every SAVE_EVERY seconds the held-out loss is logged, the weights are saved in `out` if they are the best so far,
+    and STATE is written, from which an interrupted training resumes.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Training:
         self.stopped = False
 
     def stop(self, *_: object) -> None:
-        """End after the present step, to be gone on with later."""
+        """Stop after the current step; the training can be resumed."""
         self.stopped = True
 
     def run(self, *, steps: int, seconds: float) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Training:
         return loss
 
     def save(self) -> dict[str, float]:
-        """Keep the state, and the weights if none were better; the held-out losses."""
+        """Write STATE, and the weights if they are the best so far; return the held-out losses."""
         with self.model.uncompiled():
             loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
         if loss["picture"] < self.course.best:

@@ -1,8 +1,8 @@
-"""Trains the miniature's vision tokenizer: IBQ's network, with a codebook of unit vectors.
+"""Trains the miniature's vision tokenizer: the IBQ network with a codebook of unit vectors.
 
-With all codes of one length the largest dot product is also the nearest code, so training can use what is known
-to work for small codebooks (cosine distance, moving averages, dead codes started anew), and the result is read
-by the released format's rule: the code of a patch is the argmax of the dot product.
+With unit vectors the largest dot product is also the nearest code, so training can use the usual methods for small
+codebooks (cosine distance, moving averages, reset of dead codes), and inference the released format's rule (argmax of
+the dot product).
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ NETWORK = {
 SCENES_A_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
 FINISH = 0.75
-"""From this part of the schedule on encoder and codebook stay as they are, and only the decoder goes on learning."""
+"""Fraction of the schedule after which encoder and codebook are frozen and only the decoder is trained."""
 WARM_UP = 5
-"""Steps before the schedule begins."""
+"""Steps before the schedule starts."""
 DONE = "train.log"
-"""Written last: when it is there, the folder is whole."""
+"""Written last: marks a complete folder."""
 
 
 def scenes(job: tuple[int, int, int, bool]) -> Batch:
-    """SCENES_A_CHUNK scenes of all tasks: `job` is (seed, rows, columns, combinations kept from training)."""
+    """SCENES_A_CHUNK scenes of all tasks; `job` is (seed, rows, columns, held-out combinations)."""
     seed, rows, columns, unseen = job
     rng = Random(seed)
     found: list[Scene] = []
@@ -69,7 +69,7 @@ def scenes(job: tuple[int, int, int, bool]) -> Batch:
 def batches(
     pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(noisy, clean) pictures in -1..1, all 192x192; a fifth are other shapes squeezed into the square."""
+    """(noisy, clean) pictures in -1..1, all 192x192; a fifth have other shapes, resized to the square."""
     while True:
         shape = SQUARE if rng.random() < 0.8 else rng.choice([s for s in pools if s != SQUARE] or [SQUARE])
         chunk = rng.choice(pools[shape])
@@ -84,7 +84,7 @@ def batches(
 
 @torch.inference_mode()
 def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tuple[float, int]:
-    """(mean PSNR in dB of held-out pictures through codes and back, distinct codes used)."""
+    """(mean PSNR in dB of reconstructed held-out pictures, distinct codes used)."""
     ratios, used = [], set()
     for i in range(0, count, 20):
         batch = Batch(chunk.rows, chunk.columns, chunk.head[i : i + 20], chunk.things[i : i + 20])
@@ -99,7 +99,7 @@ def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tu
 
 @torch.inference_mode()
 def before_and_after(model: IBQ, chunk: Batch, device: torch.device) -> Image.Image:
-    """Twelve held-out pictures over what comes back from their codes."""
+    """Twelve held-out pictures above their reconstructions."""
     x = render(Batch(chunk.rows, chunk.columns, chunk.head[40:52], chunk.things[40:52]), device)
     y = ((model.decode(model.encode(x.float() / 127.5 - 1)) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     page = torch.cat([torch.cat(list(t), dim=2) for half in (slice(0, 6), slice(6, 12)) for t in (x[half], y[half])], 1)
@@ -107,7 +107,7 @@ def before_and_after(model: IBQ, chunk: Batch, device: torch.device) -> Image.Im
 
 
 def save(model: IBQ, codes: Codes, folder: Path) -> None:
-    """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
+    """Write the released tokenizer's files: config.yaml and model.ckpt, weights in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
@@ -182,7 +182,7 @@ def train(
     args: argparse.Namespace,
     held: Batch,
 ) -> int:
-    """Steps until `args.steps` or `args.seconds` are up; saves into `folder` as it goes. The steps done."""
+    """Train until `args.steps` or `args.seconds`, saving to `folder` on the way; return the number of steps."""
     device = codes.book.device
     working = Working(model, codes, args.batch, device, captured=not args.eager)
     optimizer = torch.optim.AdamW(
@@ -193,7 +193,7 @@ def train(
     working.quantise.fill_(1.0 if args.resume else 0.0)
     for n in bar:
         if n == WARM_UP:
-            begun = time.time()  # the schedule is not to be eaten up by what is set up once
+            begun = time.time()  # exclude one-time setup from the schedule
         spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
         progress = max(n / args.steps, spent)
         if progress >= 1:

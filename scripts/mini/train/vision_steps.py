@@ -1,4 +1,4 @@
-"""What one training step of the vision tokenizer computes: the codebook's moving averages, the loss, the passes."""
+"""One training step of the vision tokenizer: codebook moving averages, loss, forward and backward pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scripts.mini.pool import SQUARE
 from scripts.mini.train.fused import fuse
 
 LENGTH = 32**0.5
-"""Of every code: a component then is about 1 in size, as the decoder's first layers expect."""
+"""Length of every code in the decoder's input, for components of about unit size."""
 
 
 class Codes(nn.Module):
-    """The codebook in training: moving averages of the unit vectors that chose each code."""
+    """The codebook during training: moving averages of the unit vectors assigned to each code."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def resume(self, embedding: Tensor) -> None:
-        """Go on from a saved codebook."""
+        """Load a saved codebook."""
         self.book.copy_(F.normalize(embedding.float(), dim=1))
         self.sums.copy_(self.book)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Spherical k-means over (N, width) unit vectors, begun far apart: most patches are plain ground and
-        would otherwise take most codes."""
+        """Spherical k-means over (N, width) unit vectors, with spread-out initialization: most patches are plain
+        background, which would otherwise take most codes."""
         count = len(self.book)
         self.book[:] = z[torch.randint(len(z), (count,), device=z.device)]
         filled = count // 32
@@ -52,13 +52,13 @@ class Codes(nn.Module):
 
     @staticmethod
     def _far(z: Tensor, book: Tensor, count: int) -> Tensor:
-        """Numbers of `count` rows of z, drawn by their squared distance from the nearest code."""
+        """Indices of `count` rows of z, sampled in proportion to the squared distance from the nearest code."""
         apart = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
         return torch.multinomial(apart, count, replacement=True)
 
     @torch.no_grad()
     def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
-        """Move each code towards those that chose it; with `revive`, codes hardly ever chosen start anew."""
+        """Move each code towards its assigned vectors; with `revive`, rarely used codes are reset."""
         count = len(self.book)
         self.uses.lerp_(torch.bincount(codes, minlength=count).float(), 1 - decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
@@ -74,9 +74,9 @@ class Codes(nn.Module):
 def step(
     model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor, *, finish: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1.
+    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` is 0 or 1.
 
-    With `finish` the codes are taken as they are and nothing before the decoder learns.
+    With `finish` only the decoder is trained.
     """
     with torch.set_grad_enabled(not finish):
         z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
@@ -94,10 +94,10 @@ def step(
 
 
 class Working:
-    """The model that computes: on a GPU a fused bf16 copy, beside the fp32 weights that the optimizer moves.
+    """The model that computes the passes: on a GPU a fused bf16 copy of the optimizer's fp32 weights.
 
-    Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution. Its two
-    kinds of pass, with and without `finish`, are captured as CUDA graphs and replayed.
+    Pure bf16, as autocast would run the norms in fp32 and move twice the bytes at full resolution. The passes with and
+    without `finish` are captured as CUDA graphs and replayed.
     """
 
     def __init__(self, model: IBQ, codes: Codes, batch: int, device: torch.device, *, captured: bool) -> None:
@@ -127,7 +127,7 @@ class Working:
         for finish in (False, True):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # first passes, for all that is set up once
+            with torch.cuda.stream(aside):  # warm-up passes for one-time setup
                 for _ in range(2):
                     self._pass(finish)
             torch.cuda.current_stream().wait_stream(aside)
@@ -146,12 +146,13 @@ class Working:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """The copy takes over the optimizer's last step."""
+        """Copy the optimizer's weights into the bf16 copy."""
         if self.apart:
             torch._foreach_copy_(self.copies, self.own)
 
     def gradients(self, x: Tensor, target: Tensor, *, finish: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Put gradients into the weights proper; (squared error, unit features, codes), good until the next call."""
+        """Compute gradients in the fp32 weights; return (squared error, unit features, codes), valid until the next
+        call."""
         self.x.copy_(x)
         self.target.copy_(target)
         if self.graphs:

@@ -1,4 +1,4 @@
-"""The miniature's tokenizer files: byte-pair ranks learnt from the world's own sentences, and the visual tokens."""
+"""Writes the miniature's tokenizer files: byte-pair ranks trained on the world's sentences, and the visual tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Said
 
 RANKS = 749
-"""With 211 special tokens and 2048 codes this makes a vocabulary of 3008, a round number for matrix units."""
+"""With 211 special tokens and 2048 codes the vocabulary is 3008, a multiple of 64."""
 
 
 def corpus(samples: int, seed: int) -> list[str]:
-    """Questions and answers of all tasks, with the prompt templates around them."""
+    """Questions and answers of all tasks, with the prompt templates."""
     rng = Random(seed)
     lines = []
     for task in MAKERS:
@@ -33,7 +33,7 @@ def corpus(samples: int, seed: int) -> list[str]:
 
 
 def ranks(lines: list[str], count: int) -> list[bytes]:
-    """`count` byte-pair tokens in order of rank: the 256 bytes in GPT-2's order, then the merges."""
+    """`count` byte-pair tokens by rank: the 256 bytes in GPT-2's order, then the merges."""
     alphabet = _byte_letters()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,7 +58,7 @@ def ranks(lines: list[str], count: int) -> list[bytes]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one letter; printable bytes come first and stand for themselves."""
+    """GPT-2's byte-to-character table: printable bytes first, as themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
