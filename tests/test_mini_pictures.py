@@ -1,7 +1,7 @@
-"""The trained miniature through the real pipeline: a few prompts per task with fixed seeds, judged by their pixels.
+"""The trained miniature in the real pipeline: a few held-out prompts per task with fixed seeds, judged by pixels.
 
-All combinations are held out from training. `scripts/mini/evaluate` measures the same with more prompts. The bounds
-leave room for other rounding (number of CPU threads), which may change single pictures.
+`scripts/mini/evaluate` runs the same with more prompts. The bounds leave room for different rounding (number of CPU
+threads), which can change single pictures.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
 from emu_cog.vision.ibq import load_vision_tokenizer
 from emu_cog.weights.store import MINIATURE
-from scripts.mini.evaluate import evaluate, through_codes
-from scripts.mini.judge import look
+from scripts.mini.evaluate import evaluate, reconstruction_quality
+from scripts.mini.judge import detect
+from scripts.mini.spec import ABOVE, Relation, Spec, Wanted, mismatch
 from scripts.mini.train import export
-from scripts.mini.wish import ABOVE, Relation, Wanted, Wish, complaint
 
 needs_model = pytest.mark.skipif(
-    not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature: make one with scripts/mini"
+    not (MINIATURE / "model").is_dir(), reason="no trained miniature in this package: train one with scripts/mini"
 )
 
 
@@ -48,7 +48,7 @@ def pipeline() -> Pipeline:
         ),
     ],
 )
-def test_held_out_prompts_are_answered_right(pipeline: Pipeline, task: str, prompts: int, right: float) -> None:
+def test_held_out_prompts_are_answered_correctly(pipeline: Pipeline, task: str, prompts: int, right: float) -> None:
     figures = evaluate(pipeline, task, count=prompts, batch=prompts)
     assert figures["right"] >= right, figures
     if task == "x2i":
@@ -58,7 +58,7 @@ def test_held_out_prompts_are_answered_right(pipeline: Pipeline, task: str, prom
 @needs_model
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "prompts", "right"), [("t2i", 10, 0.6), ("x2i", 8, 0.6)])
-def test_prompts_written_without_the_grammar_are_answered_right(
+def test_prompts_outside_the_grammar_are_answered_correctly(
     pipeline: Pipeline, task: str, prompts: int, right: float
 ) -> None:
     figures = evaluate(pipeline, task, count=prompts, batch=prompts, words="blind")
@@ -66,21 +66,21 @@ def test_prompts_written_without_the_grammar_are_answered_right(
 
 
 def test_the_vision_tokenizer_reconstructs_pictures() -> None:
-    figures = through_codes(load_vision_tokenizer(MINIATURE / "vision"), 6)
+    figures = reconstruction_quality(load_vision_tokenizer(MINIATURE / "vision"), 6)
     assert figures["psnr_db"] >= 30
 
 
 @needs_model
 @pytest.mark.slow
 @pytest.mark.parametrize(("aspect_ratio", "wide"), [("16:9", True), ("3:4", False)])
-def test_other_aspect_ratios_are_drawn_right(pipeline: Pipeline, aspect_ratio: str, wide: bool) -> None:
-    """Four pictures at once; one may be wrong: about one in ten is."""
+def test_other_aspect_ratios_are_generated_correctly(pipeline: Pipeline, aspect_ratio: str, wide: bool) -> None:
+    """One of four pictures may be wrong: the usual error rate is one in ten."""
     prompt = "a red star above a blue circle on a yellow background"
     request = Request(prompt=prompt, aspect_ratio=aspect_ratio, seed=3, num_outputs=4)
     images = [event.image for event in pipeline.stream(request) if isinstance(event, Picture)]
     assert [(image.width > image.height) == wide for image in images] == [True] * 4
-    wish = Wish((Wanted("star", "red"), Wanted("circle", "blue")), (Relation(ABOVE, (0,), (1,)),), background="yellow")
-    wrong = [complaint(look(np.asarray(image)), wish) for image in images]
+    spec = Spec((Wanted("star", "red"), Wanted("circle", "blue")), (Relation(ABOVE, (0,), (1,)),), background="yellow")
+    wrong = [mismatch(detect(np.asarray(image)), spec) for image in images]
     assert wrong.count(None) >= 3, wrong
 
 

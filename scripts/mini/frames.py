@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.mini.wish import ABOVE, BELOW, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT
 
 BARE = "{}"
 OPENED = (

@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from scripts.mini.spec import BETWEEN, REGIONS, Relation, Spec, Wanted
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import BETWEEN, REGIONS, Relation, Wanted, Wish
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
 TASKS = ("t2i", "x2i")
@@ -44,9 +44,9 @@ def thing(words: str) -> Wanted:
         elif word.isdigit():
             centre.append(int(word))
         elif not word.startswith("^"):
-            raise ValueError(f"{word!r} in {words!r} is no word of the world's")
+            raise ValueError(f"{word!r} in {words!r} is no colour, size, shape or position")
     if shape is None or (region and region not in REGIONS):
-        raise ValueError(f"{words!r} is no thing")
+        raise ValueError(f"{words!r} is no thing: a shape is missing")
     return Wanted(shape, colour, size, near=(centre[0], centre[1]) if centre else None, region=region)
 
 
@@ -61,8 +61,8 @@ def _picture(prompt: str, things: str, how: str, ground: str) -> Sample:
         wanted += [replace(one, region=how if how in REGIONS else None)] * count
     relations = (Relation(how, *groups[: 3 if how == BETWEEN else 2]),) if how and how not in REGIONS else ()
     texture, _, colour = ground.rpartition(" ")
-    wish = Wish(tuple(wanted), relations, colour or None, texture or ("plain" if colour else None))
-    return Sample("t2i", prompt, (), (), (wish,), prompt)
+    spec = Spec(tuple(wanted), relations, colour or None, texture or ("plain" if colour else None))
+    return Sample("t2i", prompt, (), (), (spec,), prompt)
 
 
 def _edit(before: str, prompt: str, things: str, ground: str, *, rows: int, columns: int) -> Sample:
@@ -73,8 +73,8 @@ def _edit(before: str, prompt: str, things: str, ground: str, *, rows: int, colu
     relations = tuple(
         Relation(words.partition("^")[2].replace("-", " "), (i,), (0,)) for i, words in enumerate(goals) if "^" in words
     )
-    wish = Wish(tuple(map(_seen, goals)), relations, ground, "plain")
-    return Sample("x2i", prompt, (base,), (goal,), (wish,), prompt)
+    spec = Spec(tuple(map(_seen, goals)), relations, ground, "plain")
+    return Sample("x2i", prompt, (base,), (goal,), (spec,), prompt)
 
 
 def _placed(words: str) -> Thing:

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from scripts.mini.render import FADING_DEPTH, textures
 from scripts.mini.shapes import SPRITES, sprite
-from scripts.mini.wish import Seen
+from scripts.mini.spec import Seen
 from scripts.mini.world import COLOURS, GRIPPER, SIDES, TEXTURES, Thing
 
 Picture = NDArray[np.uint8]
@@ -34,7 +34,7 @@ _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _SIZE_OF = {side: name for name, side in SIDES.items()}
 
 
-def look(picture: Picture) -> Seen:
+def detect(picture: Picture) -> Seen:
     """Detect all things in an (H, W, 3) uint8 picture."""
     height, width = picture.shape[:2]
     smooth = ndimage.uniform_filter(picture.astype(np.float32), (3, 3, 0))

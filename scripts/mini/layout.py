@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from scripts.mini.wish import REGIONS
+from scripts.mini.spec import REGIONS
 from scripts.mini.world import GAP, GRID, MARGIN, Thing, fits, touches
 
 Area = tuple[int, int, int, int]
@@ -68,7 +68,7 @@ def _in_a_row(rng: Random, things: Sequence[Thing], area: Area) -> list[Thing] |
     return row if all(t.box[2] <= area[2] for t in row) else None
 
 
-def whole(width: int, height: int) -> Area:
+def interior(width: int, height: int) -> Area:
     """The picture without its margin."""
     return MARGIN, MARGIN, width - MARGIN, height - MARGIN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.mini.reading import COLOUR, any_of
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, LEFT, RIGHT
 
 MORE_NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "circle": (("dot", "dots"), ("disk", "disks"), ("round ball", "round balls")),

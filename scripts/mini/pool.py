@@ -18,7 +18,7 @@ def workers() -> int:
     return max(1, cores - 1)
 
 
-def begin(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
+def prefetched(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
     """Like `mapped`, but the work starts immediately, before results are requested."""
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
     results = pool.map(work, items)

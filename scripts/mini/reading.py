@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from scripts.mini.spec import Relation, Spec, Wanted
 from scripts.mini.tasks.explore import MOVES
-from scripts.mini.wish import Relation, Wanted, Wish
 from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
 from scripts.mini.world import COLOURS
 
@@ -84,17 +84,17 @@ def move(text: str) -> str | None:
     return (match and match[1]) or None
 
 
-def howto_wishes(texts: list[str]) -> list[Wish] | None:
+def howto_specs(texts: list[str]) -> list[Spec] | None:
     """Specs of the picture after each step, from the steps' texts; None if a step cannot be parsed."""
     wanted: list[Wanted] = []
     under: tuple[str, str] | None = None
-    wishes = []
+    specs = []
     for text in texts:
         under = ground(text) or under
-        told = [m for m in mentions(text) if not m.definite]
+        named = [m for m in mentions(text) if not m.definite]
         relations: tuple[Relation, ...] = ()
-        if told:
-            if len(told) != 1 or told[0].count != 1:
+        if named:
+            if len(named) != 1 or named[0].count != 1:
                 return None
             region = None
             side = _SIDE.search(text.lower())
@@ -105,17 +105,17 @@ def howto_wishes(texts: list[str]) -> list[Wish] | None:
                 relations = (Relation(RELATION[side[1]], (len(wanted),), (anchors[0],)),)
             else:
                 region = place(text)
-            wanted.append(replace(told[0].wanted, region=region))
+            wanted.append(replace(named[0].wanted, region=region))
         elif not ground(text):
             return None
-        wishes.append(Wish(tuple(wanted), relations, *(under or (None, None))))
-    return wishes
+        specs.append(Spec(tuple(wanted), relations, *(under or (None, None))))
+    return specs
 
 
-def story_wish(text: str) -> Wish | None:
+def story_spec(text: str) -> Spec | None:
     """Spec of one scene (hero, place and sky colour) from its text; None if it cannot be parsed."""
-    told = mentions(text)
+    named = mentions(text)
     colour = sky(text)
-    if len(told) != 2 or colour is None:
+    if len(named) != 2 or colour is None:
         return None
-    return Wish(tuple(m.wanted for m in told), background=colour)
+    return Spec(tuple(m.wanted for m in named), background=colour)

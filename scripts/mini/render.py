@@ -58,24 +58,24 @@ def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
 def with_noise(clean: Tensor, batch: Batch) -> Tensor:
     """Add each scene's noise to the output of `render_clean`: (N, 3, H, W) uint8."""
     head = torch.from_numpy(batch.head).to(clean.device)
-    return grained(clean, head, places(*clean.shape[-2:], clean.device))
+    return add_noise(clean, head, places(*clean.shape[-2:], clean.device))
 
 
 @torch.inference_mode()
 def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     """(N, 3, H, W) int32 in 0..255, without noise."""
     head, things = torch.from_numpy(batch.head).to(device), torch.from_numpy(batch.things).to(device)
-    return paint(head, things, *paints(device), batch.rows, batch.columns)
+    return compose(head, things, *palette_and_atlas(device), batch.rows, batch.columns)
 
 
-def paints(device: torch.device | str) -> tuple[Tensor, Tensor]:
+def palette_and_atlas(device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The (colours, 3) palette and the (sprites, side, side) outline atlas, int32."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.int32, device=device)
     return palette, torch.from_numpy(atlas()).to(device).int()
 
 
-def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
-    """`render_clean` on tensors only: the arrays of a Batch and the output of `paints`."""
+def compose(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
+    """`render_clean` on tensors only: the arrays of a Batch and the output of `palette_and_atlas`."""
     height, width, device = rows * 16, columns * 16, head.device
     yy = torch.arange(height, device=device, dtype=torch.int32)[:, None]
     xx = torch.arange(width, device=device, dtype=torch.int32)[None, :]
@@ -97,7 +97,7 @@ def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: in
     return canvas
 
 
-def grained(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
+def add_noise(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
     """`with_noise` on tensors only; `place` is the output of `places` for that size."""
     noise = _noise(head[:, 2], place)
     return (clean + noise).clamp(0, 255).to(torch.uint8)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from scripts.mini import frames
-from scripts.mini.asking import handling, route, steps, tale
+from scripts.mini import asking, frames
 from scripts.mini.phrases import (
     CORNERS,
     EDITS,
@@ -39,7 +38,7 @@ _THING = re.compile(
 _PLURALS = {more for pairs in NOUNS.values() for one, more in pairs if more != one}
 _OPENING = re.compile(r"^(?:a picture of|an image of|draw|show me|please draw|I want) ", re.IGNORECASE)
 _GROUND = re.compile(r" (?:on|against|with) an? (?P<words>[a-z ]+) background$")
-_GROUND_TOLD = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
+_GROUND_SENTENCE = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
 _SIDED = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(RELATION)}) (?P<b>.+)$")
 _BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
 _PLACE = re.compile(
@@ -61,12 +60,12 @@ class Thing:
 
     @classmethod
     def read(cls, phrase: str) -> Thing | None:
-        found = _THING.match(phrase)
-        if not found:
+        match = _THING.match(phrase)
+        if not match:
             return None
-        word = found["number"]
+        word = match["number"]
         number = {"a": 1, "an": 1, "the": 0}.get(word) if not word.isdigit() else int(word)
-        return cls(NUMBERS.index(word) if number is None else number, found["size"], found["colour"], found["noun"])
+        return cls(NUMBERS.index(word) if number is None else number, match["size"], match["colour"], match["noun"])
 
 
 class Rewording:
@@ -82,8 +81,8 @@ class Rewording:
 
     def thing(self, phrase: str) -> str:
         """ "one tiny red star" for "a small red star"; other text is returned unchanged."""
-        found = Thing.read(phrase)
-        return phrase if found is None else self._thing(found)
+        thing = Thing.read(phrase)
+        return phrase if thing is None else self._thing(thing)
 
     def _thing(self, thing: Thing) -> str:
         rng = self.rng
@@ -172,19 +171,19 @@ class Rewording:
         body, many, ground, fronted = self.seen(_OPENING.sub("", text))
         rng = self.rng
         if ground and not fronted and rng.random() < 0.25:
-            whole = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
+            sentence = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
         else:
             opened = body if fronted else self._framed(rng.choice(frames.OPENED), body, many)
-            whole = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
-        return whole + rng.choice(frames.ENDED)
+            sentence = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
+        return sentence + rng.choice(frames.ENDED)
 
     def seen(self, text: str) -> tuple[str, bool, str | None, bool]:
         """Paraphrase a picture's content: (text, whether it starts with a plural, background, whether it starts with a
         position)."""
         ground = None
-        for pattern in (_GROUND, _GROUND_TOLD):
-            if found := pattern.search(text):
-                ground, text = self.ground(found["words"]), text[: found.start()]
+        for pattern in (_GROUND, _GROUND_SENTENCE):
+            if match := pattern.search(text):
+                ground, text = self.ground(match["words"]), text[: match.start()]
         text = _lower(text)
         body, fronted = self.body(text)
         return body, not text.startswith(("a ", "an ")), ground, fronted
@@ -201,20 +200,20 @@ class Rewording:
         phrases = unlisted(text)
         if len(phrases) > 1 and (all(map(_PLACE.match, phrases)) or any(map(_STANDING.match, phrases))):
             return self._listed(self.one_by_one(phrases)), False
-        if found := _BETWEEN.match(text):
-            parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
+        if match := _BETWEEN.match(text):
+            parts = {f"{{{name}}}": self.thing(match[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
                 return _filled(rng.choice(frames.BETWEEN_FRONTED), parts), True
             frame = _weighed(rng, frames.BETWEEN)
             return _filled(frame, parts), _whole(frame)
-        if found := _PLACE.match(text):
-            a, place = self.thing(found["a"]), self.place(found["words"])
+        if match := _PLACE.match(text):
+            a, place = self.thing(match["a"]), self.place(match["words"])
             return rng.choice(
                 ((f"{a} {place}", False), (f"{a} {place}", False), (f"{a}, {place}", False), (f"{place}, {a}", True),
                  (f"{place} {a}", True), (f"{a} is {place}", True), (f"{a} that is {place}", False))
             )  # fmt: skip
-        if found := _SIDED.match(text):
-            return self.sided(found["a"], found["relation"], found["b"])
+        if match := _SIDED.match(text):
+            return self.sided(match["a"], match["relation"], match["b"])
         things = self.one_by_one(phrases)
         return (things[0] if len(things) == 1 else self._listed(things)), False
 
@@ -227,11 +226,11 @@ class Rewording:
         for phrase in phrases:
             if placed := _PLACE.match(phrase):
                 told.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
-            elif found := _STANDING.match(phrase):
-                meant = Thing.read(found["b"])
+            elif match := _STANDING.match(phrase):
+                meant = Thing.read(match["b"])
                 plain = plain and bool(meant and known and meant.noun == known.noun)
-                anchor = "it" if plain and rng.random() < 0.35 else self.thing(found["b"])
-                a, relation = self.thing(found["a"]), self.relation(found["relation"])
+                anchor = "it" if plain and rng.random() < 0.35 else self.thing(match["b"])
+                a, relation = self.thing(match["a"]), self.relation(match["relation"])
                 told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
             else:
                 told.append(self.thing(phrase))
@@ -282,10 +281,10 @@ class Rewording:
 
     def _order(self, order: str) -> str:
         for pattern, forms in EDITS:
-            if found := re.match(pattern, order):
-                parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
+            if match := re.match(pattern, order):
+                parts = {k: self._part(k, v) for k, v in match.groupdict("").items()}
                 parts |= {f"a_{k}": with_article(v) for k, v in parts.items() if v}
-                return self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
+                return self.rng.choice(forms).format(**parts, it="them" if " and " in match[0] else "it")
         return order
 
     def _part(self, name: str, words: str) -> str:
@@ -297,9 +296,9 @@ class Rewording:
             return self.colour(words) or ""
         if name == "ground":
             return self.ground(words)
-        if name == "where" and (found := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
-            anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(found["b"])
-            return f" {self.relation(found['relation'])} {anchor}"
+        if name == "where" and (match := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
+            anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(match["b"])
+            return f" {self.relation(match['relation'])} {anchor}"
         return words
 
     def _meant(self, words: str) -> str:
@@ -321,7 +320,7 @@ def _upper(text: str) -> str:
 
 def _filled(frame: str, parts: Mapping[str, str]) -> str:
     """Fill in all placeholders at once."""
-    return re.sub(r"\{[^}]*\}", lambda found: parts[found[0]], frame)
+    return re.sub(r"\{[^}]*\}", lambda match: parts[match[0]], frame)
 
 
 def _whole(frame: str) -> bool:
@@ -343,10 +342,10 @@ def reworded(rng: Random, made: Sample) -> str:
     ways: dict[str, Callable[[str], str]] = {
         "t2i": rewording.t2i,
         "x2i": rewording.x2i,
-        "howto": partial(steps, rewording),
-        "story": partial(tale, rewording),
-        "explore": partial(route, rewording),
-        "vla": partial(handling, rewording),
+        "howto": partial(asking.howto, rewording),
+        "story": partial(asking.story, rewording),
+        "explore": partial(asking.explore, rewording),
+        "vla": partial(asking.vla, rewording),
     }
     text = " ".join(ways[made.task](text).split()).replace(" ,", ",").replace(" .", ".").replace(" ;", ";")
     if text.startswith(("can ", "could ", "would ", "how ")):

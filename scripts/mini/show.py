@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
     parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--only", nargs="+", help="strips to make")
+    parser.add_argument("--only", nargs="+", help="pictures to generate, by name")
     args = parser.parse_args()
     pipeline = Pipeline.load(args.model, args.vision)
     made: dict[str, Image.Image] = {}

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy import ndimage
 
 from scripts.mini import reading
-from scripts.mini.judge import look
+from scripts.mini.judge import detect
 from scripts.mini.render import picture
+from scripts.mini.spec import Seen, Spec, mismatch
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import Seen, Wish, complaint
 from scripts.mini.world import Scene, Thing
 
 DIFFERS = 32
@@ -25,13 +25,13 @@ AGREE = 0.03
 
 @dataclass
 class Answer:
-    """The model's answer to one sample: texts and pictures in order. `whole`: ended by the model, not by the token
+    """The model's answer to one sample: texts and pictures in order. `ended`: ended by the model, not by the token
     limit."""
 
     parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     reasoned: bool = False
-    whole: bool = False
+    ended: bool = False
 
     @property
     def pictures(self) -> list[NDArray[np.uint8]]:
@@ -45,31 +45,31 @@ class Answer:
     def in_steps(self) -> bool:
         """Whether texts and pictures alternate, starting with a text, and the model ended the answer itself."""
         kinds = [isinstance(p, str) for p in self.parts]
-        return self.whole and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
+        return self.ended and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
 
 
 def judge_last(made: Sample, answer: Answer) -> str | None:
     """t2i, x2i and vla: the last picture matches the last spec."""
     if not answer.pictures:
         return "no picture"
-    return complaint(look(answer.pictures[-1]), made.wishes[-1])
+    return mismatch(detect(answer.pictures[-1]), made.specs[-1])
 
 
 def judge_steps(made: Sample, answer: Answer) -> str | None:
     """howto and story: every picture shows what its text says, and together they answer the question."""
     if not answer.in_steps:
         return "texts and pictures do not take turns"
-    seen = [look(p) for p in answer.pictures]
-    wishes: list[Wish] | None
+    seen = [detect(p) for p in answer.pictures]
+    specs: list[Spec] | None
     if made.task == "howto":
-        wishes = reading.howto_wishes(answer.texts)
+        specs = reading.howto_specs(answer.texts)
     else:
-        read = [reading.story_wish(text) for text in answer.texts]
-        wishes = [w for w in read if w] if all(read) else None
-    if wishes is None:
+        read = [reading.story_spec(text) for text in answer.texts]
+        specs = [w for w in read if w] if all(read) else None
+    if specs is None:
         return "a text can't be read"
-    for number, (there, wish) in enumerate(zip(seen, wishes, strict=True), 1):
-        if wrong := complaint(there, wish):
+    for number, (there, spec) in enumerate(zip(seen, specs, strict=True), 1):
+        if wrong := mismatch(there, spec):
             return f"step {number}: {wrong}"
     return asked_for(made, seen)
 
@@ -77,11 +77,11 @@ def judge_steps(made: Sample, answer: Answer) -> str | None:
 def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
     """Check all steps together against the question."""
     if made.task == "howto":
-        goal = made.wishes[-1]
+        goal = made.specs[-1]
         told = [m.wanted for m in reading.mentions(made.question)]
-        return complaint(seen[-1], replace(goal, wanted=tuple(told), relations=()))
-    if len(seen) != len(made.wishes):
-        return f"{len(seen)} scenes, not {len(made.wishes)}"
+        return mismatch(seen[-1], replace(goal, wanted=tuple(told), relations=()))
+    if len(seen) != len(made.specs):
+        return f"{len(seen)} scenes, not {len(made.specs)}"
     told = [m.wanted for m in reading.mentions(made.question)]
     for there, place in zip(seen, told[1:], strict=False):
         if not any((t.shape, t.colour) == (place.shape, place.colour) for t in there.things):
@@ -91,7 +91,7 @@ def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
 
 def judge_explore(made: Sample, answer: Answer) -> str | None:
     """Neighbouring views agree where they overlap, and the moves are those asked for."""
-    return stumble(made, answer, Walk.of(made, answer))
+    return walk_error(made, answer, Walk.of(made, answer))
 
 
 @dataclass(frozen=True)
@@ -99,41 +99,41 @@ class Walk:
     """The moves stated in the answer, those asked for, and per move the fraction of differing pixels in the overlap of
     the views before and after it."""
 
-    told: list[str]
+    stated: list[str]
     asked: list[str]
-    apart: list[float]
+    differences: list[float]
 
     @classmethod
     def of(cls, made: Sample, answer: Answer) -> Walk:
         views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
-        told = [m for m in map(reading.move, answer.texts) if m]
+        stated = [m for m in map(reading.move, answer.texts) if m]
         asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
-        apart = [disagreement(*views[i : i + 2], move) for i, move in enumerate(told[: len(views) - 1])]
-        return cls(told, asked, apart)
+        differences = [disagreement(*views[i : i + 2], move) for i, move in enumerate(stated[: len(views) - 1])]
+        return cls(stated, asked, differences)
 
     @property
     def right(self) -> tuple[int, int]:
         """(requested moves made with agreeing views, requested moves)."""
-        steps = zip(self.told, self.asked, self.apart, strict=False)
-        return sum(told == asked and apart <= AGREE for told, asked, apart in steps), len(self.asked)
+        steps = zip(self.stated, self.asked, self.differences, strict=False)
+        return sum(stated == asked and difference <= AGREE for stated, asked, difference in steps), len(self.asked)
 
 
-def astray(made: Sample, answer: Answer, walk: Walk) -> str | None:
+def course_error(made: Sample, answer: Answer, walk: Walk) -> str | None:
     """What is wrong with the sequence of moves, regardless of the views."""
     if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
         return f"{len(answer.pictures)} views, not {len(made.pictures)}"
-    if walk.told != walk.asked:
-        return f"moves {walk.told}, not {walk.asked}"
+    if walk.stated != walk.asked:
+        return f"moves {walk.stated}, not {walk.asked}"
     return None
 
 
-def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
+def walk_error(made: Sample, answer: Answer, walk: Walk) -> str | None:
     """The first error of a walk."""
-    if wrong := astray(made, answer, walk):
+    if wrong := course_error(made, answer, walk):
         return wrong
-    for number, apart in enumerate(walk.apart, 1):
-        if apart > AGREE:
-            return f"move {number}: {apart:.1%} of the overlap differs"
+    for number, difference in enumerate(walk.differences, 1):
+        if difference > AGREE:
+            return f"move {number}: {difference:.1%} of the overlap differs"
     return None
 
 
@@ -176,7 +176,7 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
     else:
         kept = [t for t in base.things if t in goal.things]
         changed = [t for t in base.things if t not in kept]
-        found = look(after).things
+        found = detect(after).things
         changed += [t for t in found if not any(_same_spot(t, k) for k in kept)]
         for thing in changed:
             left, top, right, bottom = thing.box
@@ -211,7 +211,7 @@ class Verdict:
 def verdict(made: Sample, answer: Answer) -> Verdict:
     if made.task == "explore":
         walk = Walk.of(made, answer)
-        return Verdict(stumble(made, answer, walk), moves=walk.right)
+        return Verdict(walk_error(made, answer, walk), moves=walk.right)
     outside = None
     if made.task == "x2i" and answer.pictures:
         last = answer.pictures[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, LEFT, RIGHT
 
 NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "circle": (("circle", "circles"), ("ball", "balls"), ("disc", "discs")),

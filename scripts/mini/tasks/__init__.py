@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from scripts.mini.spec import held_out
 from scripts.mini.tasks import alike, explore, howto, places, story, t2i, vla, x2i
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import held_out
 
 MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
     "t2i": t2i.make,

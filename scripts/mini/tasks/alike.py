@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from scripts.mini.layout import put, put_all, whole
+from scripts.mini.layout import interior, put, put_all
+from scripts.mini.spec import Spec, Wanted
 from scripts.mini.tasks import x2i
 from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape
-from scripts.mini.wish import Wanted, Wish
 from scripts.mini.words import NUMBERS, Speaker
 from scripts.mini.world import Scene, Thing
 
@@ -30,7 +30,7 @@ def alike(rng: Random, rows: int, columns: int) -> Sample | None:
         0,
         0,
     )
-    equal = put_all(rng, [kind] * rng.choice((2, 2, 3)), few.things, whole(few.width, few.height))
+    equal = put_all(rng, [kind] * rng.choice((2, 2, 3)), few.things, interior(few.width, few.height))
     if equal is None:
         return None
     before, speaker = replace(few, things=(*few.things, *equal)), Speaker(rng)
@@ -71,7 +71,7 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
         loose = [one] * len(left)
         order = f"{rng.choice(('remove', 'delete', 'erase'))} one of the {bare}"
     else:
-        extra = put(rng, kind, before.things, whole(before.width, before.height))
+        extra = put(rng, kind, before.things, interior(before.width, before.height))
         if extra is None:
             return None
         left.append(extra)
@@ -79,5 +79,5 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
         order = f"add {rng.choice(('another', 'one more'))} {speaker.a(kind.shape, hue).split(' ', 1)[1]}"
     after = replace(before, things=(*others, *left), seed=noise_seed(rng))
     wanted = [kept(t) for t in left] if loose is None else loose
-    wish = Wish((*map(kept, others), *wanted), background=before.background, texture=before.texture)
-    return x2i.Edit(order, after, wish)
+    spec = Spec((*map(kept, others), *wanted), background=before.background, texture=before.texture)
+    return x2i.Edit(order, after, spec)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from scripts.mini.layout import put
+from scripts.mini.spec import Spec
 from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, noise_seed, things_apart
-from scripts.mini.wish import Wish
 from scripts.mini.words import NUMBERS, Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -56,9 +56,9 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
     for move, view in zip(path, views[1:], strict=True):
         answer += [Said(sentence(words.format(move))), view]
     pictures = views[1:] if given else views
-    wishes = tuple(Wish((), background=ground) for _ in pictures)
+    specs = tuple(Spec((), background=ground) for _ in pictures)
     key = " ".join(["explore", ground, *(f"{k.colour} {k.shape}" for k in kinds[:1]), path[0]])
-    return Sample("explore", question, (views[0],) if given else (), tuple(answer), wishes, key)
+    return Sample("explore", question, (views[0],) if given else (), tuple(answer), specs, key)
 
 
 def _route(rng: Random, path: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from scripts.mini.wish import Wanted, Wish
+from scripts.mini.spec import Spec, Wanted
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
 GLOBAL, THOUGHT, TEXT = "global_reasoning", "image_reasoning", "text"
@@ -21,14 +21,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, its reference scenes and the answer in order. `wishes` specify the answer's pictures, one each. `key`
+    """A question, its reference scenes and the answer in order. `specs` specify the answer's pictures, one each. `key`
     names the combination by which samples are held out."""
 
     task: str
     question: str
     references: tuple[Scene, ...]
     answer: tuple[Said | Scene, ...]
-    wishes: tuple[Wish, ...]
+    specs: tuple[Spec, ...]
     key: str
 
     @property

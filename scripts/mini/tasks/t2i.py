@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from scripts.mini.layout import halves, in_ninth, put, put_all, whole
+from scripts.mini.layout import halves, in_ninth, interior, put, put_all
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Spec, Wanted, region_of, stands
 from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Wanted, Wish, region_of, stands
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -47,20 +47,20 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
         return None
 
     speaker = Speaker(rng)
-    tell_size = [rng.random() < (0.85 if g.size != "medium" else 0.3) for g in groups]
+    with_size = [rng.random() < (0.85 if g.size != "medium" else 0.3) for g in groups]
     phrases = [
-        speaker.a(g.shape, g.colour, g.size if told else None, g.count)
-        for g, told in zip(groups, tell_size, strict=True)
+        speaker.a(g.shape, g.colour, g.size if sized else None, g.count)
+        for g, sized in zip(groups, with_size, strict=True)
     ]
     tell_ground = pattern != "plain" or rng.random() < 0.75
     question = question_of(rng, speaker, phrases, relation, region, (ground, pattern) if tell_ground else None)
 
     numbers, wanted = [], []
-    for group, told in zip(groups, tell_size, strict=True):
+    for group, sized in zip(groups, with_size, strict=True):
         numbers.append(tuple(range(len(wanted), len(wanted) + group.count)))
-        wanted += [Wanted(group.shape, group.colour, group.size if told else None, region=region)] * group.count
+        wanted += [Wanted(group.shape, group.colour, group.size if sized else None, region=region)] * group.count
     relations = (Relation(relation, *numbers),) if relation else ()
-    wish = Wish(tuple(wanted), relations, ground if tell_ground else None, pattern if tell_ground else None)
+    spec = Spec(tuple(wanted), relations, ground if tell_ground else None, pattern if tell_ground else None)
 
     things = [thing for line in placed for thing in line]
     scene = Scene(rows, columns, ground, pattern, tuple(things), noise_seed(rng))
@@ -68,7 +68,7 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
     if rng.random() < thought:
         answer = (Said(_plan(speaker, placed, width, height), THOUGHT), scene)
     key = " ".join([kind, relation, region or "", *(f"{g.count} {g.colour} {g.shape}" for g in groups)])
-    return Sample("t2i", question, (), answer, (wish,), key)
+    return Sample("t2i", question, (), answer, (spec,), key)
 
 
 def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
@@ -121,7 +121,7 @@ def _layout(
         return _between(rng, groups, width, height)
     placed: list[list[Thing]] = []
     for group in groups:
-        line = put_all(rng, group.things(), [t for line in placed for t in line], whole(width, height))
+        line = put_all(rng, group.things(), [t for line in placed for t in line], interior(width, height))
         if line is None:
             return None
         placed.append(line)
@@ -131,7 +131,7 @@ def _layout(
         x = -(-(first.x + rng.choice((-1, 1)) * reach) // GRID) * GRID
         moved = second.at(x, first.y + rng.choice((-8, 0, 0, 8)))
         spot = put(rng, second, [first], (*moved.box[:2], *moved.box[2:]))
-        low, high = whole(width, height)[:2], whole(width, height)[2:]
+        low, high = interior(width, height)[:2], interior(width, height)[2:]
         if (
             spot is None
             or spot.box[0] < low[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from scripts.mini.layout import put
+from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT, Relation, Spec, Wanted, stands
 from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, kept, noise_seed, size, things_apart
-from scripts.mini.wish import ABOVE, BELOW, LEFT, RIGHT, Relation, Wanted, Wish, stands
 from scripts.mini.words import Speaker, sentence
 from scripts.mini.world import GRID, GRIPPER, GRIPPER_SIDE, Scene, Thing, touches
 
@@ -52,8 +52,8 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     def frame(thing: Thing, gripper: Thing) -> Scene:
         return Scene(rows, columns, ground, "plain", (*others, thing, gripper), noise_seed(rng))
 
-    def wish(thing: Wanted, gripper: Wanted, *relations: Relation) -> Wish:
-        return Wish((*(kept(o) for o in others), thing, gripper), relations, ground)
+    def spec(thing: Wanted, gripper: Wanted, *relations: Relation) -> Spec:
+        return Spec((*(kept(o) for o in others), thing, gripper), relations, ground)
 
     speaker = Speaker(rng)
     what, mark = speaker.the(start.shape, start.colour), speaker.the(goal.shape, goal.colour)
@@ -75,16 +75,16 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         frame(end, rest),
     ]
     hand, number = Wanted(GRIPPER), len(others)
-    wishes = (
-        wish(kept(start), hand),
-        wish(Wanted(start.shape, start.colour, start.size), hand),
-        wish(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
+    specs = (
+        spec(kept(start), hand),
+        spec(Wanted(start.shape, start.colour, start.size), hand),
+        spec(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
     )
     key = " ".join(["vla", start.colour, start.shape, relation, goal.colour, goal.shape])
     first = frame(start, home)
     if rng.random() < 0.2:  # the gripper is not yet in the reference
         first = first.with_things(*others, start)
-    return Sample("vla", question, (first,), tuple(answer), wishes, key)
+    return Sample("vla", question, (first,), tuple(answer), specs, key)
 
 
 def _gripper(x: int, y: int) -> Thing:

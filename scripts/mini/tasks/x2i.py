@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
-from scripts.mini.layout import in_ninth, put, put_all, whole
+from scripts.mini.layout import in_ninth, interior, put, put_all
+from scripts.mini.spec import BESIDE, REGIONS, SIDED, Relation, Spec, Wanted, stands
 from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape, size, texture, things_apart
-from scripts.mini.wish import BESIDE, REGIONS, SIDED, Relation, Wanted, Wish, stands
 from scripts.mini.words import ORDINALS, Speaker
 from scripts.mini.world import Scene, Thing, fits, touches
 
@@ -24,7 +24,7 @@ class Edit:
 
     order: str
     after: Scene
-    wish: Wish
+    spec: Spec
 
 
 FIRST = ("recolour", "reshape", "resize", "remove", "ground")
@@ -39,10 +39,10 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
     before = scene(rng, rows, columns, rng.choice((1, 2, 2, 3, 3)) if operation != "move" else rng.choice((2, 3)))
     if before is None:
         return None
-    speaker, told = Speaker(rng), rng.random() < 0.85
+    speaker, with_size = Speaker(rng), rng.random() < 0.85
     if operation in ("take", "take two"):
         return _take(rng, speaker, before, operation == "take two")
-    edit = MAKERS[operation](rng, speaker, before, told)
+    edit = MAKERS[operation](rng, speaker, before, with_size)
     if edit is None:
         return None
     order = (
@@ -79,14 +79,16 @@ def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit
         order += "."
     changed = [t for t in edit.after.things if t not in references[0].things]
     key = " ".join(["x2i", operation, *(f"{t.colour} {t.shape}" for t in changed), edit.after.background])
-    return Sample("x2i", order, references, (edit.after,), (edit.wish,), key)
+    return Sample("x2i", order, references, (edit.after,), (edit.spec,), key)
 
 
 def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -> Scene | None:
     """A picture of `count` things with distinct shapes and colours at random positions."""
     ground = colour(rng, *but_colours)
     step = 1 if rng.random() < FREE_SHARE else 8
-    things = put_all(rng, things_apart(rng, count, ground, *but_colours), (), whole(columns * 16, rows * 16), step=step)
+    things = put_all(
+        rng, things_apart(rng, count, ground, *but_colours), (), interior(columns * 16, rows * 16), step=step
+    )
     return (things and Scene(rows, columns, ground, texture(rng), tuple(things), noise_seed(rng))) or None
 
 
@@ -103,15 +105,15 @@ def _edit(
     after = replace(before, things=tuple(things), seed=noise_seed(rng))
     wanted = [kept(t) for t in (things[:-1] if changed else things)]
     wanted += [changed] if changed else []
-    wish = Wish(tuple(wanted), background=before.background, texture=before.texture)
-    return Edit(order, after, replace(wish, **more))  # type: ignore[arg-type]
+    spec = Spec(tuple(wanted), background=before.background, texture=before.texture)
+    return Edit(order, after, replace(spec, **more))  # type: ignore[arg-type]
 
 
 def _others(before: Scene, thing: Thing) -> list[Thing]:
     return [t for t in before.things if t is not thing]
 
 
-def _recolour(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _recolour(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     new = replace(thing, colour=colour(rng, before.background, *(t.colour for t in before.things)))
     what, hue = name(rng, speaker, thing, before.things), speaker.colour(new.colour)
@@ -127,7 +129,7 @@ def _recolour(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
     return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
 
 
-def _reshape(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _reshape(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     new = replace(thing, shape=shape(rng, *(t.shape for t in before.things)))
     same = rng.random() < 0.6
@@ -139,7 +141,7 @@ def _reshape(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
     return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
 
 
-def _resize(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _resize(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     thing = rng.choice(before.things)
     steps = ("small", "medium", "large")
     up = rng.random() < 0.5
@@ -175,7 +177,7 @@ def _spot(
         "right of": (right, top - thing.side // 2, right + reach, bottom + thing.side // 2),
     }
     area = areas[rng.choice(("left of", "right of")) if relation == BESIDE else relation]
-    edge = whole(width, height)
+    edge = interior(width, height)
     clipped = (max(area[0], edge[0]), max(area[1], edge[1]), min(area[2], edge[2]), min(area[3], edge[3]))
     placed = put(rng, thing, others, clipped)
     if placed is None or not stands(relation, [placed], [anchor]):
@@ -187,18 +189,18 @@ def _spot(
     return placed, words, want, (Relation(relation, (len(others),), (others.index(anchor),)),)
 
 
-def _add(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _add(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     new = Thing(shape(rng), colour(rng, before.background), size(rng), 0, 0)
     if any(t.shape == new.shape and t.colour == new.colour for t in before.things):
         return None
     others = list(before.things)
-    tell_size = told and (new.size != "medium" or rng.random() < 0.3)
+    tell_size = with_size and (new.size != "medium" or rng.random() < 0.3)
     if not tell_size and new.size != "medium":
         return None  # unless stated, a new thing is medium-sized
     what = speaker.a(new.shape, new.colour, new.size if tell_size else None)
     verb = rng.choice(("add {}", "add {}", "put {}", "draw {}", "place {}"))
     if verb == "add {}" and rng.random() < 0.2:
-        placed = put(rng, new, others, whole(before.width, before.height))
+        placed = put(rng, new, others, interior(before.width, before.height))
         if placed is None:
             return None
         want = Wanted(new.shape, new.colour, new.size)
@@ -210,14 +212,14 @@ def _add(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | Non
     return _edit(rng, f"{verb.format(what)} {words}", before, [*others, placed], want, relations=relations)
 
 
-def _remove(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _remove(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     what = name(rng, speaker, thing, before.things)
     order = rng.choice((f"remove {what}", f"delete {what}", f"take {what} away", f"erase {what}"))
     return _edit(rng, order, before, _others(before, thing))
 
 
-def _move(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _move(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     thing = rng.choice(before.things)
     others = _others(before, thing)
     found = _spot(rng, speaker, thing, others, before)
@@ -231,7 +233,7 @@ def _move(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | No
     return _edit(rng, order, before, [*others, placed], want, relations=relations)
 
 
-def _ground(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _ground(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     new = colour(rng, before.background, *(t.colour for t in before.things))
     pattern = texture(rng)
     phrase, hue = speaker.ground(new, pattern), speaker.colour(new)
@@ -276,15 +278,15 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
     noun = rng.choice(("picture", "picture", "image"))
     into = f"the {number[id(base)]} {noun}"
 
-    things, wanted, relations, told = list(base.things), [kept(t) for t in base.things], [], []
+    things, wanted, relations, phrases = list(base.things), [kept(t) for t in base.things], [], []
     for giver, thing in zip(givers, taken, strict=True):
         what = f"{name(rng, speaker, thing, giver.things)} from the {number[id(giver)]} {noun}"
         if two or rng.random() < 0.5:
-            placed = put(rng, thing, things, whole(base.width, base.height))
+            placed = put(rng, thing, things, interior(base.width, base.height))
             if placed is None:
                 return None
             wanted.append(Wanted(thing.shape, thing.colour, thing.size))
-            told.append(what)
+            phrases.append(what)
         else:
             found = _spot(rng, speaker, thing, things, base)
             if found is None:
@@ -293,10 +295,10 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
             wanted.append(want)
             relations += more
             into += f", {words}"
-            told.append(what)
+            phrases.append(what)
         things.append(placed)
-    order = f"{rng.choice(('put', 'add', 'place'))} {' and '.join(told)} into {into}"
+    order = f"{rng.choice(('put', 'add', 'place'))} {' and '.join(phrases)} into {into}"
     after = replace(base, things=tuple(things), seed=noise_seed(rng))
-    wish = Wish(tuple(wanted), tuple(relations), base.background, base.texture)
-    sample = sample_of(rng, order, (base,), Edit(order, after, wish), "take two" if two else "take")
+    spec = Spec(tuple(wanted), tuple(relations), base.background, base.texture)
+    sample = sample_of(rng, order, (base,), Edit(order, after, spec), "take two" if two else "take")
     return replace(sample, references=references)

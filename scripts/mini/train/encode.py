@@ -20,21 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emu_cog.vision.ibq import IBQ, load_vision_tokenizer
-from scripts.mini.pool import SQUARE, begin, workers
-from scripts.mini.render import Batch, grained, paint, paints, places, render, resize
+from scripts.mini.pool import SQUARE, prefetched, workers
+from scripts.mini.render import Batch, add_noise, compose, palette_and_atlas, places, render, resize
 from scripts.mini.train.fused import fuse
 from scripts.mini.train.runs import device_name, fraction, log_record
 from scripts.mini.train.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are padded to the next of these lengths."""
-SAMPLES_A_CHUNK = 10_000
+SAMPLES_PER_CHUNK = 10_000
 """Large, so that rarer picture sizes fill their batches, too."""
-CHUNKS_A_PART = 2
+CHUNKS_PER_SHARD = 2
 HELD_OUT_SAMPLES = 4000
 HELD_OUT = "held-out.npz"
-PARTS = "part-*-?????.npz"
-"""Glob pattern for the complete shards of any seed (see `part_name`)."""
+SHARDS = "part-*-?????.npz"
+"""Glob pattern for the complete shards of any seed (see `shard_name`)."""
 LOG = "encode.log"
 """One JSON line per completed run."""
 Rows = dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]]
@@ -57,7 +57,7 @@ class Encoder:
         if device.type == "cuda":
             self.vision = fuse(self.vision.half())
         self.dtype = self.vision.dtype
-        self.paints = paints(device)
+        self.palette_and_atlas = palette_and_atlas(device)
         self.place = places(SQUARE[0] * 16, SQUARE[1] * 16, device)
         self._draw = torch.compile(draw_square, dynamic=False) if compiled and device.type == "cuda" else None
 
@@ -91,11 +91,11 @@ class Encoder:
             return render(batch, self.device)
         things = np.pad(things, ((0, 0), (0, self.MOST - most), (0, 0)), constant_values=-1)
         tensors = (torch.from_numpy(x).to(self.device) for x in (head, things))
-        return self._draw(*tensors, *self.paints, self.place)
+        return self._draw(*tensors, *self.palette_and_atlas, self.place)
 
 
 def draw_square(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, place: Tensor) -> Tensor:
-    return grained(paint(head, things, palette, sheet, *SQUARE), head, place)
+    return add_noise(compose(head, things, palette, sheet, *SQUARE), head, place)
 
 
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
@@ -110,7 +110,7 @@ def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
     return ids
 
 
-def sort_in(rows: Rows, part: Chunk, encoder: Encoder, visual: int) -> None:
+def add_sequences(rows: Rows, part: Chunk, encoder: Encoder, visual: int) -> None:
     """Add the chunk's sequences to `rows` by padded length; those longer than all LENGTHS are dropped."""
     ids = fill(part, encoder, visual)
     ends = np.cumsum(part.lengths)
@@ -134,24 +134,24 @@ def write(path: Path, rows: Rows, pad: int) -> None:
     unfinished.rename(path)
 
 
-def part_name(seed: int, number: int) -> str:
+def shard_name(seed: int, number: int) -> str:
     return f"part-{seed:04d}-{number:05d}.npz"
 
 
-def parts_there(folder: Path, seed: int) -> int:
+def complete_shards(folder: Path, seed: int) -> int:
     """Number of complete shards of `seed` in `folder`, from earlier runs."""
     number = 0
-    while (folder / part_name(seed, number)).exists():
+    while (folder / shard_name(seed, number)).exists():
         number += 1
     return number
 
 
-def parts(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks in groups of CHUNKS_A_PART."""
+def grouped(source: Iterator[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks in groups of CHUNKS_PER_SHARD."""
     group: list[Chunk] = []
     for one in source:
         group.append(one)
-        if len(group) == CHUNKS_A_PART:
+        if len(group) == CHUNKS_PER_SHARD:
             yield group
             group = []
     if group:
@@ -163,7 +163,9 @@ def shares(text: str) -> dict[str, int]:
     given = json.loads(text)
     wrong = not isinstance(given, dict) or any(type(n) is not int or n < 0 for n in given.values())
     if wrong or not set(given) <= set(SHARES) or not sum(given.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an object of whole numbers for {', '.join(SHARES)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object of non-negative integers, at least one positive, for {', '.join(SHARES)}"
+        )
     return given
 
 
@@ -171,70 +173,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vision", type=Path, required=True, help="folder of the vision tokenizer")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the examples and the log")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards and the log")
     parser.add_argument("--samples", type=int, default=200_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further part after this wall time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further shard after this wall time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--shares",
         type=shares,
         default=SHARES,
-        help=f"how often each task is drawn, as JSON; default {json.dumps(SHARES)}. The held-out samples keep to that",
+        help=f"sampling weight of each task as JSON; default {json.dumps(SHARES)}, always used for held-out samples",
     )
     parser.add_argument(
-        "--many", type=fraction, default=0.0, help=f"which part of t2i, 0 to 1, is to show {MANY} things or more"
+        "--many", type=fraction, default=0.0, help=f"minimum fraction of t2i with {MANY} things or more, 0 to 1"
     )
     parser.add_argument(
         "--beyond",
         type=fraction,
         default=0.0,
-        help="which part of t2i and x2i, 0 to 1, goes beyond the examination: longer lists, places for several "
-        "things, two changes at once, things alike",
+        help="fraction of t2i and x2i harder than the standard evaluation, 0 to 1: longer lists, positions for several "
+        "things, two changes at once, identical things",
     )
-    parser.add_argument(
-        "--reworded", type=fraction, default=0.0, help="which part of the questions, 0 to 1, is put in other words"
-    )
-    parser.add_argument("--wordings", type=int, default=1, help="ways each sample is asked in, over the same pictures")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="samples kept to measure with, at most")
-    parser.add_argument("--compile", action="store_true", help="compile the drawing")
+    parser.add_argument("--reworded", type=fraction, default=0.0, help="fraction of questions to paraphrase, 0 to 1")
+    parser.add_argument("--wordings", type=int, default=1, help="number of wordings per sample, over the same pictures")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="maximum number of held-out samples")
+    parser.add_argument("--compile", action="store_true", help="compile the renderer")
     args = parser.parse_args()
     if args.wordings < 1 or args.held_out < 1:
-        parser.error("--wordings and --held-out count from 1")
+        parser.error("--wordings and --held-out must be at least 1")
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
-    size = min(SAMPLES_A_CHUNK, args.samples)
+    size = min(SAMPLES_PER_CHUNK, args.samples)
     mix = Mix(args.shares, args.many, args.beyond, args.reworded, args.wordings)
     jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, mix) for i in range(-(-args.samples // size))]
-    there = parts_there(args.out, args.seed)
-    jobs = jobs[there * CHUNKS_A_PART :]
+    present = complete_shards(args.out, args.seed)
+    jobs = jobs[present * CHUNKS_PER_SHARD :]
     if not jobs:
         raise SystemExit(
-            f"{args.out} holds all {there} parts of seed {args.seed} already: give another --seed for more"
+            f"{args.out} already holds all {present} shards of seed {args.seed}: use another --seed for more"
         )
-    chunks = begin(chunk, jobs, processes=workers())  # fork before CUDA is initialized
+    chunks = prefetched(chunk, jobs, processes=workers())  # fork before CUDA is initialized
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held: Rows = {}
-    sort_in(held, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
+    add_sequences(held, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
     write(args.out / HELD_OUT, held, pad)
     ready = time.time()
 
-    samples, written, working = there * CHUNKS_A_PART * size, there, 0.0
+    samples, written, working = present * CHUNKS_PER_SHARD * size, present, 0.0
     bar = tqdm(total=args.samples, initial=samples, mininterval=5.0)
-    for group in parts(chunks):
-        begun = time.time()
+    for group in grouped(chunks):
+        group_start = time.time()
         rows: Rows = {}
         for one in group:
-            sort_in(rows, one, encoder, visual)
+            add_sequences(rows, one, encoder, visual)
             samples += len(one.lengths)
             bar.update(len(one.lengths))
-        write(args.out / part_name(args.seed, written), rows, pad)
+        write(args.out / shard_name(args.seed, written), rows, pad)
         written += 1
-        working += time.time() - begun
+        working += time.time() - group_start
         if time.time() - started > args.seconds:
             break
     record = {

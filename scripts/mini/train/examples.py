@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scripts.mini.train.encode import PARTS
+from scripts.mini.train.encode import SHARDS
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Data:
         until = time.time() + seconds
         while not self.refresh():
             if time.time() > until:
-                raise FileNotFoundError(f"{self.folder} holds no examples: run encode first, or give --wait longer")
+                raise FileNotFoundError(f"{self.folder} holds no dataset shards: run encode first, or increase --wait")
             time.sleep(0.2)
 
     def refresh(self) -> bool:
         """Load new shards; whether there were any."""
-        new = sorted(set(self.folder.glob(PARTS)) - self.seen)
+        new = sorted(set(self.folder.glob(SHARDS)) - self.seen)
         for path in new:
             self.seen.add(path)
             for length, (ids, learn) in read(path).items():

@@ -61,7 +61,7 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
         (fresh / "model" / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
         size = sum(path.stat().st_size for name in sources for path in (fresh / name).iterdir())
         if size > LIMIT:
-            raise SystemExit(f"nothing was changed: the miniature takes {size} bytes, more than the {LIMIT} it may")
+            raise SystemExit(f"nothing was changed: the miniature has {size} bytes, over the limit of {LIMIT}")
         Pipeline.load(fresh / "model", fresh / "vision")
         for name in sources:
             if (target / name).exists():
@@ -75,7 +75,9 @@ def blend(language: Path, other: Path, share: float, out: Path) -> None:
     reduces overfitting."""
     ours, theirs = read_weights(language), read_weights(other)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise SystemExit(f"{other} holds other tensors than {language}: only weights of one shape can be blended")
+        raise SystemExit(
+            f"{other} holds other tensors than {language}: only checkpoints of the same shape can be averaged"
+        )
     model = LanguageModel(Shape.read(language), dtype=torch.float32)
     model.load_released({k: (1 - share) * ours[k].float() + share * theirs[k].float() for k in ours})
     model.save(out)
@@ -91,10 +93,10 @@ def main() -> None:
         "--defaults",
         type=json.loads,
         default={},
-        help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
+        help='the checkpoint\'s default settings as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
     )
-    parser.add_argument("--blend", type=Path, help="folder of earlier weights of the same training, to be mixed in")
-    parser.add_argument("--blend-share", type=fraction, default=0.2, help="how much of them, 0 to 1")
+    parser.add_argument("--blend", type=Path, help="folder of an earlier checkpoint of the same run, to average in")
+    parser.add_argument("--blend-share", type=fraction, default=0.2, help="its weight in the average, 0 to 1")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         if args.blend:

@@ -28,7 +28,7 @@ def fraction(text: str) -> float:
     """Parse a command-line option between 0 and 1; argparse reports the error."""
     given = float(text)
     if not 0 <= given <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, not {text}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return given
 
 

@@ -51,11 +51,11 @@ class Gradients:
         device = self.model.embed.device
         ids = torch.ones(count, length, dtype=torch.long, device=device)
         learn = torch.ones(count, length, dtype=torch.uint8, device=device)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # warm-up pass for one-time setup
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # warm-up pass for one-time setup
             self._pass(ids, learn)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             loss = self._pass(ids, learn)
@@ -112,7 +112,7 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 
 
 @dataclass
-class Course:
+class RunState:
     """Training progress over all runs, saved with the weights and optimizer states in STATE."""
 
     steps: int = 0
@@ -126,7 +126,7 @@ class Course:
         )
 
     @classmethod
-    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
+    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> RunState:
         state = torch.load(path, map_location=model.embed.device, weights_only=True)
         model.load_state_dict(state["model"])
         for optim, own in zip(optims, state["optimizers"], strict=True):
@@ -162,12 +162,12 @@ class Training:
         self.model, self.gradients, self.data, self.out = model, gradients, data, out
         self.rate, self.tokens, self.visual = rate, tokens, visual
         self.optims = optimizers(model, rate, decay, model.embed.is_cuda)
-        self.course = Course()
+        self.state = RunState()
         out.mkdir(parents=True, exist_ok=True)
         if (out / STATE).exists():
-            self.course = Course.resume(out / STATE, model, self.optims)
-            print(f"goes on after step {self.course.steps}, {self.course.seconds:.0f} s", flush=True)
-        self.rng = np.random.default_rng((seed, self.course.steps))
+            self.state = RunState.resume(out / STATE, model, self.optims)
+            print(f"resumed at step {self.state.steps}, {self.state.seconds:.0f} s", flush=True)
+        self.rng = np.random.default_rng((seed, self.state.steps))
         self.stopped = False
 
     def stop(self, *_: object) -> None:
@@ -175,45 +175,45 @@ class Training:
         self.stopped = True
 
     def run(self, *, steps: int, seconds: float) -> dict[str, Any]:
-        course, earlier, begun = self.course, self.course.seconds, time.time()
+        state, earlier, run_start = self.state, self.state.seconds, time.time()
         lengths, weights = self.data.weights()
-        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, course.steps
+        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, state.steps
         bar = tqdm(total=steps, initial=first, mininterval=5.0)
         while not self.stopped:
-            course.seconds = earlier + time.time() - begun
-            progress = max(course.steps / steps, course.seconds / seconds)
+            state.seconds = earlier + time.time() - run_start
+            progress = max(state.steps / steps, state.seconds / seconds)
             if progress >= 1:
                 break
             length = lengths[int(self.rng.choice(len(lengths), p=weights))]
             loss = self.step(*self.data.buckets[length].draw(self.tokens // length), progress)
-            smooth = loss if course.steps == first else smooth.lerp(loss, 0.02)
-            course.steps += 1
+            smooth = loss if state.steps == first else smooth.lerp(loss, 0.02)
+            state.steps += 1
             bar.update()
-            if (course.steps - first) % 200 == 0:
-                value, spent = float(smooth), time.time() - begun
+            if (state.steps - first) % 200 == 0:
+                value, spent = float(smooth), time.time() - run_start
                 bar.set_postfix(loss=f"{value:.3f}")
                 if not math.isfinite(value):
-                    raise RuntimeError("the loss is no number any more: lower --rate")
+                    raise RuntimeError("the loss is not finite: lower --rate")
                 if self.data.refresh():
                     lengths, weights = self.data.weights()
                 if spent > SAVE_EVERY * saves:
-                    pace = (course.steps - first) * self.tokens / spent / 1e6
-                    print(f"step {course.steps} {course.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
+                    pace = (state.steps - first) * self.tokens / spent / 1e6
+                    print(f"step {state.steps} {state.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
                           f"{self.data.samples} samples, held out {self.save()}", flush=True)  # fmt: skip
                     saves += 1
         bar.close()
         held_out = self.save()
         return {
             "finished": not self.stopped,
-            "steps": course.steps,
-            "train_seconds": round(course.seconds, 1),
+            "steps": state.steps,
+            "train_seconds": round(state.seconds, 1),
             "loss": round(float(smooth), 4),
             "held_out_loss": held_out,
-            "best_held_out_picture_loss": round(course.best, 4),
+            "best_held_out_picture_loss": round(state.best, 4),
         }
 
     def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
-        now = rate_at(progress, self.course.steps, self.rate)
+        now = rate_at(progress, self.state.steps, self.rate)
         for optim in self.optims:
             for group in optim.param_groups:
                 group["lr"] = now
@@ -227,29 +227,29 @@ class Training:
         """Write STATE, and the weights if they are the best so far; return the held-out losses."""
         with self.model.uncompiled():
             loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
-        if loss["picture"] < self.course.best:
-            self.course.best = loss["picture"]
+        if loss["picture"] < self.state.best:
+            self.state.best = loss["picture"]
             self.model.save(self.out)
-        self.course.save(self.out / STATE, self.model, self.optims)
+        self.state.save(self.out / STATE, self.model, self.optims)
         return {k: round(v, 4) for k, v in loss.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of examples, by encode")
+    parser.add_argument("--data", type=Path, required=True, help="folder of dataset shards, written by encode")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
-    parser.add_argument("--resume", type=Path, help="folder of weights to begin with")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, state and log")
+    parser.add_argument("--resume", type=Path, help="folder of the initial weights")
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of training, over all starts, setup left out")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first examples")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per step; a multiple of all LENGTHS")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
-    parser.add_argument("--compile", action="store_true", help="compile what each step computes")
-    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
+    parser.add_argument("--shape", type=json.loads, default={}, help="model sizes other than the default, as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
     args = parser.parse_args()
     started = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,7 +26,7 @@ from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
 from scripts.mini.tasks import sample
 from scripts.mini.train.runs import device_name
-from scripts.mini.train.vision_steps import LENGTH, Codes, Working
+from scripts.mini.train.vision_steps import LENGTH, Codes, TrainingPasses
 from scripts.mini.world import Scene
 
 NETWORK = {
@@ -45,7 +45,7 @@ NETWORK = {
     "n_embed": 2048,
     "embed_dim": 32,
 }
-SCENES_A_CHUNK = 500
+SCENES_PER_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
 FINISH = 0.75
 """Fraction of the schedule after which encoder and codebook are frozen and only the decoder is trained."""
@@ -56,14 +56,14 @@ DONE = "train.log"
 
 
 def scenes(job: tuple[int, int, int, bool]) -> Batch:
-    """SCENES_A_CHUNK scenes of all tasks; `job` is (seed, rows, columns, held-out combinations)."""
+    """SCENES_PER_CHUNK scenes of all tasks; `job` is (seed, rows, columns, held-out combinations)."""
     seed, rows, columns, unseen = job
     rng = Random(seed)
     found: list[Scene] = []
-    while len(found) < SCENES_A_CHUNK:
+    while len(found) < SCENES_PER_CHUNK:
         made = sample(rng, rng.choice(TASKS), rows, columns, unseen=unseen)
         found += (*made.references, *made.pictures)
-    return Batch.of(found[:SCENES_A_CHUNK])
+    return Batch.of(found[:SCENES_PER_CHUNK])
 
 
 def batches(
@@ -118,15 +118,15 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.yaml, model.ckpt and the log")
-    parser.add_argument("--resume", type=Path, help="another folder of a vision tokenizer to go on from")
+    parser.add_argument("--resume", type=Path, help="folder of the initial vision tokenizer")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="length of the schedule in wall time")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=8e-4)
-    parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
+    parser.add_argument("--chunks", type=int, default=100, help=f"dataset size, in chunks of {SCENES_PER_CHUNK} scenes")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--network", type=json.loads, default={}, help="JSON of ddconfig values other than the default")
-    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
+    parser.add_argument("--network", type=json.loads, default={}, help="non-default ddconfig values, as JSON")
+    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -184,17 +184,17 @@ def train(
 ) -> int:
     """Train until `args.steps` or `args.seconds`, saving to `folder` on the way; return the number of steps."""
     device = codes.book.device
-    working = Working(model, codes, args.batch, device, captured=not args.eager)
+    passes = TrainingPasses(model, codes, args.batch, device, captured=not args.eager)
     optimizer = torch.optim.AdamW(
-        working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
+        passes.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
     )
     bar = tqdm(range(args.steps), mininterval=5.0)
-    begun, kept, told, n = time.time(), None, 0, 0
-    working.quantise.fill_(1.0 if args.resume else 0.0)
+    schedule_start, kept, saves, n = time.time(), None, 0, 0
+    passes.quantise.fill_(1.0 if args.resume else 0.0)
     for n in bar:
         if n == WARM_UP:
-            begun = time.time()  # exclude one-time setup from the schedule
-        spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
+            schedule_start = time.time()  # exclude one-time setup from the schedule
+        spent = (time.time() - schedule_start) / args.seconds if math.isfinite(args.seconds) else 0.0
         progress = max(n / args.steps, spent)
         if progress >= 1:
             break
@@ -202,27 +202,27 @@ def train(
         warm, finish = bool(args.resume) or (progress > 0.08 and n > 150), progress > FINISH
         if warm and kept is not None:
             codes.start(kept)
-            working.quantise.fill_(1.0)
+            passes.quantise.fill_(1.0)
             kept = None
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        working.refresh()
-        squared, flat, chosen = working.gradients(x, target, finish=finish)
-        nn.utils.clip_grad_norm_(working.own, 1.0)
+        passes.refresh()
+        squared, flat, chosen = passes.gradients(x, target, finish=finish)
+        nn.utils.clip_grad_norm_(passes.own, 1.0)
         optimizer.step()
         if warm and not finish:
-            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
+            codes.update(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
         elif progress > 0.06 and not warm:
             kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
         if n % 50 == 0:
             bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
-        if progress >= (told + 1) / 12:
-            told = int(progress * 12)
+        if progress >= (saves + 1) / 12:
+            saves = int(progress * 12)
             save(model, codes, folder)
             quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 40)
             print(
-                f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
+                f"step {n} {time.time() - schedule_start:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
                 int((codes.uses > 0.1).sum()),
                 flush=True,
             )

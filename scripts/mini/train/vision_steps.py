@@ -57,7 +57,7 @@ class Codes(nn.Module):
         return torch.multinomial(apart, count, replacement=True)
 
     @torch.no_grad()
-    def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
+    def update(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
         """Move each code towards its assigned vectors; with `revive`, rarely used codes are reset."""
         count = len(self.book)
         self.uses.lerp_(torch.bincount(codes, minlength=count).float(), 1 - decay)
@@ -93,7 +93,7 @@ def step(
     return loss, squared, flat.detach(), chosen
 
 
-class Working:
+class TrainingPasses:
     """The model that computes the passes: on a GPU a fused bf16 copy of the optimizer's fp32 weights.
 
     Pure bf16, as autocast would run the norms in fp32 and move twice the bytes at full resolution. The passes with and
@@ -101,36 +101,36 @@ class Working:
     """
 
     def __init__(self, model: IBQ, codes: Codes, batch: int, device: torch.device, *, captured: bool) -> None:
-        self.codes, self.apart = codes, device.type == "cuda"
+        self.codes, self.separate = codes, device.type == "cuda"
         self.quantise = torch.zeros((), device=device)
-        if self.apart:
+        if self.separate:
             model.to(memory_format=torch.channels_last)
-        self.model = fuse(copy.deepcopy(model).bfloat16()) if self.apart else model
+        self.model = fuse(copy.deepcopy(model).bfloat16()) if self.separate else model
         names = [name for name, _ in model.named_parameters() if not name.startswith("quantize")]
         self.late = [name.startswith(("decoder", "post_quant")) for name in names]
         self.own, self.copies = (
             [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
         )
         shape = (batch, 3, SQUARE[0] * 16, SQUARE[1] * 16)
-        dtype = torch.bfloat16 if self.apart else torch.float32
+        dtype = torch.bfloat16 if self.separate else torch.float32
         self.x = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
         self.target = torch.zeros(shape, device=device)
-        if self.apart:
+        if self.separate:
             for p in self.copies:
                 p.grad = torch.zeros_like(p)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
-        if captured and self.apart:
+        if captured and self.separate:
             self._capture()
 
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()
         for finish in (False, True):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # warm-up passes for one-time setup
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):  # warm-up passes for one-time setup
                 for _ in range(2):
                     self._pass(finish)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 found = self._pass(finish)
@@ -147,7 +147,7 @@ class Working:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the optimizer's weights into the bf16 copy."""
-        if self.apart:
+        if self.separate:
             torch._foreach_copy_(self.copies, self.own)
 
     def gradients(self, x: Tensor, target: Tensor, *, finish: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ class Working:
             graph.replay()
         else:
             found = self._pass(finish)
-        if self.apart:
+        if self.separate:
             pairs = [
                 (own, c.grad)
                 for own, c, late in zip(self.own, self.copies, self.late, strict=True)

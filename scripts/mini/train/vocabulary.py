@@ -53,7 +53,7 @@ def ranks(lines: list[str], count: int) -> list[bytes]:
         if token not in found:
             found.append(token)
     if len(found) < count:
-        raise ValueError(f"the lines give {len(found)} tokens, {count} are needed: raise --samples")
+        raise ValueError(f"the corpus gives only {len(found)} of {count} tokens: increase --samples")
     return found[:count]
 
 
@@ -76,7 +76,7 @@ def write(folder: Path, tokens: list[bytes], codes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=3000, help="samples a task to learn from")
+    parser.add_argument("--samples", type=int, default=3000, help="training samples per task")
     parser.add_argument("--codes", type=int, default=2048, help="codes of the vision tokenizer")
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()

@@ -46,7 +46,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Spec:
     """Exactly the things in `wanted`, in these `relations`, on this background (None: any)."""
 
     wanted: tuple[Wanted, ...]
@@ -119,19 +119,19 @@ def region_of(x: float, y: float, width: int, height: int) -> str:
     return next(name for name, at in REGIONS.items() if at == cell)
 
 
-def complaint(seen: Seen, wish: Wish, *, near: int = 12) -> str | None:
+def mismatch(seen: Seen, spec: Spec, *, near: int = 12) -> str | None:
     """None if the picture matches the spec, else the first mismatch in a few words."""
-    if wish.background and seen.background != wish.background:
-        return f"background is {seen.background}, not {wish.background}"
-    if wish.texture and seen.texture != wish.texture:
-        return f"background is {seen.texture}, not {wish.texture}"
-    if len(seen.things) != len(wish.wanted):
-        return f"{len(seen.things)} things, not {len(wish.wanted)}"
-    options = [[i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in wish.wanted]
-    for want, fitting in zip(wish.wanted, options, strict=True):
+    if spec.background and seen.background != spec.background:
+        return f"background is {seen.background}, not {spec.background}"
+    if spec.texture and seen.texture != spec.texture:
+        return f"background is {seen.texture}, not {spec.texture}"
+    if len(seen.things) != len(spec.wanted):
+        return f"{len(seen.things)} things, not {len(spec.wanted)}"
+    options = [[i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in spec.wanted]
+    for want, fitting in zip(spec.wanted, options, strict=True):
         if not fitting:
             return f"no {want}"
-    if not _assign(seen, wish, options, []):
+    if not _assign(seen, spec, options, []):
         return "the things are there but their number or places are wrong"
     return None
 
@@ -146,12 +146,12 @@ def _matches(thing: Thing, want: Wanted, seen: Seen, near: int) -> bool:
     )
 
 
-def _assign(seen: Seen, wish: Wish, options: list[list[int]], chosen: list[int]) -> bool:
+def _assign(seen: Seen, spec: Spec, options: list[list[int]], chosen: list[int]) -> bool:
     """Whether things can be assigned to the wanted ones, one each, such that all relations hold."""
     if len(chosen) == len(options):
 
         def pick(numbers: tuple[int, ...]) -> list[Thing]:
             return [seen.things[chosen[n]] for n in numbers]
 
-        return all(stands(r.name, pick(r.first), pick(r.second), pick(r.third)) for r in wish.relations)
-    return any(_assign(seen, wish, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen)
+        return all(stands(r.name, pick(r.first), pick(r.second), pick(r.third)) for r in spec.relations)
+    return any(_assign(seen, spec, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen)
