@@ -21,7 +21,7 @@ from emu_cog.prompt.tokenizer import Tokenizer
 from emu_cog.weights.store import MINIATURE
 from scripts.mini.render import Batch
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import Said
+from scripts.mini.tasks.sample import TextPart
 from scripts.mini.train import encode, export, fused, vocabulary
 from scripts.mini.train.examples import Data
 from scripts.mini.train.language_model import LanguageModel, Shape
@@ -76,7 +76,7 @@ def test_a_training_sequence_is_the_inference_prompt_and_a_readable_answer(task:
         segments = [*reader.feed(answer), *reader.finish()]
         expected = iter(every[given:])
         for part, segment in zip(made.answer, segments, strict=True):
-            if isinstance(part, Said):
+            if isinstance(part, TextPart):
                 assert (segment.text, segment.kind) == (part.text, part.kind)
             else:
                 assert isinstance(segment, ImageCodes)
@@ -137,7 +137,7 @@ def test_invalid_shares_are_rejected(text: str) -> None:
 class _Numbered:
     """Fake vision tokenizer: a picture's codes count up from its noise seed."""
 
-    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> np.ndarray:
+    def codes(self, batch: Batch, final: tuple[int, int], reencoded: bool) -> np.ndarray:
         cells = np.arange(final[0] * final[1])
         return (batch.head[:, 2:3].astype(np.int64) + cells) % CODES
 
@@ -242,8 +242,8 @@ def test_unmasked_tokens_do_not_contribute_to_the_loss() -> None:
 def test_encode_resumes_after_existing_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 2)
     monkeypatch.setattr(encode, "HELD_OUT_SAMPLES", 2)
-    monkeypatch.setattr(encode.Encoder, "COUNT", 8)
-    monkeypatch.setattr(encode.Encoder, "FEW", 4)
+    monkeypatch.setattr(encode.Encoder, "BATCH", 8)
+    monkeypatch.setattr(encode.Encoder, "SMALL_BATCH", 4)
     arguments = ["encode", "--vision", str(MINIATURE / "vision"), "--vocabulary", str(folder), "--out", str(tmp_path)]
 
     def run(samples: int) -> dict[str, Any]:

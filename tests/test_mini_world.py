@@ -16,7 +16,7 @@ from scripts.mini.judge import detect
 from scripts.mini.render import NO_NOISE, NOISE_SIGMA, Batch, palette_and_atlas, picture, places, render, render_clean
 from scripts.mini.spec import Seen, Spec, Wanted, held_out, mismatch
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import TEXT, Said, Sample
+from scripts.mini.tasks.sample import TEXT, Sample, TextPart
 from scripts.mini.train.encode import draw_square
 from scripts.mini.verdicts import Answer
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
@@ -31,12 +31,12 @@ def seen(scene: Scene) -> Seen:
 
 def truth(made: Sample) -> Answer:
     """The correct answer to a sample."""
-    parts = [p.text if isinstance(p, Said) else np.asarray(picture(p)) for p in made.answer if not _hidden(p)]
+    parts = [p.text if isinstance(p, TextPart) else np.asarray(picture(p)) for p in made.answer if not _hidden(p)]
     return Answer(parts=parts, ended=True)
 
 
-def _hidden(part: Said | Scene) -> bool:
-    return isinstance(part, Said) and part.kind != TEXT
+def _hidden(part: TextPart | Scene) -> bool:
+    return isinstance(part, TextPart) and part.kind != TEXT
 
 
 def test_rendering_does_not_depend_on_the_batch() -> None:

@@ -17,7 +17,7 @@ class Voice(Protocol):
 
     def thing(self, phrase: str) -> str: ...
     def relation(self, word: str, *, inverse: bool = False) -> str: ...
-    def seen(self, text: str) -> tuple[str, bool, str | None, bool]: ...
+    def content(self, text: str) -> tuple[str, bool, str | None, bool]: ...
 
 
 _LESSON = re.compile(
@@ -149,7 +149,7 @@ def howto(voice: Voice, text: str) -> str:
     match = _LESSON.match(text)
     if not match:
         return text
-    body, _, ground, _ = voice.seen(match["goal"])
+    body, _, ground, _ = voice.content(match["goal"])
     if ground:
         an = with_article(ground)
         body += voice.rng.choice((" on {} background", " on {} background", " in front of {} background",

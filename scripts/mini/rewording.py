@@ -140,10 +140,10 @@ class Rewording:
         parts = [w for w in words.split() if w not in ("plain", "and")]
         colour = next(w for w in parts if w in COLOUR)
         pattern = [self.rng.choice(MORE_TEXTURES[TEXTURE[w]]) for w in parts if w in TEXTURE]
-        told = [self.colour(colour) or "", *pattern]
+        adjectives = [self.colour(colour) or "", *pattern]
         if pattern and self.rng.random() < 0.2:
-            return f"{pattern[0]} {told[0]}" if self.rng.random() < 0.5 else f"{told[0]} and {pattern[0]}"
-        return " ".join(told if self.rng.random() < 0.5 else told[::-1])
+            return f"{pattern[0]} {adjectives[0]}" if self.rng.random() < 0.5 else f"{adjectives[0]} and {pattern[0]}"
+        return " ".join(adjectives if self.rng.random() < 0.5 else adjectives[::-1])
 
     def relation(self, word: str, *, inverse: bool = False) -> str:
         name = RELATION[word]
@@ -168,7 +168,7 @@ class Rewording:
     # -- 2. t2i ------------------------------------------------------------------------------------------
 
     def t2i(self, text: str) -> str:
-        body, many, ground, fronted = self.seen(_OPENING.sub("", text))
+        body, many, ground, fronted = self.content(_OPENING.sub("", text))
         rng = self.rng
         if ground and not fronted and rng.random() < 0.25:
             sentence = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
@@ -177,7 +177,7 @@ class Rewording:
             sentence = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
         return sentence + rng.choice(frames.ENDED)
 
-    def seen(self, text: str) -> tuple[str, bool, str | None, bool]:
+    def content(self, text: str) -> tuple[str, bool, str | None, bool]:
         """Paraphrase a picture's content: (text, whether it starts with a plural, background, whether it starts with a
         position)."""
         ground = None
@@ -192,20 +192,20 @@ class Rewording:
         parts = {"{is_are}": "are" if many else "is", "{.}": _upper(body), "{}": body}
         if ground:
             parts |= {"{a_ground}": with_article(ground), "{ground}": ground, "{Ground}": _upper(ground)}
-        return _filled(frame, parts)
+        return _fill(frame, parts)
 
     def body(self, text: str) -> tuple[str, bool]:
         """Paraphrase the content without background; also whether it is unsuitable after an opening."""
         rng = self.rng
         phrases = unlisted(text)
         if len(phrases) > 1 and (all(map(_PLACE.match, phrases)) or any(map(_STANDING.match, phrases))):
-            return self._listed(self.one_by_one(phrases)), False
+            return self._joined(self.one_by_one(phrases)), False
         if match := _BETWEEN.match(text):
             parts = {f"{{{name}}}": self.thing(match[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
-                return _filled(rng.choice(frames.BETWEEN_FRONTED), parts), True
-            frame = _weighed(rng, frames.BETWEEN)
-            return _filled(frame, parts), _whole(frame)
+                return _fill(rng.choice(frames.BETWEEN_FRONTED), parts), True
+            frame = _weighted_choice(rng, frames.BETWEEN)
+            return _fill(frame, parts), _is_sentence(frame)
         if match := _PLACE.match(text):
             a, place = self.thing(match["a"]), self.place(match["words"])
             return rng.choice(
@@ -215,28 +215,28 @@ class Rewording:
         if match := _SIDED.match(text):
             return self.sided(match["a"], match["relation"], match["b"])
         things = self.one_by_one(phrases)
-        return (things[0] if len(things) == 1 else self._listed(things)), False
+        return (things[0] if len(things) == 1 else self._joined(things)), False
 
     def one_by_one(self, phrases: list[str]) -> list[str]:
         """Paraphrase things that may have positions, absolute or relative to an earlier thing."""
-        rng, told = self.rng, list[str]()
+        rng, described = self.rng, list[str]()
         head = _PLACE.match(phrases[0])
         known = Thing.read(head["a"] if head else phrases[0])
         plain = True  # "it" can only refer to the first thing
         for phrase in phrases:
             if placed := _PLACE.match(phrase):
-                told.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
+                described.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
             elif match := _STANDING.match(phrase):
                 meant = Thing.read(match["b"])
                 plain = plain and bool(meant and known and meant.noun == known.noun)
                 anchor = "it" if plain and rng.random() < 0.35 else self.thing(match["b"])
                 a, relation = self.thing(match["a"]), self.relation(match["relation"])
-                told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
+                described.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
             else:
-                told.append(self.thing(phrase))
-        return told
+                described.append(self.thing(phrase))
+        return described
 
-    def _listed(self, things: list[str]) -> str:
+    def _joined(self, things: list[str]) -> str:
         links = (" and ", ", and ", ", ", " and also ", " plus ")
         more = () if len(things) > 2 else (" and ", " with ", " together with ")
         last = self.rng.choice((*links, *more, *((". Also ", ". And ") if self.own_nouns else ())))
@@ -258,12 +258,12 @@ class Rewording:
         }
         name = RELATION[relation]
         if rng.random() < 0.1:
-            return _filled(rng.choice(frames.FRONTED), parts), True
+            return _fill(rng.choice(frames.FRONTED), parts), True
         if name in frames.ENDS and rng.random() < 0.06:
             here, there = frames.ENDS[name]
-            return _filled(rng.choice(frames.BY_ENDS), parts | {"{here}": here, "{there}": there}), False
-        frame = _weighed(rng, frames.SIDED)
-        return _filled(frame, parts), _whole(frame)
+            return _fill(rng.choice(frames.BY_ENDS), parts | {"{here}": here, "{there}": there}), False
+        frame = _weighted_choice(rng, frames.SIDED)
+        return _fill(frame, parts), _is_sentence(frame)
 
     # -- 3. edits --------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Rewording:
 
     def _part(self, name: str, words: str) -> str:
         if name == "what":
-            return self._meant(words)
+            return self._reference(words)
         if name == "new":
             return self.thing(words)
         if name == "hue":
@@ -301,7 +301,7 @@ class Rewording:
             return f" {self.relation(match['relation'])} {anchor}"
         return words
 
-    def _meant(self, words: str) -> str:
+    def _reference(self, words: str) -> str:
         """A reference to an existing thing: "it" if it is the only one, or its colour, or its name."""
         if self.alone and self.rng.random() < 0.4:
             return "it"
@@ -318,17 +318,17 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _filled(frame: str, parts: Mapping[str, str]) -> str:
+def _fill(frame: str, parts: Mapping[str, str]) -> str:
     """Fill in all placeholders at once."""
     return re.sub(r"\{[^}]*\}", lambda match: parts[match[0]], frame)
 
 
-def _whole(frame: str) -> bool:
+def _is_sentence(frame: str) -> bool:
     """Whether the frame is a full sentence, so that no opening may precede it."""
     return "{a} {is_are}" in frame and ". " not in frame
 
 
-def _weighed(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
+def _weighted_choice(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
     return rng.choices([form for form, _ in forms], [weight for _, weight in forms])[0]
 
 

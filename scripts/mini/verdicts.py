@@ -58,7 +58,7 @@ def judge_last(made: Sample, answer: Answer) -> str | None:
 def judge_steps(made: Sample, answer: Answer) -> str | None:
     """howto and story: every picture shows what its text says, and together they answer the question."""
     if not answer.in_steps:
-        return "texts and pictures do not take turns"
+        return "texts and pictures do not alternate"
     seen = [detect(p) for p in answer.pictures]
     specs: list[Spec] | None
     if made.task == "howto":
@@ -67,9 +67,9 @@ def judge_steps(made: Sample, answer: Answer) -> str | None:
         read = [reading.story_spec(text) for text in answer.texts]
         specs = [w for w in read if w] if all(read) else None
     if specs is None:
-        return "a text can't be read"
-    for number, (there, spec) in enumerate(zip(seen, specs, strict=True), 1):
-        if wrong := mismatch(there, spec):
+        return "a text can't be parsed"
+    for number, (scene, spec) in enumerate(zip(seen, specs, strict=True), 1):
+        if wrong := mismatch(scene, spec):
             return f"step {number}: {wrong}"
     return asked_for(made, seen)
 
@@ -78,13 +78,13 @@ def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
     """Check all steps together against the question."""
     if made.task == "howto":
         goal = made.specs[-1]
-        told = [m.wanted for m in reading.mentions(made.question)]
-        return mismatch(seen[-1], replace(goal, wanted=tuple(told), relations=()))
+        requested = [m.wanted for m in reading.mentions(made.question)]
+        return mismatch(seen[-1], replace(goal, wanted=tuple(requested), relations=()))
     if len(seen) != len(made.specs):
         return f"{len(seen)} scenes, not {len(made.specs)}"
-    told = [m.wanted for m in reading.mentions(made.question)]
-    for there, place in zip(seen, told[1:], strict=False):
-        if not any((t.shape, t.colour) == (place.shape, place.colour) for t in there.things):
+    requested = [m.wanted for m in reading.mentions(made.question)]
+    for scene, place in zip(seen, requested[1:], strict=False):
+        if not any((t.shape, t.colour) == (place.shape, place.colour) for t in scene.things):
             return f"the {place.colour} {place.shape} of the question is missing"
     return None
 

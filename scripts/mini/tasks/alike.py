@@ -8,7 +8,7 @@ from random import Random
 from scripts.mini.layout import interior, put, put_all
 from scripts.mini.spec import Spec, Wanted
 from scripts.mini.tasks import x2i
-from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape
+from scripts.mini.tasks.sample import Sample, colour, noise_seed, shape, unchanged
 from scripts.mini.words import NUMBERS, Speaker
 from scripts.mini.world import Scene, Thing
 
@@ -75,9 +75,9 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
         if extra is None:
             return None
         left.append(extra)
-        loose = [*map(kept, equal), one]
+        loose = [*map(unchanged, equal), one]
         order = f"add {rng.choice(('another', 'one more'))} {speaker.a(kind.shape, hue).split(' ', 1)[1]}"
     after = replace(before, things=(*others, *left), seed=noise_seed(rng))
-    wanted = [kept(t) for t in left] if loose is None else loose
-    spec = Spec((*map(kept, others), *wanted), background=before.background, texture=before.texture)
+    wanted = [unchanged(t) for t in left] if loose is None else loose
+    spec = Spec((*map(unchanged, others), *wanted), background=before.background, texture=before.texture)
     return x2i.Edit(order, after, spec)

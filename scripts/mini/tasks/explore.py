@@ -6,7 +6,7 @@ from random import Random
 
 from scripts.mini.layout import put
 from scripts.mini.spec import Spec
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, noise_seed, things_apart
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, distinct_things, noise_seed
 from scripts.mini.words import NUMBERS, Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -27,7 +27,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
         path.append(move)
         places.append(place)
     ground = colour(rng)
-    kinds = things_apart(rng, rng.choice((2, 2, 3)), ground)
+    kinds = distinct_things(rng, rng.choice((2, 2, 3)), ground)
     things = _world(rng, kinds, places, half, columns * 16, rows * 16)
     views = [_view(rng, things, spot, half, rows, columns, ground) for spot in places]
 
@@ -47,14 +47,14 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
         question = rng.choice((f"explore this world: {route}", route, f"from here, {route}"))
     if rng.random() < 0.6:
         question = question[0].upper() + question[1:]
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning:
-        answer.append(Said(f"The path has {NUMBERS[steps]} moves: {listing(path)}.", GLOBAL))
+        answer.append(TextPart(f"The path has {NUMBERS[steps]} moves: {listing(path)}.", GLOBAL))
     if not given:
-        answer += [Said(sentence(rng.choice(("we start here", "the walk begins here")))), views[0]]
+        answer += [TextPart(sentence(rng.choice(("we start here", "the walk begins here")))), views[0]]
     words = rng.choice(STEP_WORDS)
     for move, view in zip(path, views[1:], strict=True):
-        answer += [Said(sentence(words.format(move))), view]
+        answer += [TextPart(sentence(words.format(move))), view]
     pictures = views[1:] if given else views
     specs = tuple(Spec((), background=ground) for _ in pictures)
     key = " ".join(["explore", ground, *(f"{k.colour} {k.shape}" for k in kinds[:1]), path[0]])

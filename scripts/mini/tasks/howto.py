@@ -7,7 +7,7 @@ from random import Random
 
 from scripts.mini.layout import interior, put
 from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT, Relation, Spec, Wanted, in_region, region_of, stands
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, kept, noise_seed, texture, things_apart
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, distinct_things, noise_seed, texture, unchanged
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import Scene, Thing
 
@@ -25,7 +25,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     """One sample, or None if the layout failed. `reasoning`: fraction that starts with a plan."""
     ground, pattern, count = colour(rng), texture(rng), rng.choice((2, 3, 3, 4))
     things: list[Thing] = []
-    for thing in things_apart(rng, count, ground):
+    for thing in distinct_things(rng, count, ground):
         if count == 4 and thing.size == "large":
             thing = replace(thing, size="small")
         placed = put(rng, thing, things, interior(columns * 16, rows * 16))
@@ -40,13 +40,13 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     ]
     goal = f"{listing(phrases)} on {speaker.a_ground(ground, pattern)}"
 
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning:
-        answer.append(Said(f"There are {len(things)} things to draw: {listing(phrases)}.", GLOBAL))
+        answer.append(TextPart(f"There are {len(things)} things to draw: {listing(phrases)}.", GLOBAL))
     specs = []
     start = rng.random() < 0.4
     if start:
-        answer += [Said(f"Step 1: {sentence(f'start with {speaker.a_ground(ground, pattern)}')}"), empty]
+        answer += [TextPart(f"Step 1: {sentence(f'start with {speaker.a_ground(ground, pattern)}')}"), empty]
         specs.append(Spec((), (), ground, pattern))
     for i, thing in enumerate(things):
         words, region, relations = _where(rng, speaker, things[: i + 1], empty)
@@ -54,9 +54,9 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         if not start and i == 0:
             step = f"Step 1: {sentence(f'on {speaker.a_ground(ground, pattern)}, draw {phrases[i]} {words}')}"
         picture = replace(empty, things=tuple(things[: i + 1]), seed=noise_seed(rng))
-        wanted = [kept(t) for t in things[:i]]
+        wanted = [unchanged(t) for t in things[:i]]
         wanted.append(Wanted(thing.shape, thing.colour, thing.size if with_size[i] else None, region=region))
-        answer += [Said(step), picture]
+        answer += [TextPart(step), picture]
         specs.append(Spec(tuple(wanted), relations, ground, pattern))
     question = rng.choice(QUESTIONS).format(goal)
     if rng.random() < 0.6:

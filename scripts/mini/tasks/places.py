@@ -7,7 +7,7 @@ from random import Random
 from scripts.mini.layout import in_ninth, interior, put
 from scripts.mini.spec import ABOVE, BELOW, BESIDE, REGIONS, SIDED, Relation, Spec, Wanted, stands
 from scripts.mini.tasks import t2i
-from scripts.mini.tasks.sample import Sample, colour, noise_seed, things_apart
+from scripts.mini.tasks.sample import Sample, colour, distinct_things, noise_seed
 from scripts.mini.words import Speaker
 from scripts.mini.world import Scene, Thing
 
@@ -30,7 +30,7 @@ def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
     count = rng.choice((2, 2, 3))
     regions = rng.sample(tuple(REGIONS), count)
     things: list[Thing] = []
-    for thing, region in zip(things_apart(rng, count, ground), regions, strict=True):
+    for thing, region in zip(distinct_things(rng, count, ground), regions, strict=True):
         placed = in_ninth(rng, thing, region, width, height, things)
         if placed is None:
             return None
@@ -40,7 +40,7 @@ def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
 
 def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
     """A thing, often with a stated position, and one or two placed relative to an earlier one."""
-    first, *others = things_apart(rng, rng.choice((2, 3, 3)), ground)
+    first, *others = distinct_things(rng, rng.choice((2, 3, 3)), ground)
     region = rng.choice(tuple(REGIONS)) if rng.random() < 0.6 else None
     placed = in_ninth(rng, first, region, width, height, ()) if region else put(rng, first, (), interior(width, height))
     if placed is None:

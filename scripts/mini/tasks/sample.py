@@ -12,7 +12,7 @@ GLOBAL, THOUGHT, TEXT = "global_reasoning", "image_reasoning", "text"
 
 
 @dataclass(frozen=True)
-class Said:
+class TextPart:
     """A text in the answer; `kind` as in emu_cog.prompt.segments."""
 
     text: str
@@ -27,7 +27,7 @@ class Sample:
     task: str
     question: str
     references: tuple[Scene, ...]
-    answer: tuple[Said | Scene, ...]
+    answer: tuple[TextPart | Scene, ...]
     specs: tuple[Spec, ...]
     key: str
 
@@ -57,13 +57,13 @@ def noise_seed(rng: Random) -> int:
     return 0 if rng.random() < 0.1 else rng.randrange(1, 2**31)
 
 
-def things_apart(rng: Random, count: int, ground: str, *but_colours: str) -> list[Thing]:
+def distinct_things(rng: Random, count: int, ground: str, *excluded_colours: str) -> list[Thing]:
     """`count` things at (0, 0) with distinct shapes and colours, none in the background's colour."""
-    colours = rng.sample([name for name in COLOURS if name not in (ground, *but_colours)], count)
+    colours = rng.sample([name for name in COLOURS if name not in (ground, *excluded_colours)], count)
     shapes = rng.sample(SHAPES, count)
     return [Thing(s, c, size(rng), 0, 0) for s, c in zip(shapes, colours, strict=True)]
 
 
-def kept(thing: Thing) -> Wanted:
+def unchanged(thing: Thing) -> Wanted:
     """A spec for this thing, unchanged in place."""
     return Wanted(thing.shape, thing.colour, thing.size, near=(thing.x, thing.y))

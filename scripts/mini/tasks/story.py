@@ -7,7 +7,7 @@ from random import Random
 
 from scripts.mini.layout import interior, put
 from scripts.mini.spec import Spec, Wanted
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, noise_seed, shape, size
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, noise_seed, shape, size
 from scripts.mini.words import NUMBERS, Speaker, listing, sentence
 from scripts.mini.world import COLOURS, Scene, Thing
 
@@ -42,10 +42,10 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         specs.append(Spec(wanted, background=ground))
 
     question, names_places = _question(rng, speaker, hero, places)
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning or not names_places:
         goals = listing([speaker.a(p.shape, p.colour) for p in places])
-        answer.append(Said(f"{sentence(speaker.the(hero.shape, hero.colour))[:-1]} will see {goals}.", GLOBAL))
+        answer.append(TextPart(f"{sentence(speaker.the(hero.shape, hero.colour))[:-1]} will see {goals}.", GLOBAL))
     sky = rng.choice(SKIES)
     for i, (scene, place) in enumerate(zip(scenes, places, strict=True)):
         opener = OPENERS[4 if i == count - 1 else min(i, 3)] if rng.random() < 0.7 else ""
@@ -53,7 +53,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
             hero=speaker.the(hero.shape, hero.colour), place=speaker.a(place.shape, place.colour)
         )
         words = f"{sentence(opener + line)} {sentence(sky.format(speaker.colour(scene.background)))}"
-        answer += [Said(words), scene]
+        answer += [TextPart(words), scene]
     references: tuple[Scene, ...] = ()
     if rng.random() < 0.15:  # show the hero as a reference
         alone = put(rng, hero, (), interior(columns * 16, rows * 16))

@@ -7,7 +7,7 @@ from random import Random
 
 from scripts.mini.layout import halves, in_ninth, interior, put, put_all
 from scripts.mini.spec import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Spec, Wanted, region_of, stands
-from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture
+from scripts.mini.tasks.sample import THOUGHT, Sample, TextPart, colour, noise_seed, shape, size, texture
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -64,9 +64,9 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
 
     things = [thing for line in placed for thing in line]
     scene = Scene(rows, columns, ground, pattern, tuple(things), noise_seed(rng))
-    answer: tuple[Said | Scene, ...] = (scene,)
+    answer: tuple[TextPart | Scene, ...] = (scene,)
     if rng.random() < thought:
-        answer = (Said(_plan(speaker, placed, width, height), THOUGHT), scene)
+        answer = (TextPart(_plan(speaker, placed, width, height), THOUGHT), scene)
     key = " ".join([kind, relation, region or "", *(f"{g.count} {g.colour} {g.shape}" for g in groups)])
     return Sample("t2i", question, (), answer, (spec,), key)
 

@@ -6,7 +6,7 @@ from random import Random
 
 from scripts.mini.layout import put
 from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT, Relation, Spec, Wanted, stands
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, kept, noise_seed, size, things_apart
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, distinct_things, noise_seed, size, unchanged
 from scripts.mini.words import Speaker, sentence
 from scripts.mini.world import GRID, GRIPPER, GRIPPER_SIDE, Scene, Thing, touches
 
@@ -19,7 +19,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     ground = colour(rng, "black")
     width, height = columns * 16, rows * 16
     count = rng.choice((2, 2, 3))
-    chosen = things_apart(rng, count, ground, "black")
+    chosen = distinct_things(rng, count, ground, "black")
     kinds = [
         Thing(t.shape, t.colour, size(rng) if i else rng.choice(("small", "medium")), 0, 0)
         for i, t in enumerate(chosen)
@@ -53,7 +53,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
         return Scene(rows, columns, ground, "plain", (*others, thing, gripper), noise_seed(rng))
 
     def spec(thing: Wanted, gripper: Wanted, *relations: Relation) -> Spec:
-        return Spec((*(kept(o) for o in others), thing, gripper), relations, ground)
+        return Spec((*(unchanged(o) for o in others), thing, gripper), relations, ground)
 
     speaker = Speaker(rng)
     what, mark = speaker.the(start.shape, start.colour), speaker.the(goal.shape, goal.colour)
@@ -63,20 +63,20 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     question = order.format(what, side, mark)
     if rng.random() < 0.6:
         question = question[0].upper() + question[1:]
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning:
-        answer.append(Said(f"{sentence(what)[:-1]} has to be {side} {mark}.", GLOBAL))
+        answer.append(TextPart(f"{sentence(what)[:-1]} has to be {side} {mark}.", GLOBAL))
     answer += [
-        Said(sentence(f"{arm} goes down to {what} and grips it")),
+        TextPart(sentence(f"{arm} goes down to {what} and grips it")),
         frame(start, grasp),
-        Said(sentence(f"{arm} lifts {what} and carries it over its new place")),
+        TextPart(sentence(f"{arm} lifts {what} and carries it over its new place")),
         frame(carried, lift),
-        Said(sentence(f"{arm} puts {what} down {side} {mark} and lets go")),
+        TextPart(sentence(f"{arm} puts {what} down {side} {mark} and lets go")),
         frame(end, rest),
     ]
     hand, number = Wanted(GRIPPER), len(others)
     specs = (
-        spec(kept(start), hand),
+        spec(unchanged(start), hand),
         spec(Wanted(start.shape, start.colour, start.size), hand),
         spec(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
     )

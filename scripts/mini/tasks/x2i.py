@@ -8,7 +8,7 @@ from random import Random
 
 from scripts.mini.layout import in_ninth, interior, put, put_all
 from scripts.mini.spec import BESIDE, REGIONS, SIDED, Relation, Spec, Wanted, stands
-from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape, size, texture, things_apart
+from scripts.mini.tasks.sample import Sample, colour, distinct_things, noise_seed, shape, size, texture, unchanged
 from scripts.mini.words import ORDINALS, Speaker
 from scripts.mini.world import Scene, Thing, fits, touches
 
@@ -82,12 +82,12 @@ def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit
     return Sample("x2i", order, references, (edit.after,), (edit.spec,), key)
 
 
-def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -> Scene | None:
+def scene(rng: Random, rows: int, columns: int, count: int, *excluded_colours: str) -> Scene | None:
     """A picture of `count` things with distinct shapes and colours at random positions."""
-    ground = colour(rng, *but_colours)
+    ground = colour(rng, *excluded_colours)
     step = 1 if rng.random() < FREE_SHARE else 8
     things = put_all(
-        rng, things_apart(rng, count, ground, *but_colours), (), interior(columns * 16, rows * 16), step=step
+        rng, distinct_things(rng, count, ground, *excluded_colours), (), interior(columns * 16, rows * 16), step=step
     )
     return (things and Scene(rows, columns, ground, texture(rng), tuple(things), noise_seed(rng))) or None
 
@@ -103,7 +103,7 @@ def _edit(
 ) -> Edit:
     """An edit that keeps all other things; `changed` describes the last of `things` if it is new."""
     after = replace(before, things=tuple(things), seed=noise_seed(rng))
-    wanted = [kept(t) for t in (things[:-1] if changed else things)]
+    wanted = [unchanged(t) for t in (things[:-1] if changed else things)]
     wanted += [changed] if changed else []
     spec = Spec(tuple(wanted), background=before.background, texture=before.texture)
     return Edit(order, after, replace(spec, **more))  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def _recolour(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> 
             f"recolor {what} {hue}" if speaker.american else f"recolour {what} {hue}",
         )
     )
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
 def _reshape(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
@@ -138,7 +138,7 @@ def _reshape(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> E
     what = name(rng, speaker, thing, before.things)
     goal = speaker.a(new.shape, None if same and rng.random() < 0.5 else new.colour)
     order = rng.choice((f"replace {what} with {goal}", f"turn {what} into {goal}", f"swap {what} for {goal}"))
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
 def _resize(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
@@ -153,7 +153,7 @@ def _resize(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Ed
         return None
     what = name(rng, speaker, thing, before.things)
     order = rng.choice((f"make {what} {'larger' if up else 'smaller'}", f"make {what} {'bigger' if up else 'smaller'}"))
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
 def _spot(
@@ -278,7 +278,7 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
     noun = rng.choice(("picture", "picture", "image"))
     into = f"the {number[id(base)]} {noun}"
 
-    things, wanted, relations, phrases = list(base.things), [kept(t) for t in base.things], [], []
+    things, wanted, relations, phrases = list(base.things), [unchanged(t) for t in base.things], [], []
     for giver, thing in zip(givers, taken, strict=True):
         what = f"{name(rng, speaker, thing, giver.things)} from the {number[id(giver)]} {noun}"
         if two or rng.random() < 0.5:

@@ -45,11 +45,11 @@ class Encoder:
     size.
     """
 
-    COUNT, FEW = 256, 128
+    BATCH, SMALL_BATCH = 256, 128
     """Fixed batch sizes, in pictures, of the most common and of other sizes: every new shape needs setup."""
-    CPU_COUNT = 8
+    CPU_BATCH = 8
     """Batch size on a CPU, where larger batches spend their time on memory allocation."""
-    MOST = 10
+    MAX_THINGS = 10
     """Maximum things per picture in the compiled renderer; fuller pictures are rendered eagerly."""
 
     def __init__(self, vision: IBQ, device: torch.device, *, compiled: bool) -> None:
@@ -62,19 +62,19 @@ class Encoder:
         self._draw = torch.compile(draw_square, dynamic=False) if compiled and device.type == "cuda" else None
 
     @torch.inference_mode()
-    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> NDArray[np.int64]:
-        """(N, rows * columns) codes of a batch, resized to `final` (rows, columns); `again`: encoded, decoded and
-        encoded again."""
+    def codes(self, batch: Batch, final: tuple[int, int], reencoded: bool) -> NDArray[np.int64]:
+        """(N, rows * columns) codes of a batch, resized to `final` (rows, columns); `reencoded`: encoded, decoded and
+        encoded reencoded."""
         found = []
-        step = self.COUNT if (batch.rows, batch.columns) == SQUARE else self.FEW
-        step = step if self.device.type == "cuda" else self.CPU_COUNT
+        step = self.BATCH if (batch.rows, batch.columns) == SQUARE else self.SMALL_BATCH
+        step = step if self.device.type == "cuda" else self.CPU_BATCH
         for i in range(0, len(batch.head), step):
             head, things = batch.head[i : i + step], batch.things[i : i + step]
             if self.device.type == "cuda":
                 blank = ((0, step - len(head)), (0, 0))
                 head, things = np.pad(head, blank), np.pad(things, (*blank, (0, 0)), constant_values=-1)
             pixels = resize(self.draw(batch.rows, batch.columns, head, things), final[0] * 16, final[1] * 16)
-            if again:
+            if reencoded:
                 back = self.vision.decode(self.vision.encode(self._floats(pixels)))
                 pixels = ((back.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
             found.append(self.vision.encode(self._floats(pixels)).flatten(1))
@@ -86,10 +86,10 @@ class Encoder:
     def draw(self, rows: int, columns: int, head: NDArray[np.int32], things: NDArray[np.int32]) -> Tensor:
         """(N, 3, H, W) uint8 pictures, the same with and without compilation."""
         most = things.shape[1]
-        if self._draw is None or (rows, columns) != SQUARE or most > self.MOST:
+        if self._draw is None or (rows, columns) != SQUARE or most > self.MAX_THINGS:
             batch = Batch(rows, columns, head, things)
             return render(batch, self.device)
-        things = np.pad(things, ((0, 0), (0, self.MOST - most), (0, 0)), constant_values=-1)
+        things = np.pad(things, ((0, 0), (0, self.MAX_THINGS - most), (0, 0)), constant_values=-1)
         tensors = (torch.from_numpy(x).to(self.device) for x in (head, things))
         return self._draw(*tensors, *self.palette_and_atlas, self.place)
 
@@ -101,8 +101,8 @@ def draw_square(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, pl
 def fill(part: Chunk, encoder: Encoder, visual: int) -> NDArray[np.int32]:
     """The chunk's ids with blanks replaced by the codes of its pictures."""
     codes = np.zeros(part.blanks, np.int32)
-    for (_, final, again), (batch, firsts) in part.scenes.items():
-        found = encoder.codes(batch, final, again)
+    for (_, final, reencoded), (batch, firsts) in part.scenes.items():
+        found = encoder.codes(batch, final, reencoded)
         codes[firsts[:, None] + np.arange(found.shape[1])] = found
     blank = part.ids >= visual + BLANK
     ids = part.ids.copy()
@@ -218,12 +218,12 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
-    held: Rows = {}
-    add_sequences(held, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
-    write(args.out / HELD_OUT, held, pad)
+    held_out: Rows = {}
+    add_sequences(held_out, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
+    write(args.out / HELD_OUT, held_out, pad)
     ready = time.time()
 
-    samples, written, working = present * CHUNKS_PER_SHARD * size, present, 0.0
+    samples, written, busy_seconds = present * CHUNKS_PER_SHARD * size, present, 0.0
     bar = tqdm(total=args.samples, initial=samples, mininterval=5.0)
     for group in grouped(chunks):
         group_start = time.time()
@@ -234,7 +234,7 @@ def main() -> None:
             bar.update(len(one.lengths))
         write(args.out / shard_name(args.seed, written), rows, pad)
         written += 1
-        working += time.time() - group_start
+        busy_seconds += time.time() - group_start
         if time.time() - started > args.seconds:
             break
     record = {
@@ -242,7 +242,7 @@ def main() -> None:
         "parts": written,
         "seconds": round(time.time() - started, 1),
         "setup_seconds": round(ready - started, 1),
-        "waiting_seconds": round(time.time() - ready - working, 1),
+        "waiting_seconds": round(time.time() - ready - busy_seconds, 1),
         "seed": args.seed,
         "shares": args.shares,
         "many": args.many,

@@ -63,7 +63,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight).to(x.dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding; the two halves of a head form the pairs."""
     low, high = x.float().chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
@@ -77,7 +77,7 @@ def before_attention(
     h = _norm(x, norm)
     dim = q_norm.shape[0]
     query, key, value = (F.linear(h, w.to(h.dtype)).unflatten(-1, (-1, dim)) for w in (q, k, v))
-    query, key = _turn(_norm(query, q_norm), cos, sin), _turn(_norm(key, k_norm), cos, sin)
+    query, key = _rotate(_norm(query, q_norm), cos, sin), _rotate(_norm(key, k_norm), cos, sin)
     groups = query.shape[1] // key.shape[1]
     return query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
@@ -125,8 +125,8 @@ class LanguageModel(nn.Module):
         self.embed = nn.Parameter(0.02 * torch.randn(s.vocab_size, s.hidden_size))
         self.norm = nn.Parameter(torch.ones(s.hidden_size))
         self.head = nn.Parameter(0.005 * torch.randn(s.vocab_size, s.hidden_size))
-        speeds = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).float() / s.head_dim)
-        angles = torch.arange(s.max_position_embeddings).float()[:, None] * speeds
+        frequencies = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).float() / s.head_dim)
+        angles = torch.arange(s.max_position_embeddings).float()[:, None] * frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self._before, self._after, self._losses = before_attention, after_attention, losses

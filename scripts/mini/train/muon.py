@@ -16,14 +16,14 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
     """The nearest stack of matrices to (L, out, in) `m` with all singular values about 1."""
     x = m.bfloat16() if m.is_cuda else m.float()
-    turned = x.shape[-2] > x.shape[-1]
-    if turned:
+    transposed = x.shape[-2] > x.shape[-1]
+    if transposed:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = _A * x + (_B * square + _C * square @ square) @ x
-    return x.mT if turned else x
+    return x.mT if transposed else x
 
 
 class Muon(torch.optim.Optimizer):

@@ -197,8 +197,8 @@ class Training:
                 if self.data.refresh():
                     lengths, weights = self.data.weights()
                 if spent > SAVE_EVERY * saves:
-                    pace = (state.steps - first) * self.tokens / spent / 1e6
-                    print(f"step {state.steps} {state.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
+                    throughput = (state.steps - first) * self.tokens / spent / 1e6
+                    print(f"step {state.steps} {state.seconds:.0f}s loss {value:.4f}, {throughput:.2f}M tokens/s, "
                           f"{self.data.samples} samples, held out {self.save()}", flush=True)  # fmt: skip
                     saves += 1
         bar.close()

@@ -189,7 +189,7 @@ def train(
         passes.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
     )
     bar = tqdm(range(args.steps), mininterval=5.0)
-    schedule_start, kept, saves, n = time.time(), None, 0, 0
+    schedule_start, collected, saves, n = time.time(), None, 0, 0
     passes.quantise.fill_(1.0 if args.resume else 0.0)
     for n in bar:
         if n == WARM_UP:
@@ -200,10 +200,10 @@ def train(
             break
         x, target = next(stream)
         warm, finish = bool(args.resume) or (progress > 0.08 and n > 150), progress > FINISH
-        if warm and kept is not None:
-            codes.start(kept)
+        if warm and collected is not None:
+            codes.initialize(collected)
             passes.quantise.fill_(1.0)
-            kept = None
+            collected = None
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -214,7 +214,7 @@ def train(
         if warm and not finish:
             codes.update(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
         elif progress > 0.06 and not warm:
-            kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
+            collected = flat.clone() if collected is None else torch.cat([collected, flat])[-40000:]
         if n % 50 == 0:
             bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
         if progress >= (saves + 1) / 12:

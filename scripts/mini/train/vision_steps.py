@@ -32,7 +32,7 @@ class Codes(nn.Module):
         self.sums.copy_(self.book)
 
     @torch.no_grad()
-    def start(self, z: Tensor) -> None:
+    def initialize(self, z: Tensor) -> None:
         """Spherical k-means over (N, width) unit vectors, with spread-out initialization: most patches are plain
         background, which would otherwise take most codes."""
         count = len(self.book)
@@ -40,7 +40,7 @@ class Codes(nn.Module):
         filled = count // 32
         while filled < count:
             more = min(count // 16, count - filled)
-            self.book[filled : filled + more] = z[self._far(z, self.book[:filled], more)]
+            self.book[filled : filled + more] = z[self._sample_distant(z, self.book[:filled], more)]
             filled += more
         for _ in range(10):
             codes = (z @ self.book.t()).argmax(1)
@@ -51,10 +51,10 @@ class Codes(nn.Module):
         self.uses.fill_(1.0)
 
     @staticmethod
-    def _far(z: Tensor, book: Tensor, count: int) -> Tensor:
+    def _sample_distant(z: Tensor, book: Tensor, count: int) -> Tensor:
         """Indices of `count` rows of z, sampled in proportion to the squared distance from the nearest code."""
-        apart = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
-        return torch.multinomial(apart, count, replacement=True)
+        distance = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
+        return torch.multinomial(distance, count, replacement=True)
 
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
@@ -65,7 +65,7 @@ class Codes(nn.Module):
         self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
         if revive:
             dead = self.uses < 0.03 * len(z) / count
-            fresh = z[self._far(z, self.book, count)]
+            fresh = z[self._sample_distant(z, self.book, count)]
             self.book.copy_(torch.where(dead[:, None], fresh, self.book))
             self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
             self.uses.copy_(torch.where(dead, torch.ones_like(self.uses), self.uses))
@@ -84,12 +84,12 @@ def step(
     with torch.no_grad():
         chosen = (flat @ codes.book.t()).argmax(1)
         near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-    apart = (z - near).pow(2).sum(1).mean()
+    distance = (z - near).pow(2).sum(1).mean()
     passed = near if finish else z + quantise * (near - z).detach()
     y = model.decoder(model.post_quant_conv((LENGTH * passed).to(x.dtype))).float()
     error = (y - target).abs()
     squared = error.pow(2).mean()
-    loss = error.mean() + 8 * squared + 0.25 * quantise * apart
+    loss = error.mean() + 8 * squared + 0.25 * quantise * distance
     return loss, squared, flat.detach(), chosen
 
 
@@ -107,7 +107,7 @@ class TrainingPasses:
             model.to(memory_format=torch.channels_last)
         self.model = fuse(copy.deepcopy(model).bfloat16()) if self.separate else model
         names = [name for name, _ in model.named_parameters() if not name.startswith("quantize")]
-        self.late = [name.startswith(("decoder", "post_quant")) for name in names]
+        self.in_decoder = [name.startswith(("decoder", "post_quant")) for name in names]
         self.own, self.copies = (
             [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
         )
@@ -163,8 +163,8 @@ class TrainingPasses:
         if self.separate:
             pairs = [
                 (own, c.grad)
-                for own, c, late in zip(self.own, self.copies, self.late, strict=True)
-                if late or not finish
+                for own, c, in_decoder in zip(self.own, self.copies, self.in_decoder, strict=True)
+                if in_decoder or not finish
             ]
             for own in self.own:
                 own.grad = None
@@ -172,6 +172,6 @@ class TrainingPasses:
                 own.grad = torch.empty_like(own)
             torch._foreach_copy_([own.grad for own, _ in pairs], [grad for _, grad in pairs])
         elif finish:
-            for own, late in zip(self.own, self.late, strict=True):
-                own.grad = own.grad if late else None
+            for own, in_decoder in zip(self.own, self.in_decoder, strict=True):
+                own.grad = own.grad if in_decoder else None
         return found

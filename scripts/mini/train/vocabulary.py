@@ -14,7 +14,7 @@ from emu_cog.prompt.tasks import TABLE, UNCONDITIONAL
 from emu_cog.prompt.tokenizer import RANKS_FILE, SPLIT, VISION_FILE
 from scripts.mini.pool import SQUARE
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import Said
+from scripts.mini.tasks.sample import TextPart
 
 RANKS = 749
 """With 211 special tokens and 2048 codes the vocabulary is 3008, a multiple of 64."""
@@ -28,7 +28,7 @@ def corpus(samples: int, seed: int) -> list[str]:
         for _ in range(samples):
             made = sample(rng, task, *SQUARE)
             lines.append(f"{TABLE[task].before()}{made.question} ASSISTANT: ")
-            lines += [part.text for part in made.answer if isinstance(part, Said)]
+            lines += [part.text for part in made.answer if isinstance(part, TextPart)]
     return [*lines, "".join(UNCONDITIONAL)]
 
 
