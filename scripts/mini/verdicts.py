@@ -29,7 +29,6 @@ class Answer:
     limit."""
 
     parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
     reasoned: bool = False
     ended: bool = False
 

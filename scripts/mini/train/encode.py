@@ -64,7 +64,7 @@ class Encoder:
     @torch.inference_mode()
     def codes(self, batch: Batch, final: tuple[int, int], reencoded: bool) -> NDArray[np.int64]:
         """(N, rows * columns) codes of a batch, resized to `final` (rows, columns); `reencoded`: encoded, decoded and
-        encoded reencoded."""
+        encoded a second time."""
         found = []
         step = self.BATCH if (batch.rows, batch.columns) == SQUARE else self.SMALL_BATCH
         step = step if self.device.type == "cuda" else self.CPU_BATCH
