@@ -1,4 +1,4 @@
-"""The miniature's making: sequences in inference's own form, the training model, its files and their limit."""
+"""The miniature's training: token sequences as in inference, the training model, resuming, and export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from emu_cog.prompt.tokenizer import Tokenizer
 from emu_cog.weights.store import MINIATURE
 from scripts.mini.render import Batch
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import Said
+from scripts.mini.tasks.sample import TextPart
 from scripts.mini.train import encode, export, fused, vocabulary
 from scripts.mini.train.examples import Data
 from scripts.mini.train.language_model import LanguageModel, Shape
@@ -35,7 +35,7 @@ SIZE = (12, 12)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer files learnt from few sentences."""
+    """Tokenizer files trained on few sentences."""
     path = tmp_path_factory.mktemp("vocabulary")
     tokens = vocabulary.ranks(vocabulary.corpus(60, 3), 400)
     vocabulary.write(path, tokens, CODES)
@@ -48,7 +48,7 @@ def words(folder: Path) -> Tokenizer:
 
 
 def grids(count: int, first: int) -> list[list[list[int]]]:
-    """The blanks of `count` pictures, numbered on from `first`."""
+    """The blanks of `count` pictures, numbered from `first`."""
     rows, columns = SIZE
     return [
         [[BLANK + first + (n * rows + r) * columns + c for c in range(columns)] for r in range(rows)]
@@ -57,7 +57,7 @@ def grids(count: int, first: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("task", list(MAKERS))
-def test_a_trained_line_is_the_prompt_of_inference_and_an_answer_its_reader_reads(task: str, words: Tokenizer) -> None:
+def test_a_training_sequence_is_the_inference_prompt_and_a_readable_answer(task: str, words: Tokenizer) -> None:
     rng, ids = Random(4), words.ids
     for _ in range(6):
         made = sample(rng, task, *SIZE)
@@ -70,13 +70,13 @@ def test_a_trained_line_is_the_prompt_of_inference_and_an_answer_its_reader_read
         assert all(learn[len(prompt) :])
         assert line[-1] == ids.eos
 
-        # the reader gives back what was said and drawn, in order; blanks stand for codes it would refuse
+        # the reader returns texts and pictures in order; blanks are mapped to valid codes first
         answer = [i if i < ids.visual else ids.visual + (i - ids.visual) % CODES for i in line[len(prompt) :]]
         reader = Reader(words, output=0)
         segments = [*reader.feed(answer), *reader.finish()]
         expected = iter(every[given:])
         for part, segment in zip(made.answer, segments, strict=True):
-            if isinstance(part, Said):
+            if isinstance(part, TextPart):
                 assert (segment.text, segment.kind) == (part.text, part.kind)
             else:
                 assert isinstance(segment, ImageCodes)
@@ -84,7 +84,7 @@ def test_a_trained_line_is_the_prompt_of_inference_and_an_answer_its_reader_read
 
 
 @pytest.mark.parametrize("task", list(MAKERS))
-def test_the_unconditional_line_is_the_unconditional_prompt_and_the_picture_blocks(task: str, words: Tokenizer) -> None:
+def test_an_unconditional_sequence_is_its_prompt_and_image_blocks(task: str, words: Tokenizer) -> None:
     rng, ids = Random(6), words.ids
     for _ in range(4):
         made = sample(rng, task, *SIZE)
@@ -100,7 +100,7 @@ def test_the_unconditional_line_is_the_unconditional_prompt_and_the_picture_bloc
             assert words.decode(prompt[1:-1]) == "".join(UNCONDITIONAL)
 
 
-def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder: Path) -> None:
+def test_chunks_are_reproducible_by_seed_and_contain_all_tasks(folder: Path) -> None:
     one, two, other = (chunk((seed, 60, folder, Mix())) for seed in (5, 5, 6))
     assert one.ids.tolist() == two.ids.tolist()
     assert one.ids.tolist() != other.ids.tolist()
@@ -110,17 +110,17 @@ def test_chunks_are_the_same_again_from_the_same_seed_and_hold_all_tasks(folder:
     assert sum(len(batch.head) for batch, _ in one.scenes.values()) > 60
 
 
-def test_shares_say_which_tasks_are_drawn(folder: Path) -> None:
+def test_shares_select_the_tasks(folder: Path) -> None:
     only = encode.shares('{"explore": 2, "vla": 0}')
     rng = Random(3)
     assert {draw(rng, Mix(only))[0].task for _ in range(20)} == {"explore"}
     assert {draw(rng, Mix())[0].task for _ in range(200)} == set(SHARES)
 
 
-def test_a_part_of_t2i_is_hard() -> None:
+def test_many_raises_the_fraction_of_hard_t2i_samples() -> None:
     def things(many: float) -> list[int]:
         rng = Random(3)
-        return [len(draw(rng, Mix({"t2i": 1}, many))[0].wishes[-1].wanted) for _ in range(150)]
+        return [len(draw(rng, Mix({"t2i": 1}, many))[0].specs[-1].wanted) for _ in range(150)]
 
     assert min(things(1.0)) >= 3
     shares = [sum(count >= 3 for count in things(many)) / 150 for many in (0.0, 0.5)]
@@ -129,21 +129,21 @@ def test_a_part_of_t2i_is_hard() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"fly": 1}', '{"t2i": -1}', '{"t2i": 0.5}', '{"t2i": true}', "{}", "[1]"])
-def test_wrong_shares_are_refused(text: str) -> None:
+def test_invalid_shares_are_rejected(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="t2i, x2i, howto, story, explore, vla"):
         encode.shares(text)
 
 
 class _Numbered:
-    """Stands for the vision tokenizer: a picture's codes count on from the seed of its noise."""
+    """Fake vision tokenizer: a picture's codes count up from its noise seed."""
 
-    def codes(self, batch: Batch, final: tuple[int, int], again: bool) -> np.ndarray:
+    def codes(self, batch: Batch, final: tuple[int, int], reencoded: bool) -> np.ndarray:
         cells = np.arange(final[0] * final[1])
         return (batch.head[:, 2:3].astype(np.int64) + cells) % CODES
 
 
-def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
-    """Lines are rebuilt one by one, from the same seed, and compared with what the bulk way wrote."""
+def test_every_blank_is_filled_from_its_own_picture(folder: Path) -> None:
+    """Sequences rebuilt one by one from the same seed equal those of the chunk."""
     count, seed, words = 25, 8, Tokenizer.load(folder)
     visual = words.ids.visual
     part = chunk((seed, count, folder, Mix()))
@@ -165,7 +165,7 @@ def test_every_blank_gets_the_code_of_its_own_picture(folder: Path) -> None:
         begin += length
 
 
-def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_path: Path) -> None:
+def test_shards_are_written_atomically_and_later_ones_are_loaded(tmp_path: Path) -> None:
     def rows(value: int, count: int) -> encode.Rows:
         line, mask = np.full(150, value, np.int32), np.ones(150, np.uint8)
         return {180: [(line, mask)] * count, 210: [(np.full(200, value, np.int32), np.ones(200, np.uint8))]}
@@ -173,11 +173,11 @@ def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_p
     data = Data(tmp_path, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="run encode first"):
         data.wait(0.0)
-    encode.write(tmp_path / encode.part_name(1, 0), rows(1, 3), pad=7)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [encode.part_name(1, 0)]
+    encode.write(tmp_path / encode.shard_name(1, 0), rows(1, 3), pad=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [encode.shard_name(1, 0)]
     data.wait(0.0)
     assert (data.samples, not data.refresh()) == (4, True)
-    encode.write(tmp_path / encode.part_name(12345, 0), rows(2, 2), pad=7)
+    encode.write(tmp_path / encode.shard_name(12345, 0), rows(2, 2), pad=7)
     assert data.refresh()
     assert data.samples == 7
     ids, learn = data.buckets[180].draw(5)
@@ -186,10 +186,10 @@ def test_parts_are_whole_files_and_training_takes_in_those_that_come_later(tmp_p
     assert learn.sum(1).tolist() == [150] * 5
     lengths, weights = data.weights()
     assert dict(zip(lengths, weights, strict=True)) == pytest.approx({180: 900 / 1320, 210: 420 / 1320})
-    assert [encode.parts_there(tmp_path, seed) for seed in (1, 12345, 3)] == [1, 1, 0]
+    assert [encode.complete_shards(tmp_path, seed) for seed in (1, 12345, 3)] == [1, 1, 0]
 
 
-def test_the_training_model_computes_what_the_loaded_one_does(words: Tokenizer, tmp_path: Path) -> None:
+def test_the_training_model_gives_the_logits_of_the_exported_one(words: Tokenizer, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = Shape(
         vocab_size=words.ids.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16
@@ -197,7 +197,7 @@ def test_the_training_model_computes_what_the_loaded_one_does(words: Tokenizer, 
     model = LanguageModel(shape, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_((p + 0.1 * torch.randn_like(p)).bfloat16())  # no layer idle, and nothing lost in the files
+            p.copy_((p + 0.1 * torch.randn_like(p)).bfloat16())  # no identity layers, and values exact in bf16
     model.save(tmp_path, shard_bytes=200_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
 
@@ -216,7 +216,7 @@ def _normed(x: torch.Tensor, model: LanguageModel) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * model.norm
 
 
-def test_weights_come_back_as_they_were_saved(words: Tokenizer) -> None:
+def test_released_state_round_trips(words: Tokenizer) -> None:
     shape = Shape(vocab_size=words.ids.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     one, two = (LanguageModel(shape, dtype=torch.float32) for _ in range(2))
     two.load_released(one.released_state())
@@ -224,7 +224,7 @@ def test_weights_come_back_as_they_were_saved(words: Tokenizer) -> None:
         assert torch.equal(a.bfloat16().float(), b), name
 
 
-def test_what_is_not_marked_teaches_nothing() -> None:
+def test_unmasked_tokens_do_not_contribute_to_the_loss() -> None:
     shape = Shape(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16)
     torch.manual_seed(1)
     model = LanguageModel(shape, dtype=torch.float32)
@@ -232,19 +232,18 @@ def test_what_is_not_marked_teaches_nothing() -> None:
     learn = torch.zeros(2, 9, dtype=torch.uint8)
     learn[:, 4:7] = 1
     loss, each = model.loss(tokens, learn)
-    # token t is predicted from t - 1: the marks move one place to the left
+    # token t is predicted from t - 1: the mask shifts one position to the left
     assert (each != 0).sum(1).tolist() == [3, 3]
     assert each[:, 3:6].bool().all()
     assert loss.item() == pytest.approx(each[:, 3:6].mean().item(), rel=1e-5)
 
 
-def test_encode_goes_on_after_the_parts_that_are_there(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encode, "SAMPLES_A_CHUNK", 2)
+@pytest.mark.slow
+def test_encode_resumes_after_existing_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 2)
     monkeypatch.setattr(encode, "HELD_OUT_SAMPLES", 2)
-    monkeypatch.setattr(encode.Encoder, "COUNT", 8)
-    monkeypatch.setattr(encode.Encoder, "FEW", 4)
+    monkeypatch.setattr(encode.Encoder, "BATCH", 8)
+    monkeypatch.setattr(encode.Encoder, "SMALL_BATCH", 4)
     arguments = ["encode", "--vision", str(MINIATURE / "vision"), "--vocabulary", str(folder), "--out", str(tmp_path)]
 
     def run(samples: int) -> dict[str, Any]:
@@ -253,13 +252,13 @@ def test_encode_goes_on_after_the_parts_that_are_there(
         return json.loads((tmp_path / encode.LOG).read_text().splitlines()[-1])
 
     assert run(8)["parts"] == 2
-    first, second = (tmp_path / encode.part_name(7, n) for n in range(2))
+    first, second = (tmp_path / encode.shard_name(7, n) for n in range(2))
     whole, before = second.read_bytes(), first.stat().st_mtime_ns
-    second.unlink()  # as if it had been cut off there
+    second.unlink()  # as if interrupted there
     assert run(8)["samples"] == 8
     assert second.read_bytes() == whole
     assert first.stat().st_mtime_ns == before
-    with pytest.raises(SystemExit, match="holds all 2 parts of seed 7"):
+    with pytest.raises(SystemExit, match="holds all 2 shards of seed 7"):
         run(8)
 
 
@@ -270,11 +269,11 @@ SMALL = Shape(
 
 
 def training(folder: Path, *, seed: int = 1) -> Training:
-    """A small training over examples that count upwards, which are soon learnt."""
+    """A small training on sequences that count up, which are learned quickly."""
     data_folder = folder / "data"
     if not data_folder.exists():
         data_folder.mkdir()
-        for name, first in ((encode.HELD_OUT, 5), (encode.part_name(1, 0), 0)):
+        for name, first in ((encode.HELD_OUT, 5), (encode.shard_name(1, 0), 0)):
             ids = (first + np.arange(64)[:, None] + np.arange(96)) % 280
             np.savez(data_folder / name, ids_96=ids.astype(np.int16), learn_96=np.ones_like(ids, np.uint8))
     torch.manual_seed(seed)
@@ -287,12 +286,12 @@ def training(folder: Path, *, seed: int = 1) -> Training:
     )  # fmt: skip
 
 
-def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_stopped_training_resumes_from_its_state(tmp_path: Path) -> None:
     first = training(tmp_path)
     take = first.gradients
 
     def eight(ids: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
-        if first.course.steps == 7:
+        if first.state.steps == 7:
             first.stop()  # as SIGTERM does
         return take(ids, learn)
 
@@ -301,9 +300,9 @@ def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> Non
     assert (told["finished"], told["steps"]) == (False, 8)
     weights = {name: value.clone() for name, value in first.model.state_dict().items()}
 
-    again = training(tmp_path, seed=2)  # another seed: nothing of its own start may remain
-    assert again.course.steps == 8
-    assert again.course.seconds == pytest.approx(first.course.seconds)
+    again = training(tmp_path, seed=2)  # another seed: its own initialization must be replaced
+    assert again.state.steps == 8
+    assert again.state.seconds == pytest.approx(first.state.seconds)
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
     momenta = [list(o.state_dict()["state"].values()) for o in (first.optims[0], again.optims[0])]
     assert momenta[0]
@@ -323,21 +322,21 @@ def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with torch.no_grad():
             made.model.embed.fill_(step)
         made.save()
-    assert made.course.best == 1.0
+    assert made.state.best == 1.0
     kept = read_weights(tmp_path / "out")["model.embed_tokens.weight"]
     assert (kept == 1).all(), "the second was the best"
     assert (training(tmp_path).model.embed == 2).all(), "the training itself goes on from the last"
     assert [path.name for path in (tmp_path / "out").glob("*.unfinished")] == []
 
 
-def test_the_rate_climbs_stays_and_falls_to_zero() -> None:
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert rate_at(0.0, 0, 3.0) == pytest.approx(0.02)
     assert rate_at(0.1, 149, 3.0) == rate_at(0.3, 1000, 3.0) == 3.0
     assert rate_at(0.65, 2000, 3.0) == pytest.approx(1.5)
     assert rate_at(1.0, 3000, 3.0) == 0.0
 
 
-def test_muons_step_is_near_orthogonal() -> None:
+def test_the_muon_update_is_nearly_orthogonal() -> None:
     torch.manual_seed(2)
     for shape in ((3, 24, 64), (3, 64, 24)):
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
@@ -346,22 +345,20 @@ def test_muons_step_is_near_orthogonal() -> None:
 
 
 @pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
-def test_a_miniature_over_its_limit_is_refused_and_what_was_there_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_over_the_size_limit_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = tmp_path / "model/config.json"
     held.parent.mkdir()
     held.write_text("{}")
     sources = (MINIATURE / "vision", MINIATURE / "model", MINIATURE / "model")
     monkeypatch.setattr(export, "LIMIT", 10**6)
-    with pytest.raises(SystemExit, match="nothing was changed: .* more than the 1000000 it may"):
+    with pytest.raises(SystemExit, match="nothing was changed: .* over the limit of 1000000"):
         export.copy(*sources, tmp_path, {})
     assert list(tmp_path.rglob("*")) == [held.parent, held]
     monkeypatch.undo()
     assert export.copy(*sources, tmp_path, {}) == sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_export_changes_nothing_where_a_file_is_missing(tmp_path: Path) -> None:
+def test_export_changes_nothing_if_a_file_is_missing(tmp_path: Path) -> None:
     held = tmp_path / "mini/model/config.json"
     held.parent.mkdir(parents=True)
     held.write_text("{}")
@@ -375,7 +372,7 @@ def test_export_changes_nothing_where_a_file_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_the_fused_norm_computes_what_the_modules_do() -> None:
+def test_the_fused_norm_equals_the_reference() -> None:
     torch.manual_seed(3)
     for channels, height, width in ((64, 20, 12), (128, 7, 9)):
         norm = torch.nn.GroupNorm(32, channels, eps=1e-6).cuda()
@@ -393,8 +390,8 @@ def test_the_fused_norm_computes_what_the_modules_do() -> None:
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
-def test_weights_are_blended_with_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the command: what is put together lies between the two, a quarter of the way."""
+def test_export_averages_with_an_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command interpolates the weights, here by a quarter."""
     shape = Shape(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     for name, value in (("late", 1.0), ("early", 3.0)):
         made = LanguageModel(shape, dtype=torch.float32)

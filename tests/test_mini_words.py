@@ -1,4 +1,4 @@
-"""Questions in other words: what they mean stays, by any rule; and those that were written by hand."""
+"""Paraphrases keep a question's meaning; handwritten questions can be parsed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from emu_cog.weights.store import MINIATURE
 from scripts.mini import evaluate, handwritten
 from scripts.mini.frames import ENDS
-from scripts.mini.judge import look
+from scripts.mini.judge import detect
 from scripts.mini.phrases import INVERSE, MORE_NOUNS, MORE_RELATIONS, MORE_SIZES, MORE_TEXTURES
 from scripts.mini.pool import SQUARE
 from scripts.mini.render import picture
 from scripts.mini.rewording import Rewording, reworded
+from scripts.mini.spec import BELOW, BESIDE, mismatch
 from scripts.mini.tasks import sample
 from scripts.mini.train.sequences import Mix, chunk, draw
-from scripts.mini.wish import BELOW, BESIDE, complaint
 from scripts.mini.words import NOUNS, NUMBERS
 from scripts.mini.world import COLOURS
 
@@ -32,8 +32,8 @@ COLOUR = {**{name: name for name in COLOURS}, "gray": "grey"}
 COUNT = {**{word: n for n, word in enumerate(NUMBERS[:5])}, **{str(n): n for n in (2, 3, 4)}, "pair": 2, "couple": 2}
 
 
-def told(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int]:
-    """How often a text names each thing of a table, the longest words first."""
+def mentions(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int]:
+    """How often `text` names each value of `words`, longest words matched first."""
     found: Counter[str | int] = Counter()
     text = text.lower()
     for word in sorted(words, key=len, reverse=True):
@@ -43,7 +43,7 @@ def told(text: str, words: dict[str, str] | dict[str, int]) -> Counter[str | int
 
 
 @pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "explore", "vla"])
-def test_other_words_mean_the_same_things(task: str) -> None:
+def test_paraphrases_mention_the_same_things(task: str) -> None:
     rng, changed = Random(task), 0
     for _ in range(300):
         made = sample(rng, task, *SQUARE)
@@ -54,12 +54,12 @@ def test_other_words_mean_the_same_things(task: str) -> None:
             if task == "x2i" and table is SIZE:
                 continue  # "bigger" and "enlarge" are not sizes, "a small" may be
             if pronoun and table in (SHAPE, COLOUR):
-                assert told(text, table) <= told(made.question, table), (made.question, text)
+                assert mentions(text, table) <= mentions(made.question, table), (made.question, text)
                 continue
-            assert told(text, table) == told(made.question, table), (made.question, text)
+            assert mentions(text, table) == mentions(made.question, table), (made.question, text)
         if task == "t2i":
-            numbers = {n: c for n, c in told(text, COUNT).items() if n != 1}
-            assert numbers == {n: c for n, c in told(made.question, COUNT).items() if n != 1}, (made.question, text)
+            numbers = {n: c for n, c in mentions(text, COUNT).items() if n != 1}
+            assert numbers == {n: c for n, c in mentions(made.question, COUNT).items() if n != 1}, (made.question, text)
         assert not re.search(r"\ba [aeiou](?!ne\b)", text.lower()), text
         assert not re.search(r"\ban [^aeiou]", text.lower()), text
         assert "  " not in text
@@ -68,7 +68,7 @@ def test_other_words_mean_the_same_things(task: str) -> None:
 
 
 @pytest.mark.parametrize("relation", [name for name in INVERSE if name != BESIDE])
-def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) -> None:
+def test_paraphrases_keep_the_relation_in_any_order(relation: str) -> None:
     forms = set()
     for seed in range(300):
         text, fronted = Rewording(Random(seed)).sided("a red tree", relation, "two blue triangles")
@@ -96,25 +96,25 @@ def test_things_stand_as_before_in_whatever_order_they_are_named(relation: str) 
     assert len(forms) == 5
 
 
-def test_a_part_asks_for_more_at_once() -> None:
+def test_beyond_combines_several_requirements() -> None:
     rng = Random(3)
     asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]
-    chained = [made for made in asked if made.wishes[-1].relations]
+    chained = [made for made in asked if made.specs[-1].relations]
     assert 10 < len(chained) < 35
     assert all(" the " in made.question for made in chained)
-    lists = [made for made in asked if made not in chained and not made.wishes[-1].wanted[0].region]
+    lists = [made for made in asked if made not in chained and not made.specs[-1].wanted[0].region]
     assert 10 < len(lists) < 35
-    assert all(3 <= len(made.wishes[-1].wanted) <= 5 for made in lists)
-    assert max(len({(w.shape, w.colour) for w in made.wishes[-1].wanted}) for made in lists) == 3
+    assert all(3 <= len(made.specs[-1].wanted) <= 5 for made in lists)
+    assert max(len({(w.shape, w.colour) for w in made.specs[-1].wanted}) for made in lists) == 3
     for made in asked[:20]:
-        assert complaint(look(np.asarray(picture(made.pictures[0]))), made.wishes[0]) is None, made.question
+        assert mismatch(detect(np.asarray(picture(made.pictures[0]))), made.specs[0]) is None, made.question
     twice = 0
     for made in (sample(rng, "x2i", *SQUARE, beyond=True) for _ in range(40)):
         before, after = made.references[0], made.pictures[0]
-        assert complaint(look(np.asarray(picture(after))), made.wishes[0]) is None, made.question
-        assert complaint(look(np.asarray(picture(before))), made.wishes[0]) is not None, made.question
+        assert mismatch(detect(np.asarray(picture(after))), made.specs[0]) is None, made.question
+        assert mismatch(detect(np.asarray(picture(before))), made.specs[0]) is not None, made.question
         if len({(t.shape, t.colour) for t in before.things}) < len(before.things):
-            continue  # some are alike
+            continue  # an edit of identical things
         twice += 1
         changes = len(set(before.things) ^ set(after.things)) + (before.background != after.background)
         assert changes >= 2, made.question
@@ -123,7 +123,7 @@ def test_a_part_asks_for_more_at_once() -> None:
     assert "explore" in {draw(rng, Mix(beyond=1.0))[0].task for _ in range(99)}
 
 
-def test_each_thing_keeps_its_place_in_other_words() -> None:
+def test_paraphrases_keep_each_position() -> None:
     rng = Random(4)
     for _ in range(60):
         text, _ = Rewording(rng).body(
@@ -138,7 +138,7 @@ def test_each_thing_keeps_its_place_in_other_words() -> None:
         assert "centre" in text[moon.end() :], text
 
 
-def test_what_stands_by_a_thing_named_before_still_does_in_other_words() -> None:
+def test_paraphrases_keep_relations_to_earlier_things() -> None:
     rng, it = Random(6), 0
     for _ in range(80):
         text, _ = Rewording(rng).body(
@@ -155,7 +155,7 @@ def test_what_stands_by_a_thing_named_before_still_does_in_other_words() -> None
     assert 10 < it < 60
 
 
-def test_two_orders_are_reworded_one_by_one() -> None:
+def test_two_edits_are_paraphrased_separately() -> None:
     rng, order = Random(2), "make the star blue and then remove the red tree"
     for _ in range(60):
         text = Rewording(rng).x2i(order).lower()
@@ -165,55 +165,53 @@ def test_two_orders_are_reworded_one_by_one() -> None:
         assert "blue" in text[: second.start()], text
 
 
-def test_the_same_dice_give_the_same_words() -> None:
+def test_paraphrases_are_reproducible_by_seed() -> None:
     made = sample(Random(1), "t2i", *SQUARE)
     assert reworded(Random(5), made) == reworded(Random(5), made)
     assert len({reworded(Random(n), made) for n in range(20)}) > 10
 
 
-@pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="this package holds no trained miniature")
-def test_a_sample_is_asked_in_several_wordings_over_the_same_pictures() -> None:
+@pytest.mark.skipif(not (MINIATURE / "model").is_dir(), reason="no trained miniature in this package")
+def test_wordings_share_their_pictures() -> None:
     job = (3, 40, MINIATURE / "model")
     once, thrice = chunk((*job, Mix({"t2i": 1}))), chunk((*job, Mix({"t2i": 1}, wordings=3)))
     assert len(once.lengths) == 40
-    assert 100 < len(thrice.lengths) <= 120  # one wording where the words are left out
+    assert 100 < len(thrice.lengths) <= 120  # only one wording without text
     pictures = sum(len(firsts) for _, firsts in thrice.scenes.values())
     assert pictures == 40
     ends = np.cumsum(thrice.lengths)
     lines = [thrice.ids[end - n : end] for end, n in zip(ends, thrice.lengths, strict=True)]
-    blanks = [int(line.max()) for line in lines]  # a picture's last
+    blanks = [int(line.max()) for line in lines]  # the last of each picture
     assert len(set(blanks)) == 40
     assert max(Counter(blanks).values()) == 3
 
 
 @pytest.mark.parametrize("sheet", handwritten.SHEETS)
 @pytest.mark.parametrize("task", handwritten.TASKS)
-def test_what_was_written_by_hand_can_be_read(task: str, sheet: str) -> None:
+def test_handwritten_questions_can_be_parsed(task: str, sheet: str) -> None:
     made = handwritten.samples(task, *SQUARE, sheet=sheet)
     assert len(made) == len({(m.question, m.references) for m in made}) >= 20
     for one in made:
-        if task == "x2i" and len(one.pictures[0].things) == len(one.wishes[0].wanted):
-            assert complaint(look(np.asarray(picture(one.pictures[0]))), one.wishes[0]) is None, one.question
-            assert complaint(look(np.asarray(picture(one.references[0]))), one.wishes[0]) is not None, one.question
+        if task == "x2i" and len(one.pictures[0].things) == len(one.specs[0].wanted):
+            assert mismatch(detect(np.asarray(picture(one.pictures[0]))), one.specs[0]) is None, one.question
+            assert mismatch(detect(np.asarray(picture(one.references[0]))), one.specs[0]) is not None, one.question
 
 
-def test_words_of_no_meaning_are_refused() -> None:
+def test_unknown_words_in_a_handwritten_thing_are_rejected() -> None:
     for words in ("small rde star", "small red", "red star @somewhere"):
         with pytest.raises(ValueError, match="no "):
             handwritten.thing(words)
 
 
-def test_the_examination_can_be_worded_otherwise(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    plain = evaluate.asked_in("grammar", "t2i", 8, 5)
-    other = evaluate.asked_in("reworded", "t2i", 8, 5)
-    assert [m.wishes for m in plain] == [m.wishes for m in other]
+def test_evaluate_offers_other_wordings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    plain = evaluate.worded_samples("grammar", "t2i", 8, 5)
+    other = evaluate.worded_samples("reworded", "t2i", 8, 5)
+    assert [m.specs for m in plain] == [m.specs for m in other]
     assert sum(a.question != b.question for a, b in zip(plain, other, strict=True)) > 5
-    by_hand = evaluate.asked_in("handwritten", "t2i", 90, 5)
+    by_hand = evaluate.worded_samples("handwritten", "t2i", 90, 5)
     assert len(by_hand) == 90
     assert by_hand[0].question == by_hand[40].question
     monkeypatch.setattr("sys.argv", ["evaluate", "--words", "handwritten", "--tasks", "t2i", "story"])
     with pytest.raises(SystemExit):
         evaluate.main()
-    assert "knows --tasks t2i x2i" in capsys.readouterr().err
+    assert "supports --tasks t2i x2i" in capsys.readouterr().err

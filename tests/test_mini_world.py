@@ -1,7 +1,9 @@
-"""The miniature's world: the renderer, the judge of pixels and the reader of sentences, held against drawn truth."""
+"""The miniature's world: renderer, judge and text parser against ground truth."""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from random import Random
 
@@ -10,33 +12,34 @@ import pytest
 import torch
 
 from scripts.mini import evaluate, reading, verdicts
-from scripts.mini.judge import look
-from scripts.mini.render import NO_NOISE, NOISE_SIGMA, Batch, paints, picture, places, render, render_clean
+from scripts.mini.judge import detect
+from scripts.mini.render import NO_NOISE, NOISE_SIGMA, Batch, palette_and_atlas, picture, places, render, render_clean
+from scripts.mini.spec import Seen, Spec, Wanted, held_out, mismatch
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import TEXT, Said, Sample
+from scripts.mini.tasks.sample import TEXT, Sample, TextPart
 from scripts.mini.train.encode import draw_square
 from scripts.mini.verdicts import Answer
-from scripts.mini.wish import Seen, Wanted, Wish, complaint, held_out
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
+from tests.conftest import ROOT
 
 SQUARE = (12, 12)
 
 
 def seen(scene: Scene) -> Seen:
-    return look(np.asarray(picture(scene)))
+    return detect(np.asarray(picture(scene)))
 
 
 def truth(made: Sample) -> Answer:
-    """The answer a perfect model would give."""
-    parts = [p.text if isinstance(p, Said) else np.asarray(picture(p)) for p in made.answer if not _hidden(p)]
-    return Answer(parts=parts, whole=True)
+    """The correct answer to a sample."""
+    parts = [p.text if isinstance(p, TextPart) else np.asarray(picture(p)) for p in made.answer if not _hidden(p)]
+    return Answer(parts=parts, ended=True)
 
 
-def _hidden(part: Said | Scene) -> bool:
-    return isinstance(part, Said) and part.kind != TEXT
+def _hidden(part: TextPart | Scene) -> bool:
+    return isinstance(part, TextPart) and part.kind != TEXT
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+def test_rendering_does_not_depend_on_the_batch() -> None:
     rng = Random(1)
     scenes = [s for _ in range(4) for s in sample(rng, "howto", *SQUARE).pictures]
     together = render(Batch.of(scenes))
@@ -44,7 +47,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
         assert torch.equal(render(Batch.of([scene]))[0], pixels)
 
 
-def test_a_thing_is_drawn_in_its_colour_at_its_place_and_nowhere_else() -> None:
+def test_a_thing_is_rendered_only_inside_its_box_in_its_colour() -> None:
     scene = Scene(12, 12, "white", "plain", (Thing("square", "blue", "large", 64, 80),), 3)
     clean = render_clean(Batch.of([scene]))[0].permute(1, 2, 0)
     assert clean[80, 64].tolist() == list(COLOURS["blue"])
@@ -53,7 +56,7 @@ def test_a_thing_is_drawn_in_its_colour_at_its_place_and_nowhere_else() -> None:
     assert clean[outside].unique(dim=0).tolist() == [list(COLOURS["white"])]
 
 
-def test_noise_is_as_strong_as_it_says_and_each_scene_has_its_own() -> None:
+def test_noise_has_its_sigma_and_depends_on_the_seed() -> None:
     scenes = [Scene(12, 12, "grey", "plain", (), seed) for seed in (1, 2, NO_NOISE)]
     batch = Batch.of(scenes)
     *noise, none = (render(batch).float() - render_clean(batch).float()).numpy()
@@ -65,19 +68,19 @@ def test_noise_is_as_strong_as_it_says_and_each_scene_has_its_own() -> None:
 
 
 @pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "vla"])
-def test_the_judge_is_right_about_drawn_pictures(task: str) -> None:
-    """At least 99 of 100: what was asked for is found, sizes of 160 to 288 pixels included."""
+def test_the_judge_accepts_rendered_pictures(task: str) -> None:
+    """Correct for at least 99 %, at sides of 160 to 256 pixels."""
     rng, wrong, count = Random(17), [], 0
     while count < 60:
         made = sample(rng, task, *rng.choice(((12, 12), (10, 14), (16, 10))))
-        for scene, wish in zip(made.pictures, made.wishes, strict=True):
+        for scene, spec in zip(made.pictures, made.specs, strict=True):
             count += 1
-            if found := complaint(seen(scene), wish):
+            if found := mismatch(seen(scene), spec):
                 wrong.append((made.question, found))
     assert len(wrong) <= count // 100, wrong
 
 
-def test_the_judge_names_every_shape_colour_and_size() -> None:
+def test_the_judge_identifies_every_shape_colour_and_size() -> None:
     wrong, count = [], 0
     for shape in SHAPES:
         for i, colour in enumerate(COLOURS):
@@ -91,12 +94,12 @@ def test_the_judge_names_every_shape_colour_and_size() -> None:
     assert len(wrong) <= count // 100, wrong
 
 
-def test_the_judge_refuses_what_was_not_asked_for() -> None:
-    """One trait of one thing changed, a thing too many, one too few, another background: all are noticed."""
+def test_the_judge_rejects_altered_pictures() -> None:
+    """A wrong colour, shape, background or a missing thing is detected in 99 % of pictures."""
     rng, noticed, count = Random(5), 0, 0
     while count < 80:
         made = sample(rng, "x2i", *SQUARE)
-        scene, wish = made.pictures[-1], made.wishes[-1]
+        scene, spec = made.pictures[-1], made.specs[-1]
         if not scene.things:
             continue
         thing, *rest = scene.things
@@ -112,24 +115,24 @@ def test_the_judge_refuses_what_was_not_asked_for() -> None:
             altered = scene.with_things(*rest)
         else:
             altered = replace(scene, background=next(c for c in COLOURS if c not in others))
-            if wish.background is None:
+            if spec.background is None:
                 continue
         count += 1
-        noticed += complaint(seen(altered), wish) is not None
+        noticed += mismatch(seen(altered), spec) is not None
     assert noticed >= count * 0.99
 
 
-def test_a_wish_says_what_is_wrong() -> None:
+def test_mismatch_names_the_error() -> None:
     scene = Scene(12, 12, "blue", "plain", (Thing("star", "red", "small", 40, 40),), 1)
-    assert complaint(seen(scene), Wish((Wanted("star", "red", "small", region="top left"),))) is None
-    assert complaint(seen(scene), Wish((Wanted("star", "red", "small", region="bottom right"),))) is not None
-    assert complaint(seen(scene), Wish((Wanted("moon", "red"),))) is not None
-    assert complaint(seen(scene), Wish((Wanted("star", "red"), Wanted("star", "red")))) == "1 things, not 2"
-    assert complaint(seen(scene), Wish((Wanted("star"),), background="green")) == "background is blue, not green"
+    assert mismatch(seen(scene), Spec((Wanted("star", "red", "small", region="top left"),))) is None
+    assert mismatch(seen(scene), Spec((Wanted("star", "red", "small", region="bottom right"),))) is not None
+    assert mismatch(seen(scene), Spec((Wanted("moon", "red"),))) is not None
+    assert mismatch(seen(scene), Spec((Wanted("star", "red"), Wanted("star", "red")))) == "1 things, not 2"
+    assert mismatch(seen(scene), Spec((Wanted("star"),), background="green")) == "background is blue, not green"
 
 
 @pytest.mark.parametrize("task", ["howto", "story", "explore"])
-def test_a_perfect_answer_passes_and_its_pictures_in_another_order_do_not(task: str) -> None:
+def test_a_correct_answer_passes_but_not_with_pictures_swapped(task: str) -> None:
     rng, right, refused, count = Random(23), 0, 0, 14
     for _ in range(count):
         made = sample(rng, task, *SQUARE)
@@ -140,10 +143,10 @@ def test_a_perfect_answer_passes_and_its_pictures_in_another_order_do_not(task: 
         parts[places[0]], parts[places[-1]] = parts[places[-1]], parts[places[0]]
         refused += verdicts.JUDGES[task](made, replace(answer, parts=parts)) is not None
     assert right >= count * 0.99
-    assert refused >= count - 1  # two views of a path may be alike
+    assert refused >= count - 1  # two views may be identical
 
 
-def test_single_moves_of_a_walk_are_counted() -> None:
+def test_correct_moves_are_counted() -> None:
     rng = Random(4)
     made = next(m for m in (sample(rng, "explore", *SQUARE) for _ in range(99)) if len(m.references) == 1)
     answer, asked = truth(made), len(made.pictures)
@@ -158,15 +161,15 @@ def test_single_moves_of_a_walk_are_counted() -> None:
     assert verdicts.verdict(made, Answer()).moves == (0, asked)
 
 
-def test_an_answer_without_text_or_end_is_no_answer() -> None:
+def test_an_incomplete_answer_fails() -> None:
     made = sample(Random(2), "story", *SQUARE)
     answer = truth(made)
-    assert verdicts.judge_steps(made, replace(answer, whole=False)) is not None
+    assert verdicts.judge_steps(made, replace(answer, ended=False)) is not None
     assert verdicts.judge_steps(made, replace(answer, parts=answer.parts[1:])) is not None
     assert verdicts.judge_last(made, Answer()) == "no picture"
 
 
-def test_sentences_are_read_in_both_spellings() -> None:
+def test_both_spellings_are_parsed() -> None:
     for text in ("two big grey balls above a tiny fish", "Two large gray balls over a small fish."):
         first, second = reading.mentions(text)
         assert (first.count, first.wanted) == (2, Wanted("circle", "grey", "large"))
@@ -178,15 +181,15 @@ def test_sentences_are_read_in_both_spellings() -> None:
 
 
 @pytest.mark.parametrize("task", list(MAKERS))
-def test_what_is_kept_for_the_examination_is_never_trained_on(task: str) -> None:
+def test_held_out_combinations_are_never_trained_on(task: str) -> None:
     rng = Random(3)
     assert not any(held_out(sample(rng, task, *SQUARE).key) for _ in range(30))
     assert all(held_out(made.key) for made in evaluate.held_out_samples(task, 5))
 
 
 @pytest.mark.parametrize("beyond", [False, True])
-def test_what_an_edit_may_change_is_left_out_of_the_difference(beyond: bool) -> None:
-    """Perfect edits differ by noise alone outside the edit; a shifted picture does not."""
+def test_the_outside_difference_excludes_the_edit(beyond: bool) -> None:
+    """Correct edits differ only by noise outside the edit; a shifted picture differs more."""
     rng, small, large = Random(9), [], []
     for _ in range(25):
         made = sample(rng, "x2i", *SQUARE, beyond=beyond)
@@ -199,10 +202,22 @@ def test_what_an_edit_may_change_is_left_out_of_the_difference(beyond: bool) -> 
     assert np.mean(large) > 6
 
 
-def test_the_language_models_data_draw_the_same_pictures() -> None:
-    """The step-by-step path and the one made for compiling agree to the last bit."""
+def test_the_compilable_renderer_equals_render() -> None:
+    """`render` and the compilable `draw_square` are bit-identical."""
     scenes = [p for i in range(3) for p in sample(Random(i), "story", *SQUARE).pictures]
     batch = Batch.of(scenes)
     head, things = torch.from_numpy(batch.head), torch.from_numpy(batch.things)
-    drawn = draw_square(head, things, *paints("cpu"), places(192, 192))
+    drawn = draw_square(head, things, *palette_and_atlas("cpu"), places(192, 192))
     assert torch.equal(drawn, render(batch))
+
+
+@pytest.mark.parametrize("readme", ["scripts/mini/README.md", "emu_cog/mini/README.md"])
+def test_files_named_in_the_readmes_exist(readme: str) -> None:
+    """Regression: the README described `reinforce` after its files had been removed."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w/])(?:scripts|emu_cog)/[\w./-]*\w", text)):
+        path = ROOT / name
+        assert path.exists(), name
+        assert path.is_dir() or path.suffix or os.access(path, os.X_OK), f"{name} is not executable"
+    for name in set(re.findall(r"`((?:train/|tasks/)?\w+\.(?:py|json))`", text)):
+        assert any((ROOT / folder / name).exists() for folder in ("scripts/mini", "emu_cog/mini/model")), name

@@ -1,4 +1,4 @@
-"""Other words for the four tasks that answer in steps: how to draw, a story, a walk, a gripper's order."""
+"""Paraphrases for the four interleaved tasks: howto, story, explore and vla."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scripts.mini.words import unlisted, with_article
 
 
 class Voice(Protocol):
-    """What of a Rewording is needed here."""
+    """The methods of `Rewording` used here."""
 
     rng: Random
 
     def thing(self, phrase: str) -> str: ...
     def relation(self, word: str, *, inverse: bool = False) -> str: ...
-    def seen(self, text: str) -> tuple[str, bool, str | None, bool]: ...
+    def content(self, text: str) -> tuple[str, bool, str | None, bool]: ...
 
 
 _LESSON = re.compile(
@@ -144,12 +144,12 @@ CARRIED = (
 )
 
 
-def steps(voice: Voice, text: str) -> str:
-    """howto."""
-    found = _LESSON.match(text)
-    if not found:
+def howto(voice: Voice, text: str) -> str:
+    """Paraphrase a howto question; unparsed text is returned unchanged."""
+    match = _LESSON.match(text)
+    if not match:
         return text
-    body, _, ground, _ = voice.seen(found["goal"])
+    body, _, ground, _ = voice.content(match["goal"])
     if ground:
         an = with_article(ground)
         body += voice.rng.choice((" on {} background", " on {} background", " in front of {} background",
@@ -157,38 +157,38 @@ def steps(voice: Voice, text: str) -> str:
     return voice.rng.choice(LESSONS).format(body)
 
 
-def tale(voice: Voice, text: str) -> str:
-    """story."""
-    found, rng = _STORY.match(text), voice.rng
-    if not found:
+def story(voice: Voice, text: str) -> str:
+    """Paraphrase a story question."""
+    match, rng = _STORY.match(text), voice.rng
+    if not match:
         return text
-    who = rng.choice(STORIES).format(voice.thing(found["who"]))
-    if found["number"]:
-        return f"{who} {rng.choice(LONG).format(found['number'])}"
-    places = [voice.thing(place) for place in unlisted(found["places"])]
+    who = rng.choice(STORIES).format(voice.thing(match["who"]))
+    if match["number"]:
+        return f"{who} {rng.choice(LONG).format(match['number'])}"
+    places = [voice.thing(place) for place in unlisted(match["places"])]
     link = rng.choice((", ", ", ", ", then ")) if len(places) > 2 else ", "
     last = rng.choice((" and ", " and ", ", and ", " and then ", ", then ", " and finally "))
     return f"{who} {rng.choice(MEETS)} {link.join(places[:-1])}{last}{places[-1]}"
 
 
-def route(voice: Voice, text: str) -> str:
-    """explore."""
-    found, rng = _WALK.match(text), voice.rng
-    if not found:
+def explore(voice: Voice, text: str) -> str:
+    """Paraphrase an explore question."""
+    match, rng = _WALK.match(text), voice.rng
+    if not match:
         return text
-    moves = re.findall(r"right|left|up|down", found["path"])
+    moves = re.findall(r"right|left|up|down", match["path"])
     link = rng.choice(LINKS)
     path = rng.choice(PATHS).format(link.join(moves))
-    land, there = found["land"] or found["land2"], found["there"] or found["there2"]
+    land, there = match["land"] or match["land2"], match["there"] or match["there2"]
     if not land:
         return path
     return rng.choice(LANDS).format(land=land, there=there, path=path)
 
 
-def handling(voice: Voice, text: str) -> str:
-    """vla."""
-    found = _CARRY.match(text)
-    if not found:
+def vla(voice: Voice, text: str) -> str:
+    """Paraphrase a vla question."""
+    match = _CARRY.match(text)
+    if not match:
         return text
-    side = voice.relation(found["relation"])
-    return voice.rng.choice(CARRIED).format(what=voice.thing(found["what"]), side=side, mark=voice.thing(found["mark"]))
+    side = voice.relation(match["relation"])
+    return voice.rng.choice(CARRIED).format(what=voice.thing(match["what"]), side=side, mark=voice.thing(match["mark"]))

@@ -1,6 +1,6 @@
-"""Measures the miniature on combinations it never saw: fixed seeds, a judge that looks at the pixels.
+"""Evaluates the miniature on held-out combinations with fixed seeds; a judge checks the pixels.
 
-Uses the package's own pipeline, several requests to a batch.
+Runs the package's own pipeline, several requests per batch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from emu_cog.vision.ibq import IBQ
 from emu_cog.vision.images import decode_image, encode_image
 from emu_cog.weights.store import MINIATURE
 from scripts.mini import handwritten
-from scripts.mini.judge import look
+from scripts.mini.judge import detect
 from scripts.mini.pool import SQUARE, workers
 from scripts.mini.render import picture
 from scripts.mini.rewording import reworded
+from scripts.mini.spec import mismatch
 from scripts.mini.tasks import MAKERS, sample
 from scripts.mini.tasks.sample import Sample
 from scripts.mini.verdicts import Answer, Verdict, verdict
-from scripts.mini.wish import complaint
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -50,7 +50,7 @@ Grid = Sequence[Sequence[int]]
 SEED = 20_260
 WORDS = ("grammar", "reworded", "beyond", *handwritten.SHEETS)
 MAX_NEW_TOKENS = 1500
-"""Sampled tokens after which a sequence ends, should the model not end it: far more than any sample takes."""
+"""Limit on sampled tokens per sequence, for answers that do not end by themselves; no sample needs as many."""
 
 
 def request(made: Sample, seed: int, guidance: float | None) -> Request:
@@ -65,7 +65,7 @@ def request(made: Sample, seed: int, guidance: float | None) -> Request:
 
 
 def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
-    """What the pipeline makes of the requests, generated side by side."""
+    """Generate the answers to all requests in one batch."""
     given = [Answer() for _ in requests]
     for i, event in pipeline.stream_batch(requests):
         answer = given[i]
@@ -76,22 +76,22 @@ def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
         elif isinstance(event, Text):
             answer.reasoned = True
         elif isinstance(event, Finished):
-            answer.whole = event.reason != "limit"
+            answer.ended = event.reason != "limit"
     return given
 
 
 def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:
-    """A pipeline to answer `batch` requests side by side. More than a captured step holds go through the modules,
-    and then nothing is worth compiling."""
+    """A pipeline for `batch` requests at a time. Batches larger than `ModelRunner.MAX_ROWS` are not captured, so
+    compiling would not pay off."""
     return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= ModelRunner.MAX_ROWS)
 
 
 def answered(
     pipeline: Pipeline, made: Sequence[Sample], ask: Callable[[int], Request], batch: int
 ) -> Iterator[tuple[int, Answer]]:
-    """The answers to `ask(i)` for every sample i of one task, in batches: i and its answer.
+    """Yield (i, answer to `ask(i)`) for every sample i of one task, in batches.
 
-    Alike lengths go together, so that no request of a batch waits long for another.
+    Samples of similar length share a batch, so that none waits long for another.
     """
     order = sorted(range(len(made)), key=lambda i: (len(made[i].references), len(made[i].pictures)))
     for begin in range(0, len(order), batch):
@@ -100,30 +100,31 @@ def answered(
 
 
 @contextmanager
-def judging() -> Iterator[Executor]:
-    """Processes that judge beside the generation; to be begun before the model is loaded: CUDA does not outlive a
-    fork."""
+def judge_pool() -> Iterator[Executor]:
+    """A process pool for the judge. Enter it before loading the model: CUDA does not survive a fork."""
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=_begin_judging) as judges:
+    with ProcessPoolExecutor(workers(), mp_context=fork, initializer=_init_judge) as judges:
         judges.submit(int).result()
         yield judges
 
 
-def _begin_judging() -> None:
-    """Whoever interrupts means the run, which may still want the judges' words."""
+def _init_judge() -> None:
+    """Ignore Ctrl-C in the workers: the main process handles it and may still need their verdicts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def held_out_samples(task: str, count: int, seed: int = SEED, *, beyond: bool = False) -> list[Sample]:
-    """The `count` samples every evaluation of `task` uses; others with another seed."""
+    """The `count` samples of `task` that every evaluation with this `seed` uses."""
     rng = Random(f"{seed} {task}")
     return [sample(rng, task, *SQUARE, unseen=True, beyond=beyond) for _ in range(count)]
 
 
-def asked_in(words: str, task: str, count: int, seed: int) -> list[Sample]:
-    """`count` samples whose questions are in the "grammar"'s words, "reworded", go "beyond" what it asks for at once,
-    reworded too, or are those of one of handwritten.SHEETS: of those there are a few, asked again and again."""
+def worded_samples(words: str, task: str, count: int, seed: int) -> list[Sample]:
+    """`count` samples with questions worded as `words` says, one of WORDS.
+
+    "beyond" asks for more at once and is reworded, too. The few handwritten questions repeat until there are `count`.
+    """
     if words in handwritten.SHEETS:
         return list(itertools.islice(itertools.cycle(handwritten.samples(task, *SQUARE, sheet=words)), count))
     made = held_out_samples(task, count, seed, beyond=words == "beyond")
@@ -144,19 +145,19 @@ def evaluate(
     seed: int = SEED,
     words: str = "grammar",
 ) -> dict[str, float | int | str]:
-    """Figures of one task over `count` held-out samples; `gallery` gets a sheet of the first answers.
+    """Results of one task over `count` held-out samples, questions worded as in `worded_samples`.
 
-    `judges` judge beside the generation, else it is done in turn. `words` as `asked_in` takes them.
+    `gallery`: folder for a contact sheet of the first answers. `judges`: pool to judge in parallel with generation.
     """
-    made, started = asked_in(words, task, count, seed), time.time()
+    made, started = worded_samples(words, task, count, seed), time.time()
     given: dict[int, Answer] = {}
-    found: dict[int, Future[Verdict]] = {}
-    told = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
-    for i, answer in tqdm(told, total=count, desc=task, mininterval=10):
+    verdicts: dict[int, Future[Verdict]] = {}
+    stream = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
+    for i, answer in tqdm(stream, total=count, desc=task, mininterval=10):
         given[i] = answer
-        found[i] = judges.submit(verdict, made[i], answer) if judges else _now(verdict, made[i], answer)
-    results = {i: found[i].result() for i in given}
-    apart = [r.outside for r in results.values() if r.outside is not None]
+        verdicts[i] = judges.submit(verdict, made[i], answer) if judges else _completed(verdict, made[i], answer)
+    results = {i: verdicts[i].result() for i in given}
+    outside = [r.outside for r in results.values() if r.outside is not None]
     moves = [sum(r.moves[i] for r in results.values()) for i in range(2)]
     figures: dict[str, float | int | str] = {
         "right": round(sum(r.wrong is None for r in results.values()) / count, 4),
@@ -164,8 +165,8 @@ def evaluate(
         "reasoned": round(sum(a.reasoned for a in given.values()) / count, 3),
         "seconds": round(time.time() - started, 1),
     }
-    if apart:
-        figures["outside_difference"] = round(float(np.mean(apart)), 2)
+    if outside:
+        figures["outside_difference"] = round(float(np.mean(outside)), 2)
     if moves[1]:
         figures |= {"moves_right": round(moves[0] / moves[1], 4), "moves": moves[1]}
     failed = [i for i in given if results[i].wrong]
@@ -181,14 +182,16 @@ def evaluate(
     return figures
 
 
-def _now(work: Callable[..., Result], *args: object) -> Future[Result]:
+def _completed(work: Callable[..., Result], *args: object) -> Future[Result]:
     future: Future[Result] = Future()
     future.set_result(work(*args))
     return future
 
 
-def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
-    """What the vision tokenizer alone costs: PSNR of held-out pictures, noise included, and the judge on them."""
+def reconstruction_quality(vision: IBQ, count: int) -> dict[str, float | int]:
+    """Reconstruction quality of the vision tokenizer: PSNR on held-out pictures with noise, and the judge's
+    accuracy.
+    """
     made = held_out_samples("t2i", count)
     right, ratios = 0, []
     for one in tqdm(made, desc="vision", mininterval=10):
@@ -197,12 +200,12 @@ def through_codes(vision: IBQ, count: int) -> dict[str, float | int]:
         after = np.asarray(decode_image(codes, vision))
         error = np.square(np.asarray(before).astype(np.float32) - after).mean()
         ratios.append(10 * np.log10(255**2 / error))
-        right += complaint(look(after), one.wishes[-1]) is None
+        right += mismatch(detect(after), one.specs[-1]) is None
     return {"psnr_db": round(float(np.mean(ratios)), 2), "right": round(right / count, 4), "pictures": count}
 
 
 def sheet(shown: Sequence[tuple[Sample, Answer, str | None]]) -> Image.Image:
-    """One line a sample: references, then answers, the question and the verdict under them."""
+    """A contact sheet, one row per sample: references, answers, and below them the question and the verdict."""
     cell, line = 200, 226
     columns = max(len(m.references) + len(a.pictures) for m, a, _ in shown)
     side_by_side = max(1, 6 // max(columns, 1))
@@ -224,29 +227,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MINIATURE / "model")
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
-    parser.add_argument("--tokenizer", action="store_true", help="measure the vision tokenizer by itself, too")
+    parser.add_argument("--tokenizer", action="store_true", help="also evaluate the vision tokenizer alone")
     parser.add_argument("--tasks", nargs="*", default=list(MAKERS), choices=list(MAKERS))
-    parser.add_argument("--prompts", type=int, default=200, help="a task")
+    parser.add_argument("--prompts", type=int, default=200, help="prompts per task")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help="another asks for other prompts than the examination's, to develop with"
-    )
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the prompts; use other values for development")
     parser.add_argument(
         "--words",
         choices=WORDS,
         default=WORDS[0],
-        help="the questions as the grammar words them, the same in other words (rewording.py), reworded ones that ask "
-        "for more at once, or such as were written by hand (the JSON files beside this; but for the first two, t2i "
-        "and x2i only)",
+        help="by the grammar, paraphrased (rewording.py), paraphrased with more requirements at once (beyond), or "
+        "handwritten (the JSON files here); all but the first two only for t2i and x2i",
     )
-    parser.add_argument("--guidance", type=float, help="instead of the checkpoint's default")
-    parser.add_argument("--quantize", choices=FORMATS, help="the layers' weights in 8 bits")
-    parser.add_argument("--gallery", type=Path, help="folder for sheets of answers")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--guidance", type=float, help="guidance scale, instead of the checkpoint's default")
+    parser.add_argument("--quantize", choices=FORMATS, help="quantize the layers' weights to 8 bits")
+    parser.add_argument("--gallery", type=Path, help="folder for contact sheets of the answers")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     if args.words not in WORDS[:2] and not set(args.tasks) <= set(handwritten.TASKS):
-        parser.error(f"--words {args.words} knows --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
-    with judging() as judges:
+        parser.error(f"--words {args.words} supports --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
+    with judge_pool() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch, quantize=args.quantize)
         record: dict[str, object] = {
             "guidance": args.guidance or "default",
@@ -256,7 +256,7 @@ def main() -> None:
             "words": args.words,
         }
         if args.tokenizer:
-            record["vision"] = through_codes(pipeline.vision, args.prompts)
+            record["vision"] = reconstruction_quality(pipeline.vision, args.prompts)
             print("vision", record["vision"], flush=True)
         for task in args.tasks:
             record[task] = evaluate(

@@ -1,8 +1,8 @@
-"""How people put a picture they want: openings, backgrounds, and ways to say where things are."""
+"""Sentence frames for describing a picture: openings, backgrounds and positions."""
 
 from __future__ import annotations
 
-from scripts.mini.wish import ABOVE, BELOW, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT
 
 BARE = "{}"
 OPENED = (
@@ -66,7 +66,7 @@ OPENED = (
     "there {is_are} {}",
     "there should be {}",
 )
-"""`{}` is what is to be seen."""
+"""`{}` is the picture's content."""
 GROUND_FIRST = (
     "on {a_ground} background, {}",
     "on {a_ground} background: {}",
@@ -84,7 +84,7 @@ GROUND_FIRST = (
     "make the background {ground} and draw {}",
     "background: {ground}. {.}",
 )
-"""`{.}` begins a sentence."""
+"""`{.}` starts a new sentence."""
 GROUND_LAST = (
     " on {a_ground} background",
     " on {a_ground} background",
@@ -118,9 +118,9 @@ GROUND_LAST = (
 )
 ENDED = (*[""] * 22, ", please", " please", ", nothing else", ", and nothing else", ". Nothing else", ", simple style",
          ", flat style", ", minimal", ", flat illustration", ", thanks", " for me", ", cute")  # fmt: skip
-"""What may follow all of it and means nothing."""
+"""Endings without meaning."""
 FILLERS = ("nice", "simple", "cute", "pretty", "lovely", "flat", "beautiful", "neat")
-"""Words before a thing that mean nothing either."""
+"""Adjectives without meaning."""
 SIDED = (
     ("{a} {over} {b}", 8),
     ("{a} {is_are} {over} {b}", 2),
@@ -137,7 +137,8 @@ SIDED = (
     ("{b}. {Over} {them} {is_are} {a}", 1),
     ("{b}. There {is_are} {a} {over} {them}", 1),
 )
-"""`a` is `over` `b`, `b` is `under` `a`; `{them}` stands for `b`, {is_are} goes with `a` and {has_have} with `b`."""
+"""`a` is `over` `b`, `b` is `under` `a`; `{them}` is a pronoun for `b`, {is_are} agrees with `a` and {has_have} with
+`b`."""
 FRONTED = ("{over} {b}, {a}", "{over} {b} there {is_are} {a}", "{over} {b} {is_are} {a}")
 ENDS = {
     ABOVE: ("at the top", "at the bottom"),
@@ -146,7 +147,7 @@ ENDS = {
     RIGHT: ("on the right", "on the left"),
 }
 BY_ENDS = ("{a} {here} and {b} {there}", "{a} {here}, {b} {there}", "{b} {there} and {a} {here}")
-"""Two of the same meaning: `a` `here`, `b` `there`, by ENDS."""
+"""`a` is `here`, `b` is `there`; positions from ENDS."""
 BETWEEN = (
     ("{a} between {b} and {c}", 3),
     ("{a} in between {b} and {c}", 1),

@@ -1,10 +1,10 @@
-"""Prompts and edits written by hand, in whatever words came to mind: an examination that no grammar has worded.
+"""Prompts and edits written by hand, for evaluation on wordings outside the grammar.
 
-handwritten.json and blind.json hold them beside what must be seen, in short; blind.json was written by one who knew the
-world and had seen nothing of its grammar. "2 small red star, blue circle" are things: number,
-size, colour, shape; what is left out is open. `how` is how the first stand to the second, or where they are. An edit's
-things have a centre in pixels where they must have kept theirs, "@top-right" or "^above" (the first thing) where they
-are new.
+handwritten.json and blind.json hold questions with a short specification of the expected picture; the author of
+blind.json knew the world but not the grammar. "2 small red star, blue circle" lists things: number, size, colour,
+shape, all optional except the shape. `how` is the relation of the first thing to the second, or its position. In an
+edit, a thing that must stay has its centre in pixels; a new one has "@top-right" or "^above" (relative to the first
+thing).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from scripts.mini.spec import BETWEEN, REGIONS, Relation, Spec, Wanted
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import BETWEEN, REGIONS, Relation, Wanted, Wish
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
 TASKS = ("t2i", "x2i")
@@ -23,13 +23,13 @@ SHEETS = ("handwritten", "blind")
 
 
 def samples(task: str, rows: int, columns: int, *, sheet: str = SHEETS[0]) -> list[Sample]:
-    """All there are of one of TASKS on one of SHEETS."""
+    """All samples of `task` (one of TASKS) in `sheet` (one of SHEETS)."""
     makers = {"t2i": _picture, "x2i": partial(_edit, rows=rows, columns=columns)}
     return [makers[task](**line) for line in json.loads(Path(__file__).with_name(f"{sheet}.json").read_text())[task]]
 
 
 def thing(words: str) -> Wanted:
-    """ "small red star" as something wanted; "@top-right" says where, "56 48" the centre it has."""
+    """Parse "small red star"; "@top-right" gives a region, "56 48" the centre."""
     size = colour = shape = region = None
     centre: list[int] = []
     for word in words.split():
@@ -44,9 +44,9 @@ def thing(words: str) -> Wanted:
         elif word.isdigit():
             centre.append(int(word))
         elif not word.startswith("^"):
-            raise ValueError(f"{word!r} in {words!r} is no word of the world's")
+            raise ValueError(f"{word!r} in {words!r} is no colour, size, shape or position")
     if shape is None or (region and region not in REGIONS):
-        raise ValueError(f"{words!r} is no thing")
+        raise ValueError(f"{words!r} is no thing: a shape is missing")
     return Wanted(shape, colour, size, near=(centre[0], centre[1]) if centre else None, region=region)
 
 
@@ -61,8 +61,8 @@ def _picture(prompt: str, things: str, how: str, ground: str) -> Sample:
         wanted += [replace(one, region=how if how in REGIONS else None)] * count
     relations = (Relation(how, *groups[: 3 if how == BETWEEN else 2]),) if how and how not in REGIONS else ()
     texture, _, colour = ground.rpartition(" ")
-    wish = Wish(tuple(wanted), relations, colour or None, texture or ("plain" if colour else None))
-    return Sample("t2i", prompt, (), (), (wish,), prompt)
+    spec = Spec(tuple(wanted), relations, colour or None, texture or ("plain" if colour else None))
+    return Sample("t2i", prompt, (), (), (spec,), prompt)
 
 
 def _edit(before: str, prompt: str, things: str, ground: str, *, rows: int, columns: int) -> Sample:
@@ -73,8 +73,8 @@ def _edit(before: str, prompt: str, things: str, ground: str, *, rows: int, colu
     relations = tuple(
         Relation(words.partition("^")[2].replace("-", " "), (i,), (0,)) for i, words in enumerate(goals) if "^" in words
     )
-    wish = Wish(tuple(map(_seen, goals)), relations, ground, "plain")
-    return Sample("x2i", prompt, (base,), (goal,), (wish,), prompt)
+    spec = Spec(tuple(map(_seen, goals)), relations, ground, "plain")
+    return Sample("x2i", prompt, (base,), (goal,), (spec,), prompt)
 
 
 def _placed(words: str) -> Thing:
@@ -85,6 +85,6 @@ def _placed(words: str) -> Thing:
 
 
 def _seen(words: str) -> Wanted:
-    """What stays, or changes where it stands, is of a size: medium unless another is told."""
+    """Parse a thing that is kept or moved: medium-sized unless stated."""
     one = thing(words)
     return Wanted(one.shape, one.colour, one.size or ("medium" if one.near else None), one.near, one.region)

@@ -1,6 +1,6 @@
-"""Finds the world's things in pixels by classical vision: colour distance, connected regions, outlines compared.
+"""Detects the world's things in pixels by classical vision: colour distance, connected regions, outline matching.
 
-Nothing is learnt here and nothing of the model is used, so that it can judge the model.
+Nothing here is learned or shared with the model, so that it can judge the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from scripts.mini.render import FADING_DEPTH, textures
 from scripts.mini.shapes import SPRITES, sprite
-from scripts.mini.wish import Seen
+from scripts.mini.spec import Seen
 from scripts.mini.world import COLOURS, GRIPPER, SIDES, TEXTURES, Thing
 
 Picture = NDArray[np.uint8]
@@ -22,20 +22,20 @@ Mask = NDArray[np.bool_]
 
 UNKNOWN = "unknown"
 RING = 5
-"""Pixels along the picture's edge whose commonest colour is the background's."""
+"""Width in pixels of the border whose most common colour is taken as the background."""
 FAR = 34.0
-"""RGB distance from the background, texture taken off, at which a pixel belongs to a thing."""
+"""Minimum RGB distance from the background, after removing its texture, for a pixel to belong to a thing."""
 SPECK = 70
-"""Regions of fewer pixels are no things; the smallest sprite covers about 290."""
+"""Smaller regions, in pixels, are ignored; the smallest sprite covers about 290."""
 LIKENESS = 0.62
-"""The least intersection over union with an outline to be called by its name."""
+"""Minimum intersection over union with an outline for a region to count as that shape."""
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _SIZE_OF = {side: name for name, side in SIDES.items()}
 
 
-def look(picture: Picture) -> Seen:
-    """All that can be named in an (H, W, 3) uint8 picture."""
+def detect(picture: Picture) -> Seen:
+    """Detect all things in an (H, W, 3) uint8 picture."""
     height, width = picture.shape[:2]
     smooth = ndimage.uniform_filter(picture.astype(np.float32), (3, 3, 0))
     background = _background(smooth)
@@ -49,7 +49,7 @@ def look(picture: Picture) -> Seen:
 
 
 def _nearest(colours: NDArray[np.float32], *but: str) -> NDArray[np.intp]:
-    """Number of the palette colour nearest to each of (..., 3) `colours`."""
+    """Index of the nearest palette colour for each of (..., 3) `colours`."""
     distance = ((colours[..., None, :] - _PALETTE) ** 2).sum(-1)
     for name in but:
         distance[..., _NAMES.index(name)] = np.inf
@@ -72,7 +72,7 @@ def _toward(background: str) -> int:
 
 
 def _off_ground(smooth: NDArray[np.float32], background: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(H, W) how far each pixel is shifted the way textures shift the background, and its distance beside that."""
+    """(H, W) shift of each pixel along the axis on which textures vary, and its distance from that axis."""
     off = smooth - np.array(COLOURS[background], np.float32)
     shift = (off.mean(-1) * _toward(background)).clip(-4, FADING_DEPTH + 4)
     return shift, np.linalg.norm(off - (shift * _toward(background))[..., None], axis=-1)
@@ -85,7 +85,7 @@ def _regions(mask: Mask) -> list[Mask]:
 
 
 def _things(region: Mask, picture: Picture, smooth: NDArray[np.float32], background: str) -> list[Thing]:
-    """The things of one region: one, or several of different colours that touch."""
+    """The things in one region: one, or several touching ones of different colours."""
     inner = _core(region)
     labels = np.where(region, _nearest(smooth, background), -1)
     counts = np.bincount(labels[inner], minlength=len(_NAMES))
@@ -102,13 +102,13 @@ def _things(region: Mask, picture: Picture, smooth: NDArray[np.float32], backgro
 
 
 def _core(mask: Mask) -> Mask:
-    """The inside, two pixels from the edge, as long as that leaves something."""
+    """The mask eroded by two pixels, unless fewer than 12 pixels remain."""
     inner = ndimage.binary_erosion(mask, iterations=2, border_value=1)
     return inner if inner.sum() >= 12 else mask
 
 
 def _name(around: Mask, inner: Mask, picture: Picture, background: str) -> Thing:
-    """The outline most like the thing that lies inside `around`, in the colour of its `inner` part."""
+    """The best-matching outline for the thing inside `around`, coloured as its `inner` part."""
     hue = np.median(picture[inner], axis=0).astype(np.float32)
     colour = _NAMES[int(_nearest(hue, background))]
     rows, columns = np.nonzero(around)
@@ -136,7 +136,7 @@ def _name(around: Mask, inner: Mask, picture: Picture, background: str) -> Thing
 
 
 def _coverage(picture: Picture, hue: NDArray[np.float32], background: str) -> NDArray[np.float32]:
-    """How far each pixel is on its way from the background's colour to `hue`, 0..1."""
+    """Blend factor of each pixel between the background colour (0) and `hue` (1)."""
     ground = np.array(COLOURS[background], np.float32)
     way = hue - ground
     return ((picture - ground) @ way / max(float(way @ way), 1.0)).clip(0, 1)
@@ -155,7 +155,7 @@ def _outlines() -> list[tuple[str, int, NDArray[np.float32], tuple[float, float]
 
 
 def _overlap(cover: NDArray[np.float32], outline: NDArray[np.float32], top: int, left: int) -> float:
-    """The area common to both, with the outline's corner at (top, left)."""
+    """Intersection area, with the outline's corner at (top, left)."""
     height, width = cover.shape
     y0, x0 = max(top, 0), max(left, 0)
     y1, x1 = min(top + outline.shape[0], height), min(left + outline.shape[1], width)
@@ -165,7 +165,7 @@ def _overlap(cover: NDArray[np.float32], outline: NDArray[np.float32], top: int,
 
 
 def _texture(shift: NDArray[np.float32], clear: Mask, background: str) -> str:
-    """The texture whose pattern goes with the background's shifts; "plain" where none does."""
+    """The texture that correlates with the background's shifts; "plain" if none does."""
     height, width = shift.shape
     values = shift[clear]
     if len(values) < 200:
@@ -179,6 +179,6 @@ def _texture(shift: NDArray[np.float32], clear: Mask, background: str) -> str:
             continue
         covariance = ((there - there.mean()) * (values - values.mean())).mean()
         likeness = covariance / (spread * max(values.std(), 1e-3))
-        if covariance / spread**2 > 0.4:  # at least 0.4 of the pattern's own depth
+        if covariance / spread**2 > 0.4:  # at least 0.4 of the texture's nominal depth
             best = max(best, (float(likeness), name))
     return best[1]

@@ -1,11 +1,11 @@
-"""Where things go: random places on the grid that keep clear of each other and stand as asked."""
+"""Random placement of things on the grid, without overlap and in given relations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
 
-from scripts.mini.wish import REGIONS
+from scripts.mini.spec import REGIONS
 from scripts.mini.world import GAP, GRID, MARGIN, Thing, fits, touches
 
 Area = tuple[int, int, int, int]
@@ -16,7 +16,7 @@ TRIES = 30
 def put(
     rng: Random, thing: Thing, others: Sequence[Thing], area: Area, *, step: int = GRID, gap: int = GAP
 ) -> Thing | None:
-    """`thing` at a random place whose box lies in `area` and keeps clear of `others`; None if none was found."""
+    """`thing` at a random position inside `area`, clear of `others`; None if none was found."""
     half = thing.side // 2
     low_x, high_x = -(-(area[0] + half) // step), (area[2] - half) // step
     low_y, high_y = -(-(area[1] + half) // step), (area[3] - half) // step
@@ -32,7 +32,7 @@ def put(
 def put_all(
     rng: Random, things: Sequence[Thing], others: Sequence[Thing], area: Area, *, step: int = GRID
 ) -> list[Thing] | None:
-    """All of `things`, in a tidy row or scattered, clear of each other and of `others`."""
+    """All of `things` in a row or scattered, clear of each other and of `others`; None if that fails."""
     if len(things) > 1 and rng.random() < 0.6:
         row = _in_a_row(rng, things, area)
         if row and not any(touches(a.box, b.box) for a in row for b in others):
@@ -68,13 +68,13 @@ def _in_a_row(rng: Random, things: Sequence[Thing], area: Area) -> list[Thing] |
     return row if all(t.box[2] <= area[2] for t in row) else None
 
 
-def whole(width: int, height: int) -> Area:
-    """All of the picture but its margin."""
+def interior(width: int, height: int) -> Area:
+    """The picture without its margin."""
     return MARGIN, MARGIN, width - MARGIN, height - MARGIN
 
 
 def halves(rng: Random, width: int, height: int, first: int, second: int, *, upright: bool) -> tuple[Area, Area] | None:
-    """The picture cut in two, the parts at least `first` and `second` pixels deep: (top, bottom) or (left, right)."""
+    """The picture split into (top, bottom) or (left, right), at least `first` and `second` pixels deep."""
     length = height if upright else width
     low, high = -(-(MARGIN + first) // GRID), (length - MARGIN - second) // GRID
     if low > high:
@@ -86,7 +86,7 @@ def halves(rng: Random, width: int, height: int, first: int, second: int, *, upr
 
 
 def in_ninth(rng: Random, thing: Thing, region: str, width: int, height: int, others: Sequence[Thing]) -> Thing | None:
-    """`thing` with its centre in that ninth of the picture."""
+    """`thing` with its centre in that ninth of the picture; None if there is no room."""
     column, row = REGIONS[region]
     for _ in range(TRIES):
         x = round((column + rng.uniform(0.1, 0.9)) * width / 3 / GRID) * GRID

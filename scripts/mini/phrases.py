@@ -1,11 +1,11 @@
-"""The other words: for things and places, and for whole orders and openings. rewording.py puts them in."""
+"""Synonyms for things and positions, and sentence templates for edits; used by rewording.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from scripts.mini.reading import COLOUR, any_of
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, LEFT, RIGHT
 
 MORE_NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "circle": (("dot", "dots"), ("disk", "disks"), ("round ball", "round balls")),
@@ -135,13 +135,13 @@ EDITS: Sequence[tuple[str, Sequence[str]]] = (
          "move {what} from the {from} {noun} over to the {into} {noun} {where}"),
     ),
 )  # fmt: skip
-"""Orders by what they ask for, the first that fits, and other ways to say so."""
+"""Patterns for edit instructions (the first match applies), each with equivalent templates."""
 ELSE = ("", "", "", "", "", "", ", please", " please", ", and leave the rest", ", keep everything else",
         ", but keep everything else the same", " without changing anything else", ". Keep the rest as it is",
         ", nothing else", ". Thanks", ", thank you")  # fmt: skip
-"""What may follow an order."""
+"""Endings of an instruction."""
 POLITE = ("{}", "{}", "{}", "{}", "{}", "{}", "please {}", "can you {}", "could you {}", "I want you to {}", "now {}",
           "would you {}", "edit this: {}", "in this picture, {}", "I would like you to {}", "just {}")  # fmt: skip
-"""How an order that begins with its verb may be put."""
+"""Frames for instructions that start with an imperative."""
 PLAINLY = ("{}", "{}", "{}", "{}", "in this picture, {}", "now {}", "edit: {}")
-"""How any other may be."""
+"""Frames for all other instructions."""

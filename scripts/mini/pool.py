@@ -1,5 +1,4 @@
-"""Examples in bulk: worker processes make them, each chunk from a seed of its own, so that any number of workers
-gives the same examples."""
+"""Sample generation in worker processes. Each chunk has its own seed, so results do not depend on the worker count."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ Item = TypeVar("Item")
 
 
 def workers() -> int:
-    """Processes worth starting here: all cores this process may use but one."""
+    """Number of worker processes: the available cores minus one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return max(1, cores - 1)
 
 
-def begin(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
-    """As `mapped`, but the work begins with this call and goes on while nobody asks for results."""
+def prefetched(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int) -> Iterator[Result]:
+    """Like `mapped`, but the work starts immediately, before results are requested."""
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
     results = pool.map(work, items)
 
@@ -34,7 +33,7 @@ def begin(work: Callable[[Item], Result], items: Sequence[Item], *, processes: i
 
 
 def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None = None) -> Iterator[Result]:
-    """`work` over `items` in order, in forked processes where there are cores for them."""
+    """`work` over `items` in order, in forked processes if more than one core is available."""
     count = processes or workers()
     if count == 1:
         yield from map(work, items)
@@ -43,16 +42,8 @@ def mapped(work: Callable[[Item], Result], items: Sequence[Item], *, processes: 
         yield from pool.map(work, items)
 
 
-def size_for(rng_number: float, share_square: float) -> tuple[int, int]:
-    """(rows, columns) of a picture: square in `share_square` of all cases, else one of the other shapes alike."""
-    if rng_number < share_square:
-        return SQUARE
-    rest = (rng_number - share_square) / (1 - share_square)
-    return OTHER_SIZES[min(int(rest * len(OTHER_SIZES)), len(OTHER_SIZES) - 1)]
-
-
 SQUARE = (12, 12)
 AREA = 192 * 192
-"""Pixels of a picture, the checkpoint's default for every task."""
+"""Pixels per picture, the checkpoint's default for every task."""
 OTHER_SIZES = ((10, 13), (13, 10), (10, 14), (14, 10), (10, 16), (16, 10), (11, 14), (14, 11), (9, 15), (15, 9))
-"""What the presets give at that area, and what references of those shapes are resized to."""
+"""(rows, columns) of the aspect-ratio presets at that area, to which references of those shapes are resized."""

@@ -1,4 +1,4 @@
-"""Reads what the model writes: things, places, moves and backgrounds in its sentences."""
+"""Parses things, positions, moves and backgrounds from the model's sentences."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from scripts.mini.spec import Relation, Spec, Wanted
 from scripts.mini.tasks.explore import MOVES
-from scripts.mini.wish import Relation, Wanted, Wish
 from scripts.mini.words import NOUNS, NUMBERS, RELATION_WORDS, SIZE_WORDS, TEXTURE_WORDS
 from scripts.mini.world import COLOURS
 
@@ -19,7 +19,7 @@ TEXTURE = {word: name for name, words in TEXTURE_WORDS.items() for word in words
 
 
 def any_of(words: Iterable[str]) -> str:
-    """A pattern for one of the words, the longest that fits."""
+    """A regex alternation, longest word first."""
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
@@ -40,7 +40,7 @@ _SIDE = re.compile(rf"\b({any_of(RELATION)}) the (?:({any_of(COLOUR)}) )?({any_o
 
 @dataclass(frozen=True)
 class Mention:
-    """`count` things of one description, `definite` with "the"."""
+    """`count` things of one description; `definite` if introduced by "the"."""
 
     count: int
     wanted: Wanted
@@ -48,7 +48,7 @@ class Mention:
 
 
 def mentions(text: str) -> list[Mention]:
-    """All things a text speaks of, in order."""
+    """All things mentioned in a text, in order."""
     found = []
     for match in _THING.finditer(text.lower()):
         number = match["number"] or ""
@@ -59,7 +59,7 @@ def mentions(text: str) -> list[Mention]:
 
 
 def ground(text: str) -> tuple[str, str] | None:
-    """(colour, texture) of the background a text names."""
+    """(colour, texture) of the background in a text."""
     match = _GROUND.search(text.lower())
     return (match and (COLOUR[match["colour"]], TEXTURE.get(match["t1"] or match["t2"] or "", "plain"))) or None
 
@@ -70,7 +70,7 @@ def sky(text: str) -> str | None:
 
 
 def place(text: str) -> str | None:
-    """The ninth of the picture a text names."""
+    """The region (ninth of the picture) in a text."""
     match = _PLACE.search(text.lower())
     if not match:
         return None
@@ -84,17 +84,17 @@ def move(text: str) -> str | None:
     return (match and match[1]) or None
 
 
-def howto_wishes(texts: list[str]) -> list[Wish] | None:
-    """What the picture after each step must show, by the steps' own words; None where a step can't be read."""
+def howto_specs(texts: list[str]) -> list[Spec] | None:
+    """Specs of the picture after each step, from the steps' texts; None if a step cannot be parsed."""
     wanted: list[Wanted] = []
     under: tuple[str, str] | None = None
-    wishes = []
+    specs = []
     for text in texts:
         under = ground(text) or under
-        told = [m for m in mentions(text) if not m.definite]
+        named = [m for m in mentions(text) if not m.definite]
         relations: tuple[Relation, ...] = ()
-        if told:
-            if len(told) != 1 or told[0].count != 1:
+        if named:
+            if len(named) != 1 or named[0].count != 1:
                 return None
             region = None
             side = _SIDE.search(text.lower())
@@ -105,17 +105,17 @@ def howto_wishes(texts: list[str]) -> list[Wish] | None:
                 relations = (Relation(RELATION[side[1]], (len(wanted),), (anchors[0],)),)
             else:
                 region = place(text)
-            wanted.append(replace(told[0].wanted, region=region))
+            wanted.append(replace(named[0].wanted, region=region))
         elif not ground(text):
             return None
-        wishes.append(Wish(tuple(wanted), relations, *(under or (None, None))))
-    return wishes
+        specs.append(Spec(tuple(wanted), relations, *(under or (None, None))))
+    return specs
 
 
-def story_wish(text: str) -> Wish | None:
-    """The hero, the place and the sky of one scene, by its own words."""
-    told = mentions(text)
+def story_spec(text: str) -> Spec | None:
+    """Spec of one scene (hero, place and sky colour) from its text; None if it cannot be parsed."""
+    named = mentions(text)
     colour = sky(text)
-    if len(told) != 2 or colour is None:
+    if len(named) != 2 or colour is None:
         return None
-    return Wish(tuple(m.wanted for m in told), background=colour)
+    return Spec(tuple(m.wanted for m in named), background=colour)

@@ -1,4 +1,4 @@
-"""Scenes to pixels: one renderer in whole numbers, the same on CPU and GPU to the last bit."""
+"""Renders scenes to pixels in integer arithmetic, bit-identical on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from scripts.mini.world import COLOURS, TEXTURES, Scene
 
 NOISE_SIGMA = 2.0
 NO_NOISE = 0
-"""The seed of a scene without any noise."""
+"""Scene seed for no noise."""
 TEXTURE_DEPTH = 20
-"""How far a texture departs from its colour, of 255: darker on light colours, lighter on dark ones."""
+"""Amplitude of a texture, of 255: darker on light colours, lighter on dark ones."""
 FADING_DEPTH = 30
-"""The same at the bottom of a fading background, which begins in its own colour at the top."""
+"""Amplitude at the bottom of a fading background, whose top has the plain colour."""
 _COLOUR_NUMBER = {name: i for i, name in enumerate(COLOURS)}
 _TEXTURE_NUMBER = {name: i for i, name in enumerate(TEXTURES)}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Scenes of one size as arrays: `head` (N, 3) int32 background, texture, seed; `things` (N, K, 4) int32
-    sprite (-1: none), colour, left, top."""
+    """Scenes of one size as arrays: `head` (N, 3) int32 background, texture, seed; `things` (N, K, 4) int32 sprite (-1:
+    none), colour, left, top."""
 
     rows: int
     columns: int
@@ -50,32 +50,32 @@ class Batch:
 
 @torch.inference_mode()
 def render(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
-    """(N, 3, H, W) uint8 pictures, noise included."""
+    """(N, 3, H, W) uint8 pictures with noise."""
     return with_noise(render_clean(batch, device), batch)
 
 
 @torch.inference_mode()
 def with_noise(clean: Tensor, batch: Batch) -> Tensor:
-    """What `render_clean` gave for `batch` as (N, 3, H, W) uint8 with each scene's own noise."""
+    """Add each scene's noise to the output of `render_clean`: (N, 3, H, W) uint8."""
     head = torch.from_numpy(batch.head).to(clean.device)
-    return grained(clean, head, places(*clean.shape[-2:], clean.device))
+    return add_noise(clean, head, places(*clean.shape[-2:], clean.device))
 
 
 @torch.inference_mode()
 def render_clean(batch: Batch, device: torch.device | str = "cpu") -> Tensor:
     """(N, 3, H, W) int32 in 0..255, without noise."""
     head, things = torch.from_numpy(batch.head).to(device), torch.from_numpy(batch.things).to(device)
-    return paint(head, things, *paints(device), batch.rows, batch.columns)
+    return compose(head, things, *palette_and_atlas(device), batch.rows, batch.columns)
 
 
-def paints(device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """The (colours, 3) palette and the (sprites, side, side) sheet of outlines, int32."""
+def palette_and_atlas(device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The (colours, 3) palette and the (sprites, side, side) outline atlas, int32."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.int32, device=device)
     return palette, torch.from_numpy(atlas()).to(device).int()
 
 
-def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
-    """`render_clean` on tensors alone: a Batch's arrays and `paints`."""
+def compose(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: int, columns: int) -> Tensor:
+    """`render_clean` on tensors only: the arrays of a Batch and the output of `palette_and_atlas`."""
     height, width, device = rows * 16, columns * 16, head.device
     yy = torch.arange(height, device=device, dtype=torch.int32)[:, None]
     xx = torch.arange(width, device=device, dtype=torch.int32)[None, :]
@@ -97,14 +97,14 @@ def paint(head: Tensor, things: Tensor, palette: Tensor, sheet: Tensor, rows: in
     return canvas
 
 
-def grained(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
-    """`with_noise` on tensors alone; `place` is `places` of the same size."""
+def add_noise(clean: Tensor, head: Tensor, place: Tensor) -> Tensor:
+    """`with_noise` on tensors only; `place` is the output of `places` for that size."""
     noise = _noise(head[:, 2], place)
     return (clean + noise).clamp(0, 255).to(torch.uint8)
 
 
 def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:
-    """(4, H, W) int32 depth of every texture, in the order of TEXTURES."""
+    """(4, H, W) int32 amplitude of every texture, in the order of TEXTURES."""
     flat = torch.zeros_like(yy + xx)
     fading = yy * FADING_DEPTH // height + flat
     striped = (yy // 16 % 2) * TEXTURE_DEPTH + flat
@@ -113,12 +113,14 @@ def textures(yy: Tensor, xx: Tensor, height: int) -> Tensor:
 
 
 def places(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(1, 3, H, W) int64, the share of each place in the noise's hash."""
+    """(1, 3, H, W) int64 position term of the noise hash."""
     return torch.arange(3 * height * width, device=device).view(1, 3, height, width) * 0x85EBCA6B
 
 
 def _noise(seed: Tensor, place: Tensor) -> Tensor:
-    """(N, 3, H, W) int32, near normal with NOISE_SIGMA: the sum of four bytes of a hash of (seed, place)."""
+    """(N, 3, H, W) int32, approximately normal with NOISE_SIGMA: the sum of four bytes of a hash of (seed,
+    position).
+    """
     h = (seed.long()[:, None, None, None] * 0x9E3779B1 + place) & 0xFFFFFFFF
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
@@ -130,7 +132,7 @@ def _noise(seed: Tensor, place: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def resize(pictures: Tensor, height: int, width: int) -> Tensor:
-    """(N, 3, H, W) uint8 to another size, bicubic and antialiased as Pillow does it (to within rounding)."""
+    """Resize (N, 3, H, W) uint8, bicubic with antialiasing as in Pillow (up to rounding)."""
     if pictures.shape[-2:] == (height, width):
         return pictures
     sized = F.interpolate(pictures.float(), (height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -138,5 +140,5 @@ def resize(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 def picture(scene: Scene) -> Image.Image:
-    """One scene as an RGB picture."""
+    """One scene as an RGB image."""
     return Image.fromarray(render(Batch.of([scene]))[0].permute(1, 2, 0).numpy())

@@ -1,7 +1,7 @@
-"""The same question in other words: what the grammar's sentences mean, as people might put it.
+"""Paraphrases questions without changing their meaning.
 
-The tasks' makers word their questions by one grammar each; a model that learnt those alone stumbles over "one red star"
-or ", blue background". Here a finished question is taken apart and put together anew, its meaning kept.
+The tasks word their questions by one grammar each, and a model trained on it alone misreads "one red star" or ", blue
+background". Here a finished question is parsed and worded anew.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from scripts.mini import frames
-from scripts.mini.asking import handling, route, steps, tale
+from scripts.mini import asking, frames
 from scripts.mini.phrases import (
     CORNERS,
     EDITS,
@@ -39,7 +38,7 @@ _THING = re.compile(
 _PLURALS = {more for pairs in NOUNS.values() for one, more in pairs if more != one}
 _OPENING = re.compile(r"^(?:a picture of|an image of|draw|show me|please draw|I want) ", re.IGNORECASE)
 _GROUND = re.compile(r" (?:on|against|with) an? (?P<words>[a-z ]+) background$")
-_GROUND_TOLD = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
+_GROUND_SENTENCE = re.compile(r"\. The background is (?P<words>[a-z ]+)$")
 _SIDED = re.compile(rf"^(?P<a>.+?) (?P<relation>{any_of(RELATION)}) (?P<b>.+)$")
 _BETWEEN = re.compile(r"^(?P<a>.+) between (?P<b>.+) and (?P<c>.+)$")
 _PLACE = re.compile(
@@ -52,7 +51,7 @@ _POLITE = re.compile(r"^(?:please |can you |edit the picture: )", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Thing:
-    """A phrase taken apart. `number` counts; 0 is "the"."""
+    """A parsed noun phrase; `number` 0 is "the"."""
 
     number: int
     size: str | None
@@ -61,16 +60,16 @@ class Thing:
 
     @classmethod
     def read(cls, phrase: str) -> Thing | None:
-        found = _THING.match(phrase)
-        if not found:
+        match = _THING.match(phrase)
+        if not match:
             return None
-        word = found["number"]
+        word = match["number"]
         number = {"a": 1, "an": 1, "the": 0}.get(word) if not word.isdigit() else int(word)
-        return cls(NUMBERS.index(word) if number is None else number, found["size"], found["colour"], found["noun"])
+        return cls(NUMBERS.index(word) if number is None else number, match["size"], match["colour"], match["noun"])
 
 
 class Rewording:
-    """One way of putting things, kept for a whole question. `alone`: the picture to be edited shows one thing."""
+    """The random choices of style for one question. `alone`: the picture to edit shows only one thing."""
 
     def __init__(self, rng: Random, *, own_nouns: bool = True, alone: bool = False) -> None:
         self.rng, self.own_nouns, self.alone = rng, own_nouns, alone
@@ -81,9 +80,9 @@ class Rewording:
     # -- 1. phrases ------------------------------------------------------------------------------------------
 
     def thing(self, phrase: str) -> str:
-        """ "one tiny red star" for "a small red star"; what is no such phrase stays as it is."""
-        found = Thing.read(phrase)
-        return phrase if found is None else self._thing(found)
+        """ "one tiny red star" for "a small red star"; other text is returned unchanged."""
+        thing = Thing.read(phrase)
+        return phrase if thing is None else self._thing(thing)
 
     def _thing(self, thing: Thing) -> str:
         rng = self.rng
@@ -128,7 +127,7 @@ class Rewording:
         return ("gray" if self.gray else "grey") if word in ("grey", "gray") else word
 
     def noun(self, noun: str, *, plural: bool) -> str:
-        """One word for a shape throughout a question."""
+        """A noun for the shape, the same throughout a question."""
         shape = SHAPE[noun]
         if shape not in self.nouns:
             known = next(pair for pair in NOUNS[shape] if noun in pair)
@@ -137,14 +136,14 @@ class Rewording:
         return self.nouns[shape][plural]
 
     def ground(self, words: str) -> str:
-        """ "blue", "striped blue", "blue striped" of "plain blue", "striped and blue" and the like."""
+        """ "blue", "striped blue", "blue striped" for "plain blue", "striped and blue" and the like."""
         parts = [w for w in words.split() if w not in ("plain", "and")]
         colour = next(w for w in parts if w in COLOUR)
         pattern = [self.rng.choice(MORE_TEXTURES[TEXTURE[w]]) for w in parts if w in TEXTURE]
-        told = [self.colour(colour) or "", *pattern]
+        adjectives = [self.colour(colour) or "", *pattern]
         if pattern and self.rng.random() < 0.2:
-            return f"{pattern[0]} {told[0]}" if self.rng.random() < 0.5 else f"{told[0]} and {pattern[0]}"
-        return " ".join(told if self.rng.random() < 0.5 else told[::-1])
+            return f"{pattern[0]} {adjectives[0]}" if self.rng.random() < 0.5 else f"{adjectives[0]} and {pattern[0]}"
+        return " ".join(adjectives if self.rng.random() < 0.5 else adjectives[::-1])
 
     def relation(self, word: str, *, inverse: bool = False) -> str:
         name = RELATION[word]
@@ -166,25 +165,25 @@ class Rewording:
             words = re.sub(r"^(?:in|at|on) the ", "", words)
         return words
 
-    # -- 2. words to a picture -------------------------------------------------------------------------------
+    # -- 2. t2i ------------------------------------------------------------------------------------------
 
     def t2i(self, text: str) -> str:
-        body, many, ground, fronted = self.seen(_OPENING.sub("", text))
+        body, many, ground, fronted = self.content(_OPENING.sub("", text))
         rng = self.rng
         if ground and not fronted and rng.random() < 0.25:
-            whole = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
+            sentence = self._framed(rng.choice(frames.GROUND_FIRST), body, many, ground)
         else:
             opened = body if fronted else self._framed(rng.choice(frames.OPENED), body, many)
-            whole = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
-        return whole + rng.choice(frames.ENDED)
+            sentence = opened + (self._framed(rng.choice(frames.GROUND_LAST), "", many, ground) if ground else "")
+        return sentence + rng.choice(frames.ENDED)
 
-    def seen(self, text: str) -> tuple[str, bool, str | None, bool]:
-        """What is to be seen, anew: (the things, whether the first are several, the background, whether the things
-        begin with where they are)."""
+    def content(self, text: str) -> tuple[str, bool, str | None, bool]:
+        """Paraphrase a picture's content: (text, whether it starts with a plural, background, whether it starts with a
+        position)."""
         ground = None
-        for pattern in (_GROUND, _GROUND_TOLD):
-            if found := pattern.search(text):
-                ground, text = self.ground(found["words"]), text[: found.start()]
+        for pattern in (_GROUND, _GROUND_SENTENCE):
+            if match := pattern.search(text):
+                ground, text = self.ground(match["words"]), text[: match.start()]
         text = _lower(text)
         body, fronted = self.body(text)
         return body, not text.startswith(("a ", "an ")), ground, fronted
@@ -193,51 +192,51 @@ class Rewording:
         parts = {"{is_are}": "are" if many else "is", "{.}": _upper(body), "{}": body}
         if ground:
             parts |= {"{a_ground}": with_article(ground), "{ground}": ground, "{Ground}": _upper(ground)}
-        return _filled(frame, parts)
+        return _fill(frame, parts)
 
     def body(self, text: str) -> tuple[str, bool]:
-        """What is to be seen, the background left out, and whether no opening fits before it."""
+        """Paraphrase the content without background; also whether it is unsuitable after an opening."""
         rng = self.rng
         phrases = unlisted(text)
         if len(phrases) > 1 and (all(map(_PLACE.match, phrases)) or any(map(_STANDING.match, phrases))):
-            return self._listed(self.one_by_one(phrases)), False
-        if found := _BETWEEN.match(text):
-            parts = {f"{{{name}}}": self.thing(found[name]) for name in "abc"} | {"{is_are}": "is"}
+            return self._joined(self.one_by_one(phrases)), False
+        if match := _BETWEEN.match(text):
+            parts = {f"{{{name}}}": self.thing(match[name]) for name in "abc"} | {"{is_are}": "is"}
             if rng.random() < 0.15:
-                return _filled(rng.choice(frames.BETWEEN_FRONTED), parts), True
-            frame = _weighed(rng, frames.BETWEEN)
-            return _filled(frame, parts), _whole(frame)
-        if found := _PLACE.match(text):
-            a, place = self.thing(found["a"]), self.place(found["words"])
+                return _fill(rng.choice(frames.BETWEEN_FRONTED), parts), True
+            frame = _weighted_choice(rng, frames.BETWEEN)
+            return _fill(frame, parts), _is_sentence(frame)
+        if match := _PLACE.match(text):
+            a, place = self.thing(match["a"]), self.place(match["words"])
             return rng.choice(
                 ((f"{a} {place}", False), (f"{a} {place}", False), (f"{a}, {place}", False), (f"{place}, {a}", True),
                  (f"{place} {a}", True), (f"{a} is {place}", True), (f"{a} that is {place}", False))
             )  # fmt: skip
-        if found := _SIDED.match(text):
-            return self.sided(found["a"], found["relation"], found["b"])
+        if match := _SIDED.match(text):
+            return self.sided(match["a"], match["relation"], match["b"])
         things = self.one_by_one(phrases)
-        return (things[0] if len(things) == 1 else self._listed(things)), False
+        return (things[0] if len(things) == 1 else self._joined(things)), False
 
     def one_by_one(self, phrases: list[str]) -> list[str]:
-        """Things, some perhaps with their place or told by where they stand to one before."""
-        rng, told = self.rng, list[str]()
+        """Paraphrase things that may have positions, absolute or relative to an earlier thing."""
+        rng, described = self.rng, list[str]()
         head = _PLACE.match(phrases[0])
         known = Thing.read(head["a"] if head else phrases[0])
-        plain = True  # "it" can only be the first
+        plain = True  # "it" can only refer to the first thing
         for phrase in phrases:
             if placed := _PLACE.match(phrase):
-                told.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
-            elif found := _STANDING.match(phrase):
-                meant = Thing.read(found["b"])
+                described.append(f"{self.thing(placed['a'])} {self.place(placed['words'])}")
+            elif match := _STANDING.match(phrase):
+                meant = Thing.read(match["b"])
                 plain = plain and bool(meant and known and meant.noun == known.noun)
-                anchor = "it" if plain and rng.random() < 0.35 else self.thing(found["b"])
-                a, relation = self.thing(found["a"]), self.relation(found["relation"])
-                told.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
+                anchor = "it" if plain and rng.random() < 0.35 else self.thing(match["b"])
+                a, relation = self.thing(match["a"]), self.relation(match["relation"])
+                described.append(f"{relation} {anchor} {a}" if rng.random() < 0.08 else f"{a} {relation} {anchor}")
             else:
-                told.append(self.thing(phrase))
-        return told
+                described.append(self.thing(phrase))
+        return described
 
-    def _listed(self, things: list[str]) -> str:
+    def _joined(self, things: list[str]) -> str:
         links = (" and ", ", and ", ", ", " and also ", " plus ")
         more = () if len(things) > 2 else (" and ", " with ", " together with ")
         last = self.rng.choice((*links, *more, *((". Also ", ". And ") if self.own_nouns else ())))
@@ -259,12 +258,12 @@ class Rewording:
         }
         name = RELATION[relation]
         if rng.random() < 0.1:
-            return _filled(rng.choice(frames.FRONTED), parts), True
+            return _fill(rng.choice(frames.FRONTED), parts), True
         if name in frames.ENDS and rng.random() < 0.06:
             here, there = frames.ENDS[name]
-            return _filled(rng.choice(frames.BY_ENDS), parts | {"{here}": here, "{there}": there}), False
-        frame = _weighed(rng, frames.SIDED)
-        return _filled(frame, parts), _whole(frame)
+            return _fill(rng.choice(frames.BY_ENDS), parts | {"{here}": here, "{there}": there}), False
+        frame = _weighted_choice(rng, frames.SIDED)
+        return _fill(frame, parts), _is_sentence(frame)
 
     # -- 3. edits --------------------------------------------------------------------------------------------
 
@@ -282,28 +281,28 @@ class Rewording:
 
     def _order(self, order: str) -> str:
         for pattern, forms in EDITS:
-            if found := re.match(pattern, order):
-                parts = {k: self._part(k, v) for k, v in found.groupdict("").items()}
+            if match := re.match(pattern, order):
+                parts = {k: self._part(k, v) for k, v in match.groupdict("").items()}
                 parts |= {f"a_{k}": with_article(v) for k, v in parts.items() if v}
-                return self.rng.choice(forms).format(**parts, it="them" if " and " in found[0] else "it")
+                return self.rng.choice(forms).format(**parts, it="them" if " and " in match[0] else "it")
         return order
 
     def _part(self, name: str, words: str) -> str:
         if name == "what":
-            return self._meant(words)
+            return self._reference(words)
         if name == "new":
             return self.thing(words)
         if name == "hue":
             return self.colour(words) or ""
         if name == "ground":
             return self.ground(words)
-        if name == "where" and (found := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
-            anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(found["b"])
-            return f" {self.relation(found['relation'])} {anchor}"
+        if name == "where" and (match := re.match(rf" (?P<relation>{any_of(RELATION)}) (?P<b>.+)$", words)):
+            anchor = "it" if self.alone and self.rng.random() < 0.3 else self.thing(match["b"])
+            return f" {self.relation(match['relation'])} {anchor}"
         return words
 
-    def _meant(self, words: str) -> str:
-        """A thing that is there already: "it" where it is alone, or by its colour, or by its name."""
+    def _reference(self, words: str) -> str:
+        """A reference to an existing thing: "it" if it is the only one, or its colour, or its name."""
         if self.alone and self.rng.random() < 0.4:
             return "it"
         if self.own_nouns and self.rng.random() < 0.06 and (hue := re.match(rf"the ({HUES}) ", words)):
@@ -319,22 +318,22 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _filled(frame: str, parts: Mapping[str, str]) -> str:
-    """The frame with its parts put in, all at once."""
-    return re.sub(r"\{[^}]*\}", lambda found: parts[found[0]], frame)
+def _fill(frame: str, parts: Mapping[str, str]) -> str:
+    """Fill in all placeholders at once."""
+    return re.sub(r"\{[^}]*\}", lambda match: parts[match[0]], frame)
 
 
-def _whole(frame: str) -> bool:
-    """Whether the frame is a sentence, before which no opening fits."""
+def _is_sentence(frame: str) -> bool:
+    """Whether the frame is a full sentence, so that no opening may precede it."""
     return "{a} {is_are}" in frame and ". " not in frame
 
 
-def _weighed(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
+def _weighted_choice(rng: Random, forms: Sequence[tuple[str, int]]) -> str:
     return rng.choices([form for form, _ in forms], [weight for _, weight in forms])[0]
 
 
 def reworded(rng: Random, made: Sample) -> str:
-    """The sample's question in other words."""
+    """The sample's question, paraphrased."""
     ends_in = made.question[-1] if made.question[-1] in "?." else ""
     text = made.question.rstrip(".")
     pictures = made.task in ("t2i", "x2i")
@@ -343,10 +342,10 @@ def reworded(rng: Random, made: Sample) -> str:
     ways: dict[str, Callable[[str], str]] = {
         "t2i": rewording.t2i,
         "x2i": rewording.x2i,
-        "howto": partial(steps, rewording),
-        "story": partial(tale, rewording),
-        "explore": partial(route, rewording),
-        "vla": partial(handling, rewording),
+        "howto": partial(asking.howto, rewording),
+        "story": partial(asking.story, rewording),
+        "explore": partial(asking.explore, rewording),
+        "vla": partial(asking.vla, rewording),
     }
     text = " ".join(ways[made.task](text).split()).replace(" ,", ",").replace(" .", ".").replace(" ;", ";")
     if text.startswith(("can ", "could ", "would ", "how ")):

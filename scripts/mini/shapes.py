@@ -1,4 +1,4 @@
-"""The outlines of all shapes, and their antialiased sprites."""
+"""Outlines of all shapes and their antialiased sprites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OVERSAMPLING = 8
 
 
 def inside(shape: str, u: Plane, v: Plane) -> NDArray[np.bool_]:
-    """Whether points (u right, v down, the box being -1..1) lie inside `shape`."""
+    """Whether points (u right, v down, box -1..1) lie inside `shape`."""
     match shape:
         case "circle":
             return u**2 + v**2 <= 0.94**2
@@ -54,7 +54,7 @@ def inside(shape: str, u: Plane, v: Plane) -> NDArray[np.bool_]:
 
 
 def _star(u: Plane, v: Plane, outer: float, inner: float) -> NDArray[np.bool_]:
-    """A five-pointed star, one point up: in polar form each tenth of the turn is bounded by one straight edge."""
+    """A five-pointed star, tip up: in polar coordinates each tenth of the circle is bounded by one straight edge."""
     tenth = np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)
     x, y = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
@@ -65,7 +65,7 @@ def _star(u: Plane, v: Plane, outer: float, inner: float) -> NDArray[np.bool_]:
 
 @cache
 def sprite(shape: str, side: int) -> NDArray[np.uint8]:
-    """(side, side) coverage 0..255, averaged over OVERSAMPLING x OVERSAMPLING points a pixel."""
+    """(side, side) coverage 0..255, averaged over OVERSAMPLING x OVERSAMPLING points per pixel."""
     n = side * OVERSAMPLING
     axis = (np.arange(n) + 0.5) / n * 2 - 1
     v, u = np.meshgrid(axis, axis, indexing="ij")
@@ -77,13 +77,13 @@ SPRITES: tuple[tuple[str, int], ...] = (
     *((shape, side) for shape in SHAPES for side in SIDES.values()),
     (GRIPPER, GRIPPER_SIDE),
 )
-"""(shape, side) of every sprite; the place in this list is the sprite's number in rendered batches."""
+"""(shape, side) of every sprite; the index is the sprite number in rendered batches."""
 SPRITE_NUMBER = {key: i for i, key in enumerate(SPRITES)}
 
 
 @cache
 def atlas() -> NDArray[np.uint8]:
-    """(sprites, 72, 72) all sprites in the top left corners of equal squares."""
+    """(sprites, 72, 72) sprites, each in the top left corner of its square."""
     side = max(side for _, side in SPRITES)
     sheet = np.zeros((len(SPRITES), side, side), np.uint8)
     for i, (shape, own) in enumerate(SPRITES):

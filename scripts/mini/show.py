@@ -1,4 +1,4 @@
-"""Makes the pictures in docs/: what the miniature answers to a few requests, and the command that gives the same."""
+"""Generates the pictures in docs/ and prints the command that reproduces each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from emu_cog.request import Request
 from emu_cog.weights.store import MINIATURE
 
 CELL, GAP, LINE = 192, 12, 16
-"""Pixels: a picture's side, the space between pictures, a line of words."""
+"""Pixels: side of a picture, space between pictures, height of a text line."""
 FONT = 13
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One request. `reference` names the demo whose last picture it is given; `strip` the file it is shown in."""
+    """One request. `reference` names the demo whose last picture is its input; `strip` names the output file."""
 
     name: str
     strip: str
@@ -35,13 +35,13 @@ class Demo:
     reference: str | None = None
 
     def command(self) -> str:
-        """What to type for the same pictures."""
+        """The command that gives the same pictures."""
         inputs = [] if self.task == "t2i" else [f"task_type={self.task}"]
         inputs.append(f"prompt={self.prompt}")
         inputs += [] if self.aspect_ratio == "auto" else [f"aspect_ratio={self.aspect_ratio}"]
         inputs += [] if self.reference is None else [f"reference_image=@{self.reference}.0.png"]
         inputs.append(f"seed={self.seed}")
-        # Cog gives every file the suffix that is named here: none where texts come with the pictures.
+        # Cog appends the suffix given here; none where the output also holds text.
         target = f"{self.name}.png" if self.task in ("t2i", "x2i") else self.name
         return " ".join(["scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {target}"])
 
@@ -71,7 +71,7 @@ DEMOS: tuple[Demo, ...] = (
 
 
 def run(pipeline: Pipeline, demo: Demo, given: Image.Image | None) -> list[tuple[str, Image.Image]]:
-    """(words before it, picture) of every picture in the answer."""
+    """(preceding text, picture) for every picture in the answer."""
     request = Request(
         prompt=demo.prompt,
         task=demo.task,
@@ -90,7 +90,7 @@ def run(pipeline: Pipeline, demo: Demo, given: Image.Image | None) -> list[tuple
 
 
 def strip(cells: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
-    """The pictures side by side, each over its words."""
+    """The pictures in a grid, each above its text."""
     font = ImageFont.load_default(FONT)
     texts = [textwrap.wrap(words, 27) for words, _ in cells]
     under = LINE * max(len(lines) for lines in texts) + (6 if any(texts) else 0)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
     parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--only", nargs="+", help="strips to make")
+    parser.add_argument("--only", nargs="+", help="pictures to generate, by name")
     args = parser.parse_args()
     pipeline = Pipeline.load(args.model, args.vision)
     made: dict[str, Image.Image] = {}

@@ -1,4 +1,4 @@
-"""Whether an answer is right, task by task, by what the judge sees in its pictures and the reader in its texts."""
+"""Verdicts per task, from what the judge detects in the pictures and what the texts say."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from PIL import Image
 from scipy import ndimage
 
 from scripts.mini import reading
-from scripts.mini.judge import look
+from scripts.mini.judge import detect
 from scripts.mini.render import picture
+from scripts.mini.spec import Seen, Spec, mismatch
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import Seen, Wish, complaint
 from scripts.mini.world import Scene, Thing
 
 DIFFERS = 32
-"""Two pixels differ when a channel does by more than this, of 255, after a 3x3 mean."""
+"""Two pixels differ if a channel does by more than this, of 255, after a 3x3 mean."""
 AGREE = 0.03
-"""Overlapping views agree when at most this share of their common pixels differs."""
+"""Overlapping views agree if at most this fraction of their common pixels differs."""
 
 
 @dataclass
 class Answer:
-    """What the model gave for one sample: texts and pictures in reading order, and the token ids they came from."""
+    """The model's answer to one sample: texts and pictures in order. `ended`: ended by the model, not by the token
+    limit."""
 
     parts: list[str | NDArray[np.uint8]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
     reasoned: bool = False
-    whole: bool = False
+    ended: bool = False
 
     @property
     def pictures(self) -> list[NDArray[np.uint8]]:
@@ -42,102 +42,102 @@ class Answer:
 
     @property
     def in_steps(self) -> bool:
-        """Text, picture, text, picture ... to the end, and ended by the model itself."""
+        """Whether texts and pictures alternate, starting with a text, and the model ended the answer itself."""
         kinds = [isinstance(p, str) for p in self.parts]
-        return self.whole and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
+        return self.ended and bool(kinds) and kinds == [True, False] * (len(kinds) // 2)
 
 
 def judge_last(made: Sample, answer: Answer) -> str | None:
-    """t2i, x2i and vla: the last picture fulfils the last wish."""
+    """t2i, x2i and vla: the last picture matches the last spec."""
     if not answer.pictures:
         return "no picture"
-    return complaint(look(answer.pictures[-1]), made.wishes[-1])
+    return mismatch(detect(answer.pictures[-1]), made.specs[-1])
 
 
 def judge_steps(made: Sample, answer: Answer) -> str | None:
-    """howto and story: every picture shows what its own text says, and together they are what was asked for."""
+    """howto and story: every picture shows what its text says, and together they answer the question."""
     if not answer.in_steps:
-        return "texts and pictures do not take turns"
-    seen = [look(p) for p in answer.pictures]
-    wishes: list[Wish] | None
+        return "texts and pictures do not alternate"
+    seen = [detect(p) for p in answer.pictures]
+    specs: list[Spec] | None
     if made.task == "howto":
-        wishes = reading.howto_wishes(answer.texts)
+        specs = reading.howto_specs(answer.texts)
     else:
-        read = [reading.story_wish(text) for text in answer.texts]
-        wishes = [w for w in read if w] if all(read) else None
-    if wishes is None:
-        return "a text can't be read"
-    for number, (there, wish) in enumerate(zip(seen, wishes, strict=True), 1):
-        if wrong := complaint(there, wish):
+        read = [reading.story_spec(text) for text in answer.texts]
+        specs = [w for w in read if w] if all(read) else None
+    if specs is None:
+        return "a text can't be parsed"
+    for number, (scene, spec) in enumerate(zip(seen, specs, strict=True), 1):
+        if wrong := mismatch(scene, spec):
             return f"step {number}: {wrong}"
     return asked_for(made, seen)
 
 
 def asked_for(made: Sample, seen: Sequence[Seen]) -> str | None:
-    """The steps together against the question."""
+    """Check all steps together against the question."""
     if made.task == "howto":
-        goal = made.wishes[-1]
-        told = [m.wanted for m in reading.mentions(made.question)]
-        return complaint(seen[-1], replace(goal, wanted=tuple(told), relations=()))
-    if len(seen) != len(made.wishes):
-        return f"{len(seen)} scenes, not {len(made.wishes)}"
-    told = [m.wanted for m in reading.mentions(made.question)]
-    for there, place in zip(seen, told[1:], strict=False):
-        if not any((t.shape, t.colour) == (place.shape, place.colour) for t in there.things):
+        goal = made.specs[-1]
+        requested = [m.wanted for m in reading.mentions(made.question)]
+        return mismatch(seen[-1], replace(goal, wanted=tuple(requested), relations=()))
+    if len(seen) != len(made.specs):
+        return f"{len(seen)} scenes, not {len(made.specs)}"
+    requested = [m.wanted for m in reading.mentions(made.question)]
+    for scene, place in zip(seen, requested[1:], strict=False):
+        if not any((t.shape, t.colour) == (place.shape, place.colour) for t in scene.things):
             return f"the {place.colour} {place.shape} of the question is missing"
     return None
 
 
 def judge_explore(made: Sample, answer: Answer) -> str | None:
     """Neighbouring views agree where they overlap, and the moves are those asked for."""
-    return stumble(made, answer, Walk.of(made, answer))
+    return walk_error(made, answer, Walk.of(made, answer))
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The moves that the answer tells of, those asked for, and for every move made the share of pixels that differ
-    where the views before and after it overlap."""
+    """The moves stated in the answer, those asked for, and per move the fraction of differing pixels in the overlap of
+    the views before and after it."""
 
-    told: list[str]
+    stated: list[str]
     asked: list[str]
-    apart: list[float]
+    differences: list[float]
 
     @classmethod
     def of(cls, made: Sample, answer: Answer) -> Walk:
         views = [np.asarray(picture(scene)) for scene in made.references] + answer.pictures
-        told = [m for m in map(reading.move, answer.texts) if m]
+        stated = [m for m in map(reading.move, answer.texts) if m]
         asked = [m for m in (reading.move(word) for word in made.question.replace(",", " ").split()) if m]
-        apart = [disagreement(*views[i : i + 2], move) for i, move in enumerate(told[: len(views) - 1])]
-        return cls(told, asked, apart)
+        differences = [disagreement(*views[i : i + 2], move) for i, move in enumerate(stated[: len(views) - 1])]
+        return cls(stated, asked, differences)
 
     @property
     def right(self) -> tuple[int, int]:
-        """How many of the moves asked for were made with views that agree, and how many were asked for."""
-        steps = zip(self.told, self.asked, self.apart, strict=False)
-        return sum(told == asked and apart <= AGREE for told, asked, apart in steps), len(self.asked)
+        """(requested moves made with agreeing views, requested moves)."""
+        steps = zip(self.stated, self.asked, self.differences, strict=False)
+        return sum(stated == asked and difference <= AGREE for stated, asked, difference in steps), len(self.asked)
 
 
-def astray(made: Sample, answer: Answer, walk: Walk) -> str | None:
-    """What is wrong with a walk's course, whatever its views show."""
+def course_error(made: Sample, answer: Answer, walk: Walk) -> str | None:
+    """What is wrong with the sequence of moves, regardless of the views."""
     if len(answer.pictures) != len(made.pictures) or not answer.in_steps:
         return f"{len(answer.pictures)} views, not {len(made.pictures)}"
-    if walk.told != walk.asked:
-        return f"moves {walk.told}, not {walk.asked}"
+    if walk.stated != walk.asked:
+        return f"moves {walk.stated}, not {walk.asked}"
     return None
 
 
-def stumble(made: Sample, answer: Answer, walk: Walk) -> str | None:
-    """The first thing that is wrong with a walk."""
-    if wrong := astray(made, answer, walk):
+def walk_error(made: Sample, answer: Answer, walk: Walk) -> str | None:
+    """The first error of a walk."""
+    if wrong := course_error(made, answer, walk):
         return wrong
-    for number, apart in enumerate(walk.apart, 1):
-        if apart > AGREE:
-            return f"move {number}: {apart:.1%} of the overlap differs"
+    for number, difference in enumerate(walk.differences, 1):
+        if difference > AGREE:
+            return f"move {number}: {difference:.1%} of the overlap differs"
     return None
 
 
 def disagreement(before: NDArray[np.uint8], after: NDArray[np.uint8], move: str) -> float:
-    """The share of pixels that differ where two views, half a view apart, overlap."""
+    """Fraction of differing pixels in the overlap of two views half a view apart."""
     height, width = before.shape[0], before.shape[1]
     dx, dy = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}[move]
     sx, sy = dx * (width // 32 * 16), dy * (height // 32 * 16)
@@ -160,24 +160,22 @@ JUDGES = {
 
 
 def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, int]) -> float | None:
-    """Mean absolute difference, of 255, between base picture and answer where nothing was to change.
-
-    None where all of it was.
-    """
+    """Mean absolute difference, of 255, between base picture and answer outside the edited region; None if nothing is
+    outside."""
     goal = made.pictures[-1]
     base = max(made.references, key=lambda scene: _alike(scene, goal))
     before = np.asarray(picture(base).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     keep = np.ones(before.shape[:2], bool)
     if goal.background != base.background or goal.texture != base.texture:
         keep[:] = False
-        for thing in (t for t in base.things if t in goal.things):  # the insides of those that stay
+        for thing in (t for t in base.things if t in goal.things):  # the interior of unchanged things
             left, top, right, bottom = thing.box
             inner = np.abs(before[top:bottom, left:right] - np.array(_ground(before))).max(-1) > 60
             keep[top:bottom, left:right] = ndimage.binary_erosion(inner, iterations=3)
     else:
         kept = [t for t in base.things if t in goal.things]
         changed = [t for t in base.things if t not in kept]
-        found = look(after).things
+        found = detect(after).things
         changed += [t for t in found if not any(_same_spot(t, k) for k in kept)]
         for thing in changed:
             left, top, right, bottom = thing.box
@@ -186,7 +184,7 @@ def outside_difference(made: Sample, after: NDArray[np.uint8], size: tuple[int, 
 
 
 def _alike(scene: Scene, goal: Scene) -> tuple[int, bool]:
-    """The picture the edit began from comes first: by how many things stay as they are, then by the ground."""
+    """Sort key to find the edited picture among the references: unchanged things first, then the background."""
     kept = sum(thing in goal.things for thing in scene.things)
     return kept, (scene.background, scene.texture) == (goal.background, goal.texture)
 
@@ -201,8 +199,8 @@ def _same_spot(a: Thing, b: Thing) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`wrong` says what is, or None. For x2i `outside` is the difference where nothing was to change; for explore
-    `moves` are those whose views agree, and all."""
+    """`wrong`: the error, or None. `outside` (x2i): difference outside the edit. `moves` (explore): (with agreeing
+    views, all)."""
 
     wrong: str | None
     outside: float | None = None
@@ -212,7 +210,7 @@ class Verdict:
 def verdict(made: Sample, answer: Answer) -> Verdict:
     if made.task == "explore":
         walk = Walk.of(made, answer)
-        return Verdict(stumble(made, answer, walk), moves=walk.right)
+        return Verdict(walk_error(made, answer, walk), moves=walk.right)
     outside = None
     if made.task == "x2i" and answer.pictures:
         last = answer.pictures[-1]

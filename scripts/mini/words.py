@@ -1,11 +1,11 @@
-"""English about the world: phrases by a grammar, in British and American spelling."""
+"""English phrases about the world by a grammar, in British and American spelling."""
 
 from __future__ import annotations
 
 import re
 from random import Random
 
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, LEFT, RIGHT
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, LEFT, RIGHT
 
 NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     "circle": (("circle", "circles"), ("ball", "balls"), ("disc", "discs")),
@@ -37,7 +37,7 @@ TEXTURE_WORDS = {"fading": ("fading",), "striped": ("striped",), "checked": ("ch
 
 
 class Speaker:
-    """One voice: a random generator and a spelling, kept for a whole sample."""
+    """Phrases of one sample: a random generator with one spelling and one noun per shape."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -54,7 +54,7 @@ class Speaker:
         return self.rng.choice(("center" if self.american else "centre", "middle"))
 
     def noun(self, shape: str, *, plural: bool = False) -> str:
-        """The same word for a shape throughout a sample; the commonest half of the time."""
+        """The same noun for a shape throughout a sample; the default one at least 60 % of the time."""
         if shape not in self._nouns:
             forms = NOUNS[shape]
             self._nouns[shape] = forms[0] if self.rng.random() < 0.6 else self.rng.choice(forms)
@@ -109,12 +109,12 @@ class Speaker:
 
 
 def article(words: str) -> str:
-    """The one that stands before them."""
+    """The indefinite article for `words`."""
     return "an" if words[0] in "aeiou" else "a"
 
 
 def with_article(words: str) -> str:
-    """ "an orange fish" of "orange fish"."""
+    """ "an orange fish" for "orange fish"."""
     return f"{article(words)} {words}"
 
 
@@ -129,5 +129,5 @@ def listing(phrases: list[str]) -> str:
 
 
 def unlisted(text: str) -> list[str]:
-    """What `listing` has put together, taken apart."""
+    """The inverse of `listing`."""
     return re.split(r", | and ", text)

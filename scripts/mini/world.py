@@ -1,6 +1,6 @@
-"""The miniature's world: named shapes, colours, sizes and backgrounds, and the scenes made of them.
+"""The miniature's world: shapes, colours, sizes and backgrounds, and scenes composed of them.
 
-A scene is plain data. `render.py` draws it, `words.py` speaks about it, `judge.py` finds it again in pixels.
+A scene is plain data. `render.py` draws it, `words.py` describes it, `judge.py` detects its things in pixels.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 TOKEN = 16
-"""Pixels a visual token covers each way."""
+"""Side of the square of pixels that a visual token covers."""
 GRID = 8
-"""Centres of things lie on multiples of this many pixels, so that a shape meets the token grid in four ways only."""
+"""Centres lie on multiples of this many pixels, so that a shape has only four alignments to the token grid."""
 GAP = 8
-"""Clear pixels between the boxes of any two things."""
+"""Minimum distance in pixels between the boxes of two things."""
 MARGIN = 4
-"""Clear pixels between a thing's box and the picture's edge."""
+"""Minimum distance in pixels between a box and the picture's edge."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "house", "tree", "fish")
 SIDES: dict[str, int] = {"small": 32, "medium": 48, "large": 72}
-"""Side of the square box a thing of that size is drawn in, in pixels."""
+"""Side in pixels of a thing's square box, by size."""
 TEXTURES = ("plain", "fading", "striped", "checked")
 GRIPPER = "gripper"
 GRIPPER_SIDE = 40
@@ -39,7 +39,7 @@ GRIPPER_SIDE = 40
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its box of `side` pixels is centred on pixel (x, y)."""
+    """One object, its box of `side` pixels centred on pixel (x, y)."""
 
     shape: str
     colour: str
@@ -63,7 +63,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture of `rows` x `columns` tokens. Things are painted in order; `seed` decides the noise alone."""
+    """A picture of `rows` x `columns` tokens. Things are drawn in order; `seed` determines only the noise."""
 
     rows: int
     columns: int
@@ -85,7 +85,7 @@ class Scene:
 
 
 def touches(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int = GAP) -> bool:
-    """Whether two boxes come nearer than `gap` pixels."""
+    """Whether two boxes are closer than `gap` pixels."""
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 

@@ -1,13 +1,13 @@
-"""The six tasks' examples."""
+"""Sample generators of the six tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
 
+from scripts.mini.spec import held_out
 from scripts.mini.tasks import alike, explore, howto, places, story, t2i, vla, x2i
 from scripts.mini.tasks.sample import Sample
-from scripts.mini.wish import held_out
 
 MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
     "t2i": t2i.make,
@@ -19,13 +19,13 @@ MAKERS: dict[str, Callable[[Random, int, int], Sample | None]] = {
 }
 
 BEYOND: dict[str, Callable[[Random, int, int], Sample | None]] = {"t2i": places.more, "x2i": alike.more}
-"""More in one question than the others ask for."""
+"""Generators of questions that combine more than those in MAKERS."""
 
 
 def sample(rng: Random, task: str, rows: int, columns: int, *, unseen: bool = False, beyond: bool = False) -> Sample:
-    """One example of `task` whose pictures have `rows` x `columns` tokens.
+    """A random sample of `task` with pictures of `rows` x `columns` tokens.
 
-    `unseen` gives a combination that training leaves out; otherwise one that it may see. `beyond`: by BEYOND.
+    `unseen`: a combination held out from training, else one that is not. `beyond`: from BEYOND.
     """
     make = BEYOND[task] if beyond else MAKERS[task]
     while True:

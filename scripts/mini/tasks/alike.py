@@ -1,25 +1,25 @@
-"""Edits of pictures in which several things are alike, as the pictures of t2i often are."""
+"""Edits of pictures with several identical things."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
 
-from scripts.mini.layout import put, put_all, whole
+from scripts.mini.layout import interior, put, put_all
+from scripts.mini.spec import Spec, Wanted
 from scripts.mini.tasks import x2i
-from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape
-from scripts.mini.wish import Wanted, Wish
+from scripts.mini.tasks.sample import Sample, colour, noise_seed, shape, unchanged
 from scripts.mini.words import NUMBERS, Speaker
 from scripts.mini.world import Scene, Thing
 
 
 def more(rng: Random, rows: int, columns: int) -> Sample | None:
-    """What goes beyond `make`: two changes at once, or a picture in which several things are alike."""
+    """Two changes at once, or an edit of a picture with several identical things; None if the layout failed."""
     return rng.choice((x2i.twice, alike))(rng, rows, columns)
 
 
 def alike(rng: Random, rows: int, columns: int) -> Sample | None:
-    """A picture with two or three equal things, and an order about all of them, one of them, or another thing."""
+    """A picture with two or three identical things, and an edit of all of them, one of them, or another thing."""
     few = x2i.scene(rng, rows, columns, rng.choice((1, 1, 2)))
     if few is None:
         return None
@@ -30,7 +30,7 @@ def alike(rng: Random, rows: int, columns: int) -> Sample | None:
         0,
         0,
     )
-    equal = put_all(rng, [kind] * rng.choice((2, 2, 3)), few.things, whole(few.width, few.height))
+    equal = put_all(rng, [kind] * rng.choice((2, 2, 3)), few.things, interior(few.width, few.height))
     if equal is None:
         return None
     before, speaker = replace(few, things=(*few.things, *equal)), Speaker(rng)
@@ -39,7 +39,7 @@ def alike(rng: Random, rows: int, columns: int) -> Sample | None:
         edit = x2i.MAKERS[operation](rng, speaker, before, True)
         own = speaker.noun(kind.shape)
         if edit is None or own in edit.order or not all(t in edit.after.things for t in equal):
-            return None  # which of them would be meant?
+            return None  # ambiguous: any of the identical things could be meant
     else:
         edit = _edit_alike(rng, speaker, before, equal, operation)
     return edit and x2i.sample_of(rng, edit.order, (before,), edit, f"alike {operation}")
@@ -53,7 +53,7 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
     if count == 2 and rng.random() < 0.3:
         them = f"both {bare}"
     one, left = Wanted(kind.shape, kind.colour, kind.size), list(equal)
-    loose: list[Wanted] | None = None  # where it is open which of them stay, or where one comes
+    loose: list[Wanted] | None = None  # set where it is open which of them stay or where one is added
     if operation == "recolour all":
         new = colour(rng, before.background, *(t.colour for t in before.things))
         left = [replace(t, colour=new) for t in equal]
@@ -71,13 +71,13 @@ def _edit_alike(rng: Random, speaker: Speaker, before: Scene, equal: list[Thing]
         loose = [one] * len(left)
         order = f"{rng.choice(('remove', 'delete', 'erase'))} one of the {bare}"
     else:
-        extra = put(rng, kind, before.things, whole(before.width, before.height))
+        extra = put(rng, kind, before.things, interior(before.width, before.height))
         if extra is None:
             return None
         left.append(extra)
-        loose = [*map(kept, equal), one]
+        loose = [*map(unchanged, equal), one]
         order = f"add {rng.choice(('another', 'one more'))} {speaker.a(kind.shape, hue).split(' ', 1)[1]}"
     after = replace(before, things=(*others, *left), seed=noise_seed(rng))
-    wanted = [kept(t) for t in left] if loose is None else loose
-    wish = Wish((*map(kept, others), *wanted), background=before.background, texture=before.texture)
-    return x2i.Edit(order, after, wish)
+    wanted = [unchanged(t) for t in left] if loose is None else loose
+    spec = Spec((*map(unchanged, others), *wanted), background=before.background, texture=before.texture)
+    return x2i.Edit(order, after, spec)

@@ -1,12 +1,12 @@
-"""A camera goes through a world larger than one view, half a view a step; neighbouring views overlap by half."""
+"""A camera moves through a world larger than its view by half a view per step, so that successive views overlap."""
 
 from __future__ import annotations
 
 from random import Random
 
 from scripts.mini.layout import put
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, noise_seed, things_apart
-from scripts.mini.wish import Wish
+from scripts.mini.spec import Spec
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, distinct_things, noise_seed
 from scripts.mini.words import NUMBERS, Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -15,9 +15,9 @@ STEP_WORDS = ("the camera moves {}", "the camera goes {}", "we move {}", "we go 
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sample | None:
-    """One sample of 2 to 4 moves. Two times of three the first view is given, else it opens the answer."""
+    """One sample of 2 to 4 moves. In two thirds the first view is a reference, else it opens the answer."""
     steps = rng.choice((2, 3, 3, 4))
-    # Half a view, in whole tokens, so that what was seen returns in the same codes but shifted.
+    # Half a view in complete tokens, so that overlapping areas have the same codes, shifted.
     half = (columns // 2 * 16, rows // 2 * 16)
     path, place, places = [], (0, 0), [(0, 0)]
     for _ in range(steps):
@@ -27,7 +27,7 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
         path.append(move)
         places.append(place)
     ground = colour(rng)
-    kinds = things_apart(rng, rng.choice((2, 2, 3)), ground)
+    kinds = distinct_things(rng, rng.choice((2, 2, 3)), ground)
     things = _world(rng, kinds, places, half, columns * 16, rows * 16)
     views = [_view(rng, things, spot, half, rows, columns, ground) for spot in places]
 
@@ -47,18 +47,18 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.2) -> Sam
         question = rng.choice((f"explore this world: {route}", route, f"from here, {route}"))
     if rng.random() < 0.6:
         question = question[0].upper() + question[1:]
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning:
-        answer.append(Said(f"The path has {NUMBERS[steps]} moves: {listing(path)}.", GLOBAL))
+        answer.append(TextPart(f"The path has {NUMBERS[steps]} moves: {listing(path)}.", GLOBAL))
     if not given:
-        answer += [Said(sentence(rng.choice(("we start here", "the walk begins here")))), views[0]]
+        answer += [TextPart(sentence(rng.choice(("we start here", "the walk begins here")))), views[0]]
     words = rng.choice(STEP_WORDS)
     for move, view in zip(path, views[1:], strict=True):
-        answer += [Said(sentence(words.format(move))), view]
+        answer += [TextPart(sentence(words.format(move))), view]
     pictures = views[1:] if given else views
-    wishes = tuple(Wish((), background=ground) for _ in pictures)
+    specs = tuple(Spec((), background=ground) for _ in pictures)
     key = " ".join(["explore", ground, *(f"{k.colour} {k.shape}" for k in kinds[:1]), path[0]])
-    return Sample("explore", question, (views[0],) if given else (), tuple(answer), wishes, key)
+    return Sample("explore", question, (views[0],) if given else (), tuple(answer), specs, key)
 
 
 def _route(rng: Random, path: list[str]) -> str:
@@ -69,7 +69,7 @@ def _route(rng: Random, path: list[str]) -> str:
 def _world(
     rng: Random, kinds: list[Thing], places: list[tuple[int, int]], half: tuple[int, int], width: int, height: int
 ) -> list[Thing]:
-    """Things all over the views' part of the plane, about two to a quarter view's area each."""
+    """Things all over the area that the views cover, about three to five per view."""
     left, top = min(p[0] for p in places) * half[0], min(p[1] for p in places) * half[1]
     right = max(p[0] for p in places) * half[0] + width
     bottom = max(p[1] for p in places) * half[1] + height

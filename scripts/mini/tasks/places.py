@@ -1,23 +1,23 @@
-"""Pictures from words that ask for more than `t2i.make` does: longer lists, and several places in one sentence."""
+"""Pictures with more in one sentence than `t2i.make` gives: longer lists and several positions."""
 
 from __future__ import annotations
 
 from random import Random
 
-from scripts.mini.layout import in_ninth, put, whole
+from scripts.mini.layout import in_ninth, interior, put
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, REGIONS, SIDED, Relation, Spec, Wanted, stands
 from scripts.mini.tasks import t2i
-from scripts.mini.tasks.sample import Sample, colour, noise_seed, things_apart
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, REGIONS, SIDED, Relation, Wanted, Wish, stands
+from scripts.mini.tasks.sample import Sample, colour, distinct_things, noise_seed
 from scripts.mini.words import Speaker
 from scripts.mini.world import Scene, Thing
 
 Drawn = tuple[list[Thing], list[str | None], list[tuple[str, int, int]]]
-"""Things, the ninth that each is told to be in, and relations between their numbers: (name, one, other)."""
+"""Things, the stated region of each, and relations between their indices: (name, first, second)."""
 
 
 def more(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Longer lists, a place for each of several things, or things told by where they stand to one before."""
-    kind = rng.choice(("crowd", "spread", *["chained"] * 3))  # four chained ones in five find no room
+    """Longer lists, a position for each of several things, or things positioned relative to an earlier one."""
+    kind = rng.choice(("crowd", "spread", *["chained"] * 3))  # four of five chained layouts fail for lack of room
     if kind == "crowd":
         return t2i.make(rng, rows, columns, kind=kind)
     ground = colour(rng)
@@ -26,11 +26,11 @@ def more(rng: Random, rows: int, columns: int) -> Sample | None:
 
 
 def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
-    """Two or three things, each in a ninth of its own."""
+    """Two or three things, each in its own region."""
     count = rng.choice((2, 2, 3))
     regions = rng.sample(tuple(REGIONS), count)
     things: list[Thing] = []
-    for thing, region in zip(things_apart(rng, count, ground), regions, strict=True):
+    for thing, region in zip(distinct_things(rng, count, ground), regions, strict=True):
         placed = in_ninth(rng, thing, region, width, height, things)
         if placed is None:
             return None
@@ -39,10 +39,10 @@ def _spread(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
 
 
 def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
-    """A thing, often in a ninth or by another, and one or two that stand by one named before."""
-    first, *others = things_apart(rng, rng.choice((2, 3, 3)), ground)
+    """A thing, often with a stated position, and one or two placed relative to an earlier one."""
+    first, *others = distinct_things(rng, rng.choice((2, 3, 3)), ground)
     region = rng.choice(tuple(REGIONS)) if rng.random() < 0.6 else None
-    placed = in_ninth(rng, first, region, width, height, ()) if region else put(rng, first, (), whole(width, height))
+    placed = in_ninth(rng, first, region, width, height, ()) if region else put(rng, first, (), interior(width, height))
     if placed is None:
         return None
     things, relations = [placed], list[tuple[str, int, int]]()
@@ -54,16 +54,16 @@ def _chained(rng: Random, ground: str, width: int, height: int) -> Drawn | None:
         relations.append((name, len(things), anchor))
         things.append(spot)
     if len(things) == 2 and not region:
-        return None  # t2i.make's own
+        return None  # covered by t2i.make
     return things, [region] + [None] * len(others), relations
 
 
 def _stood(
     rng: Random, thing: Thing, name: str, anchor: int, things: list[Thing], width: int, height: int
 ) -> Thing | None:
-    """`thing` where it plainly stands in the relation to that one of `things`, clear of all."""
+    """`thing` clearly in the relation to one of `things`, clear of all; None if there is no room."""
     for _ in range(12):
-        spot = put(rng, thing, things, whole(width, height))
+        spot = put(rng, thing, things, interior(width, height))
         if spot is None or not stands(name, [spot], [things[anchor]]):
             continue
         upright = abs(spot.y - things[anchor].y) > abs(spot.x - things[anchor].x)
@@ -75,7 +75,9 @@ def _stood(
 def _sample(rng: Random, kind: str, ground: str, rows: int, columns: int, drawn: Drawn) -> Sample:
     things, regions, relations = drawn
     speaker, sized = Speaker(rng), [rng.random() < (0.7 if t.size != "medium" else 0.2) for t in things]
-    phrases = [speaker.a(t.shape, t.colour, t.size if told else None) for t, told in zip(things, sized, strict=True)]
+    phrases = [
+        speaker.a(t.shape, t.colour, t.size if has_size else None) for t, has_size in zip(things, sized, strict=True)
+    ]
     for i, region in enumerate(regions):
         phrases[i] += f" {speaker.place(region)}" if region else ""
     for name, one, other in relations:
@@ -83,10 +85,10 @@ def _sample(rng: Random, kind: str, ground: str, rows: int, columns: int, drawn:
         phrases[one] += f" {speaker.relation(name)} {anchor}"
     tell_ground = rng.random() < 0.75
     question = t2i.question_of(rng, speaker, phrases, "", None, (ground, "plain") if tell_ground else None)
-    wish = Wish(
+    spec = Spec(
         tuple(
-            Wanted(t.shape, t.colour, t.size if told else None, region=region)
-            for t, told, region in zip(things, sized, regions, strict=True)
+            Wanted(t.shape, t.colour, t.size if has_size else None, region=region)
+            for t, has_size, region in zip(things, sized, regions, strict=True)
         ),
         tuple(Relation(name, (one,), (other,)) for name, one, other in relations),
         ground if tell_ground else None,
@@ -94,4 +96,4 @@ def _sample(rng: Random, kind: str, ground: str, rows: int, columns: int, drawn:
     )
     scene = Scene(rows, columns, ground, "plain", tuple(things), noise_seed(rng))
     key = " ".join([kind, *(f"{t.colour} {t.shape}" for t in things)])
-    return Sample("t2i", question, (), (scene,), (wish,), key)
+    return Sample("t2i", question, (), (scene,), (spec,), key)

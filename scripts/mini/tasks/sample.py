@@ -1,19 +1,19 @@
-"""What a training or test example is, and the random traits all tasks draw from."""
+"""The sample type of training and evaluation, and random attributes shared by all tasks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
 
-from scripts.mini.wish import Wanted, Wish
+from scripts.mini.spec import Spec, Wanted
 from scripts.mini.world import COLOURS, SHAPES, SIDES, Scene, Thing
 
 GLOBAL, THOUGHT, TEXT = "global_reasoning", "image_reasoning", "text"
 
 
 @dataclass(frozen=True)
-class Said:
-    """A piece of the answer in words; `kind` as in emu_cog.segments."""
+class TextPart:
+    """A text in the answer; `kind` as in emu_cog.prompt.segments."""
 
     text: str
     kind: str = TEXT
@@ -21,14 +21,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, its reference scenes and the answer in reading order. `wishes` hold what the answer's
-    pictures must show, one each. `key` names the combination by which samples are held out."""
+    """A question, its reference scenes and the answer in order. `specs` specify the answer's pictures, one each. `key`
+    names the combination by which samples are held out."""
 
     task: str
     question: str
     references: tuple[Scene, ...]
-    answer: tuple[Said | Scene, ...]
-    wishes: tuple[Wish, ...]
+    answer: tuple[TextPart | Scene, ...]
+    specs: tuple[Spec, ...]
     key: str
 
     @property
@@ -53,17 +53,17 @@ def texture(rng: Random) -> str:
 
 
 def noise_seed(rng: Random) -> int:
-    """One picture in ten is as smooth as one drawn by hand."""
+    """A random noise seed; one picture in ten has no noise."""
     return 0 if rng.random() < 0.1 else rng.randrange(1, 2**31)
 
 
-def things_apart(rng: Random, count: int, ground: str, *but_colours: str) -> list[Thing]:
-    """`count` things at (0, 0), no two of one shape and no two of one colour, none in the ground's colour."""
-    colours = rng.sample([name for name in COLOURS if name not in (ground, *but_colours)], count)
+def distinct_things(rng: Random, count: int, ground: str, *excluded_colours: str) -> list[Thing]:
+    """`count` things at (0, 0) with distinct shapes and colours, none in the background's colour."""
+    colours = rng.sample([name for name in COLOURS if name not in (ground, *excluded_colours)], count)
     shapes = rng.sample(SHAPES, count)
     return [Thing(s, c, size(rng), 0, 0) for s, c in zip(shapes, colours, strict=True)]
 
 
-def kept(thing: Thing) -> Wanted:
-    """This very thing where it is."""
+def unchanged(thing: Thing) -> Wanted:
+    """A spec for this thing, unchanged in place."""
     return Wanted(thing.shape, thing.colour, thing.size, near=(thing.x, thing.y))

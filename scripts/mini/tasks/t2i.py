@@ -1,13 +1,13 @@
-"""Words to a picture."""
+"""Text to image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
 
-from scripts.mini.layout import halves, in_ninth, put, put_all, whole
-from scripts.mini.tasks.sample import THOUGHT, Said, Sample, colour, noise_seed, shape, size, texture
-from scripts.mini.wish import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Wanted, Wish, region_of, stands
+from scripts.mini.layout import halves, in_ninth, interior, put, put_all
+from scripts.mini.spec import ABOVE, BELOW, BESIDE, BETWEEN, REGIONS, SIDED, Relation, Spec, Wanted, region_of, stands
+from scripts.mini.tasks.sample import THOUGHT, Sample, TextPart, colour, noise_seed, shape, size, texture
 from scripts.mini.words import Speaker, listing, sentence
 from scripts.mini.world import GRID, Scene, Thing
 
@@ -18,7 +18,7 @@ OPENINGS = ("", "", "", "", "", "a picture of ", "an image of ", "draw ", "show 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` equal things."""
+    """`count` identical things."""
 
     count: int
     shape: str
@@ -29,13 +29,13 @@ class Group:
         return [Thing(self.shape, self.colour, self.size, 0, 0)] * self.count
 
     def differs(self, others: list[Group]) -> bool:
-        """In shape or colour from each of them."""
+        """Whether shape or colour differs from each of `others`."""
         return all((g.shape, g.colour) != (self.shape, self.colour) for g in others)
 
 
 def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: str = "") -> Sample | None:
-    """One sample, or None where the dice gave no layout. `thought`: the share that reasons before drawing. `kind`: one
-    of KINDS, or "crowd": three to five things in two or three groups, more than a list has otherwise."""
+    """One sample, or None if the layout failed. `thought`: fraction that reasons before drawing. `kind`: one of KINDS,
+    or "crowd": three to five things in two or three groups."""
     kind = kind or rng.choices(KINDS, WEIGHTS)[0]
     ground, pattern = colour(rng), texture(rng)
     groups = _groups(rng, kind, ground)
@@ -47,32 +47,32 @@ def make(rng: Random, rows: int, columns: int, *, thought: float = 0.12, kind: s
         return None
 
     speaker = Speaker(rng)
-    tell_size = [rng.random() < (0.85 if g.size != "medium" else 0.3) for g in groups]
+    with_size = [rng.random() < (0.85 if g.size != "medium" else 0.3) for g in groups]
     phrases = [
-        speaker.a(g.shape, g.colour, g.size if told else None, g.count)
-        for g, told in zip(groups, tell_size, strict=True)
+        speaker.a(g.shape, g.colour, g.size if sized else None, g.count)
+        for g, sized in zip(groups, with_size, strict=True)
     ]
     tell_ground = pattern != "plain" or rng.random() < 0.75
     question = question_of(rng, speaker, phrases, relation, region, (ground, pattern) if tell_ground else None)
 
     numbers, wanted = [], []
-    for group, told in zip(groups, tell_size, strict=True):
+    for group, sized in zip(groups, with_size, strict=True):
         numbers.append(tuple(range(len(wanted), len(wanted) + group.count)))
-        wanted += [Wanted(group.shape, group.colour, group.size if told else None, region=region)] * group.count
+        wanted += [Wanted(group.shape, group.colour, group.size if sized else None, region=region)] * group.count
     relations = (Relation(relation, *numbers),) if relation else ()
-    wish = Wish(tuple(wanted), relations, ground if tell_ground else None, pattern if tell_ground else None)
+    spec = Spec(tuple(wanted), relations, ground if tell_ground else None, pattern if tell_ground else None)
 
     things = [thing for line in placed for thing in line]
     scene = Scene(rows, columns, ground, pattern, tuple(things), noise_seed(rng))
-    answer: tuple[Said | Scene, ...] = (scene,)
+    answer: tuple[TextPart | Scene, ...] = (scene,)
     if rng.random() < thought:
-        answer = (Said(_plan(speaker, placed, width, height), THOUGHT), scene)
+        answer = (TextPart(_plan(speaker, placed, width, height), THOUGHT), scene)
     key = " ".join([kind, relation, region or "", *(f"{g.count} {g.colour} {g.shape}" for g in groups)])
-    return Sample("t2i", question, (), answer, (wish,), key)
+    return Sample("t2i", question, (), answer, (spec,), key)
 
 
 def _groups(rng: Random, kind: str, ground: str) -> list[Group]:
-    """Different groups differ in shape or colour, mostly in both."""
+    """Groups that differ in shape or colour, mostly in both."""
     if kind == "crowd":
         return _crowd(rng, ground)
     count = {
@@ -121,7 +121,7 @@ def _layout(
         return _between(rng, groups, width, height)
     placed: list[list[Thing]] = []
     for group in groups:
-        line = put_all(rng, group.things(), [t for line in placed for t in line], whole(width, height))
+        line = put_all(rng, group.things(), [t for line in placed for t in line], interior(width, height))
         if line is None:
             return None
         placed.append(line)
@@ -131,7 +131,7 @@ def _layout(
         x = -(-(first.x + rng.choice((-1, 1)) * reach) // GRID) * GRID
         moved = second.at(x, first.y + rng.choice((-8, 0, 0, 8)))
         spot = put(rng, second, [first], (*moved.box[:2], *moved.box[2:]))
-        low, high = whole(width, height)[:2], whole(width, height)[2:]
+        low, high = interior(width, height)[:2], interior(width, height)[2:]
         if (
             spot is None
             or spot.box[0] < low[0]
@@ -146,7 +146,7 @@ def _layout(
 
 
 def _sided(rng: Random, groups: list[Group], relation: str, width: int, height: int) -> list[list[Thing]] | None:
-    """The groups in two halves of the picture; single things stand plainly over or beside each other."""
+    """The groups in two halves of the picture; single things are clearly above or beside each other."""
     upright = relation in (ABOVE, BELOW)
     order = groups if relation in (ABOVE, "left of") else groups[::-1]
     depth = [g.things()[0].side + 4 for g in order]
@@ -167,7 +167,7 @@ def _sided(rng: Random, groups: list[Group], relation: str, width: int, height: 
 
 
 def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[list[Thing]] | None:
-    """Three things in a row or a column, the first group in the middle."""
+    """Three things in a row or column, the first group in the middle."""
     upright = rng.random() < 0.35
     things = [groups[i].things()[0] for i in ((1, 0, 2) if rng.random() < 0.5 else (2, 0, 1))]
     length, depth = (height, width) if upright else (width, height)
@@ -197,7 +197,7 @@ def _between(rng: Random, groups: list[Group], width: int, height: int) -> list[
 def question_of(
     rng: Random, speaker: Speaker, phrases: list[str], relation: str, region: str | None, ground: tuple[str, str] | None
 ) -> str:
-    """The question: the things as `phrases` name them, where they are, and the background (colour, texture)."""
+    """The question: things as named by `phrases`, their positions, and the background (colour, texture)."""
     if relation == BETWEEN:
         body = f"{phrases[0]} between {phrases[1]} and {phrases[2]}"
     elif relation:
@@ -218,7 +218,7 @@ def question_of(
 
 
 def _plan(speaker: Speaker, placed: list[list[Thing]], width: int, height: int) -> str:
-    """Where everything goes, thing by thing."""
+    """A plan that names the position of each thing."""
     lines = [
         sentence(f"{speaker.a(t.shape, t.colour, t.size)} {speaker.place(region_of(t.x, t.y, width, height))}")
         for line in placed

@@ -1,25 +1,25 @@
-"""A gripper carries one thing to a place named by another: each action in words, and the frame after it."""
+"""A gripper carries one thing to a place next to another: each action in words, then the frame after it."""
 
 from __future__ import annotations
 
 from random import Random
 
 from scripts.mini.layout import put
-from scripts.mini.tasks.sample import GLOBAL, Said, Sample, colour, kept, noise_seed, size, things_apart
-from scripts.mini.wish import ABOVE, BELOW, LEFT, RIGHT, Relation, Wanted, Wish, stands
+from scripts.mini.spec import ABOVE, BELOW, LEFT, RIGHT, Relation, Spec, Wanted, stands
+from scripts.mini.tasks.sample import GLOBAL, Sample, TextPart, colour, distinct_things, noise_seed, size, unchanged
 from scripts.mini.words import Speaker, sentence
 from scripts.mini.world import GRID, GRIPPER, GRIPPER_SIDE, Scene, Thing, touches
 
 TOP = 48
-"""The strip at the top that belongs to the gripper; things stand below it."""
+"""Height of the strip at the top reserved for the gripper; things are placed below it."""
 
 
 def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sample | None:
-    """One sample of three frames, or None where the dice gave no layout. Nothing here is black but the gripper."""
+    """One sample of three frames, or None if the layout failed. Only the gripper is black."""
     ground = colour(rng, "black")
     width, height = columns * 16, rows * 16
     count = rng.choice((2, 2, 3))
-    chosen = things_apart(rng, count, ground, "black")
+    chosen = distinct_things(rng, count, ground, "black")
     kinds = [
         Thing(t.shape, t.colour, size(rng) if i else rng.choice(("small", "medium")), 0, 0)
         for i, t in enumerate(chosen)
@@ -52,8 +52,8 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     def frame(thing: Thing, gripper: Thing) -> Scene:
         return Scene(rows, columns, ground, "plain", (*others, thing, gripper), noise_seed(rng))
 
-    def wish(thing: Wanted, gripper: Wanted, *relations: Relation) -> Wish:
-        return Wish((*(kept(o) for o in others), thing, gripper), relations, ground)
+    def spec(thing: Wanted, gripper: Wanted, *relations: Relation) -> Spec:
+        return Spec((*(unchanged(o) for o in others), thing, gripper), relations, ground)
 
     speaker = Speaker(rng)
     what, mark = speaker.the(start.shape, start.colour), speaker.the(goal.shape, goal.colour)
@@ -63,28 +63,28 @@ def make(rng: Random, rows: int, columns: int, *, reasoning: float = 0.25) -> Sa
     question = order.format(what, side, mark)
     if rng.random() < 0.6:
         question = question[0].upper() + question[1:]
-    answer: list[Said | Scene] = []
+    answer: list[TextPart | Scene] = []
     if rng.random() < reasoning:
-        answer.append(Said(f"{sentence(what)[:-1]} has to be {side} {mark}.", GLOBAL))
+        answer.append(TextPart(f"{sentence(what)[:-1]} has to be {side} {mark}.", GLOBAL))
     answer += [
-        Said(sentence(f"{arm} goes down to {what} and grips it")),
+        TextPart(sentence(f"{arm} goes down to {what} and grips it")),
         frame(start, grasp),
-        Said(sentence(f"{arm} lifts {what} and carries it over its new place")),
+        TextPart(sentence(f"{arm} lifts {what} and carries it over its new place")),
         frame(carried, lift),
-        Said(sentence(f"{arm} puts {what} down {side} {mark} and lets go")),
+        TextPart(sentence(f"{arm} puts {what} down {side} {mark} and lets go")),
         frame(end, rest),
     ]
     hand, number = Wanted(GRIPPER), len(others)
-    wishes = (
-        wish(kept(start), hand),
-        wish(Wanted(start.shape, start.colour, start.size), hand),
-        wish(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
+    specs = (
+        spec(unchanged(start), hand),
+        spec(Wanted(start.shape, start.colour, start.size), hand),
+        spec(Wanted(start.shape, start.colour, start.size), hand, Relation(relation, (number,), (0,))),
     )
     key = " ".join(["vla", start.colour, start.shape, relation, goal.colour, goal.shape])
     first = frame(start, home)
-    if rng.random() < 0.2:  # the gripper comes into the picture only then
+    if rng.random() < 0.2:  # the gripper is not yet in the reference
         first = first.with_things(*others, start)
-    return Sample("vla", question, (first,), tuple(answer), wishes, key)
+    return Sample("vla", question, (first,), tuple(answer), specs, key)
 
 
 def _gripper(x: int, y: int) -> Thing:
@@ -94,7 +94,7 @@ def _gripper(x: int, y: int) -> Thing:
 def _beside(
     rng: Random, thing: Thing, goal: Thing, relation: str, others: list[Thing], width: int, height: int
 ) -> Thing | None:
-    """Where `thing` comes to stand: right next to the goal on that side."""
+    """The target position of `thing`: directly next to the goal on that side."""
     reach = -(-((thing.side + goal.side) // 2 + 8) // GRID) * GRID
     dx, dy = {LEFT: (-reach, 0), RIGHT: (reach, 0), ABOVE: (0, -reach), BELOW: (0, reach)}[relation]
     end = thing.at(goal.x + dx, goal.y + dy)

@@ -1,4 +1,4 @@
-"""One to three pictures and an order to a changed picture."""
+"""Image editing: one to three pictures and an instruction."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
-from scripts.mini.layout import in_ninth, put, put_all, whole
-from scripts.mini.tasks.sample import Sample, colour, kept, noise_seed, shape, size, texture, things_apart
-from scripts.mini.wish import BESIDE, REGIONS, SIDED, Relation, Wanted, Wish, stands
+from scripts.mini.layout import in_ninth, interior, put, put_all
+from scripts.mini.spec import BESIDE, REGIONS, SIDED, Relation, Spec, Wanted, stands
+from scripts.mini.tasks.sample import Sample, colour, distinct_things, noise_seed, shape, size, texture, unchanged
 from scripts.mini.words import ORDINALS, Speaker
 from scripts.mini.world import Scene, Thing, fits, touches
 
 OPERATIONS = ("recolour", "reshape", "resize", "add", "remove", "move", "ground", "take", "take two")
 WEIGHTS = (4, 2, 2, 5, 3, 5, 3, 4, 2)
 FREE_SHARE = 0.25
-"""Share of references whose things stand off the grid, as in pictures that come from elsewhere."""
+"""Fraction of references whose things are off the grid, as in pictures from elsewhere."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The order in words, the picture after it, and what it must show."""
+    """The instruction, the edited picture, and its spec."""
 
     order: str
     after: Scene
-    wish: Wish
+    spec: Spec
 
 
 FIRST = ("recolour", "reshape", "resize", "remove", "ground")
-"""Operations after which everything has its place, so that a second one may follow."""
+"""Operations after which all positions are determined, so that a second operation may follow."""
 
 Maker = Callable[[Random, Speaker, Scene, bool], Edit | None]
 
 
 def make(rng: Random, rows: int, columns: int) -> Sample | None:
-    """One sample, or None where the dice gave no layout."""
+    """One sample, or None if the layout failed."""
     operation = rng.choices(OPERATIONS, WEIGHTS)[0]
     before = scene(rng, rows, columns, rng.choice((1, 2, 2, 3, 3)) if operation != "move" else rng.choice((2, 3)))
     if before is None:
         return None
-    speaker, told = Speaker(rng), rng.random() < 0.85
+    speaker, with_size = Speaker(rng), rng.random() < 0.85
     if operation in ("take", "take two"):
         return _take(rng, speaker, before, operation == "take two")
-    edit = MAKERS[operation](rng, speaker, before, told)
+    edit = MAKERS[operation](rng, speaker, before, with_size)
     if edit is None:
         return None
     order = (
@@ -54,7 +54,7 @@ def make(rng: Random, rows: int, columns: int) -> Sample | None:
 
 
 def twice(rng: Random, rows: int, columns: int) -> Sample | None:
-    """Two changes asked for at once, or None where the dice gave no layout."""
+    """Two changes in one instruction, or None if the layout failed."""
     before = scene(rng, rows, columns, rng.choice((2, 2, 3)))
     operations = rng.choice(FIRST), rng.choice(tuple(MAKERS))
     if before is None or operations[0] == operations[1]:
@@ -66,32 +66,34 @@ def twice(rng: Random, rows: int, columns: int) -> Sample | None:
         return None
     new = [t for t in first.after.things if t not in before.things]
     if operations[1] in ("remove", "recolour", "reshape") and not all(t in second.after.things for t in new):
-        return None  # what was changed just now is undone
+        return None  # the second change would undo the first
     order = first.order + rng.choice((" and ", " and then ", ", then ")) + second.order
     return sample_of(rng, order, (before,), second, " ".join(operations))
 
 
 def sample_of(rng: Random, order: str, references: tuple[Scene, ...], edit: Edit, operation: str) -> Sample:
-    """The order with or without a capital and a full stop, and all that belongs to it."""
+    """Build the sample, with random capitalization and final full stop."""
     if rng.random() < 0.6:
         order = order[0].upper() + order[1:]
     if rng.random() < 0.5 and not order.endswith("?"):
         order += "."
     changed = [t for t in edit.after.things if t not in references[0].things]
     key = " ".join(["x2i", operation, *(f"{t.colour} {t.shape}" for t in changed), edit.after.background])
-    return Sample("x2i", order, references, (edit.after,), (edit.wish,), key)
+    return Sample("x2i", order, references, (edit.after,), (edit.spec,), key)
 
 
-def scene(rng: Random, rows: int, columns: int, count: int, *but_colours: str) -> Scene | None:
-    """A picture of `count` things of different shapes and colours anywhere in it."""
-    ground = colour(rng, *but_colours)
+def scene(rng: Random, rows: int, columns: int, count: int, *excluded_colours: str) -> Scene | None:
+    """A picture of `count` things with distinct shapes and colours at random positions."""
+    ground = colour(rng, *excluded_colours)
     step = 1 if rng.random() < FREE_SHARE else 8
-    things = put_all(rng, things_apart(rng, count, ground, *but_colours), (), whole(columns * 16, rows * 16), step=step)
+    things = put_all(
+        rng, distinct_things(rng, count, ground, *excluded_colours), (), interior(columns * 16, rows * 16), step=step
+    )
     return (things and Scene(rows, columns, ground, texture(rng), tuple(things), noise_seed(rng))) or None
 
 
 def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...]) -> str:
-    """ "the red star", or "the star" where there is but one."""
+    """ "the red star", or "the star" if it is the only one."""
     lone = all(o.shape != thing.shape for o in others if o is not thing)
     return speaker.the(thing.shape, None if lone and rng.random() < 0.3 else thing.colour)
 
@@ -99,19 +101,19 @@ def name(rng: Random, speaker: Speaker, thing: Thing, others: tuple[Thing, ...])
 def _edit(
     rng: Random, order: str, before: Scene, things: list[Thing], changed: Wanted | None = None, **more: object
 ) -> Edit:
-    """Every thing that was there before stays; `changed` describes the last of `things` where it is new."""
+    """An edit that keeps all other things; `changed` describes the last of `things` if it is new."""
     after = replace(before, things=tuple(things), seed=noise_seed(rng))
-    wanted = [kept(t) for t in (things[:-1] if changed else things)]
+    wanted = [unchanged(t) for t in (things[:-1] if changed else things)]
     wanted += [changed] if changed else []
-    wish = Wish(tuple(wanted), background=before.background, texture=before.texture)
-    return Edit(order, after, replace(wish, **more))  # type: ignore[arg-type]
+    spec = Spec(tuple(wanted), background=before.background, texture=before.texture)
+    return Edit(order, after, replace(spec, **more))  # type: ignore[arg-type]
 
 
 def _others(before: Scene, thing: Thing) -> list[Thing]:
     return [t for t in before.things if t is not thing]
 
 
-def _recolour(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _recolour(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     new = replace(thing, colour=colour(rng, before.background, *(t.colour for t in before.things)))
     what, hue = name(rng, speaker, thing, before.things), speaker.colour(new.colour)
@@ -124,10 +126,10 @@ def _recolour(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
             f"recolor {what} {hue}" if speaker.american else f"recolour {what} {hue}",
         )
     )
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
-def _reshape(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _reshape(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     new = replace(thing, shape=shape(rng, *(t.shape for t in before.things)))
     same = rng.random() < 0.6
@@ -136,10 +138,10 @@ def _reshape(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
     what = name(rng, speaker, thing, before.things)
     goal = speaker.a(new.shape, None if same and rng.random() < 0.5 else new.colour)
     order = rng.choice((f"replace {what} with {goal}", f"turn {what} into {goal}", f"swap {what} for {goal}"))
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
-def _resize(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _resize(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     thing = rng.choice(before.things)
     steps = ("small", "medium", "large")
     up = rng.random() < 0.5
@@ -151,13 +153,13 @@ def _resize(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | 
         return None
     what = name(rng, speaker, thing, before.things)
     order = rng.choice((f"make {what} {'larger' if up else 'smaller'}", f"make {what} {'bigger' if up else 'smaller'}"))
-    return _edit(rng, order, before, [*_others(before, thing), new], kept(new))
+    return _edit(rng, order, before, [*_others(before, thing), new], unchanged(new))
 
 
 def _spot(
     rng: Random, speaker: Speaker, thing: Thing, others: list[Thing], before: Scene
 ) -> tuple[Thing, str, Wanted, tuple[Relation, ...]] | None:
-    """A free place for `thing`: (placed, words for the place, what to look for, relations to the last of all)."""
+    """A free position for `thing`: (placed, words for the position, spec, relations to others)."""
     width, height = before.width, before.height
     want = Wanted(thing.shape, thing.colour, thing.size)
     if rng.random() < 0.45 or not others:
@@ -175,7 +177,7 @@ def _spot(
         "right of": (right, top - thing.side // 2, right + reach, bottom + thing.side // 2),
     }
     area = areas[rng.choice(("left of", "right of")) if relation == BESIDE else relation]
-    edge = whole(width, height)
+    edge = interior(width, height)
     clipped = (max(area[0], edge[0]), max(area[1], edge[1]), min(area[2], edge[2]), min(area[3], edge[3]))
     placed = put(rng, thing, others, clipped)
     if placed is None or not stands(relation, [placed], [anchor]):
@@ -187,18 +189,18 @@ def _spot(
     return placed, words, want, (Relation(relation, (len(others),), (others.index(anchor),)),)
 
 
-def _add(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _add(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     new = Thing(shape(rng), colour(rng, before.background), size(rng), 0, 0)
     if any(t.shape == new.shape and t.colour == new.colour for t in before.things):
         return None
     others = list(before.things)
-    tell_size = told and (new.size != "medium" or rng.random() < 0.3)
+    tell_size = with_size and (new.size != "medium" or rng.random() < 0.3)
     if not tell_size and new.size != "medium":
-        return None  # unsaid, a new thing is of medium size
+        return None  # unless stated, a new thing is medium-sized
     what = speaker.a(new.shape, new.colour, new.size if tell_size else None)
     verb = rng.choice(("add {}", "add {}", "put {}", "draw {}", "place {}"))
     if verb == "add {}" and rng.random() < 0.2:
-        placed = put(rng, new, others, whole(before.width, before.height))
+        placed = put(rng, new, others, interior(before.width, before.height))
         if placed is None:
             return None
         want = Wanted(new.shape, new.colour, new.size)
@@ -210,14 +212,14 @@ def _add(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | Non
     return _edit(rng, f"{verb.format(what)} {words}", before, [*others, placed], want, relations=relations)
 
 
-def _remove(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _remove(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     thing = rng.choice(before.things)
     what = name(rng, speaker, thing, before.things)
     order = rng.choice((f"remove {what}", f"delete {what}", f"take {what} away", f"erase {what}"))
     return _edit(rng, order, before, _others(before, thing))
 
 
-def _move(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | None:
+def _move(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit | None:
     thing = rng.choice(before.things)
     others = _others(before, thing)
     found = _spot(rng, speaker, thing, others, before)
@@ -231,7 +233,7 @@ def _move(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit | No
     return _edit(rng, order, before, [*others, placed], want, relations=relations)
 
 
-def _ground(rng: Random, speaker: Speaker, before: Scene, told: bool) -> Edit:
+def _ground(rng: Random, speaker: Speaker, before: Scene, with_size: bool) -> Edit:
     new = colour(rng, before.background, *(t.colour for t in before.things))
     pattern = texture(rng)
     phrase, hue = speaker.ground(new, pattern), speaker.colour(new)
@@ -256,7 +258,7 @@ MAKERS: dict[str, Maker] = {
 
 
 def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | None:
-    """Things out of other pictures go into the base picture, which is the first or the last of them."""
+    """Copy things from other pictures into the base picture, the first or last reference."""
     count = 3 if two else 2
     givers, taken = [], []
     for _ in range(count - 1):
@@ -276,15 +278,15 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
     noun = rng.choice(("picture", "picture", "image"))
     into = f"the {number[id(base)]} {noun}"
 
-    things, wanted, relations, told = list(base.things), [kept(t) for t in base.things], [], []
+    things, wanted, relations, phrases = list(base.things), [unchanged(t) for t in base.things], [], []
     for giver, thing in zip(givers, taken, strict=True):
         what = f"{name(rng, speaker, thing, giver.things)} from the {number[id(giver)]} {noun}"
         if two or rng.random() < 0.5:
-            placed = put(rng, thing, things, whole(base.width, base.height))
+            placed = put(rng, thing, things, interior(base.width, base.height))
             if placed is None:
                 return None
             wanted.append(Wanted(thing.shape, thing.colour, thing.size))
-            told.append(what)
+            phrases.append(what)
         else:
             found = _spot(rng, speaker, thing, things, base)
             if found is None:
@@ -293,10 +295,10 @@ def _take(rng: Random, speaker: Speaker, base: Scene, two: bool) -> Sample | Non
             wanted.append(want)
             relations += more
             into += f", {words}"
-            told.append(what)
+            phrases.append(what)
         things.append(placed)
-    order = f"{rng.choice(('put', 'add', 'place'))} {' and '.join(told)} into {into}"
+    order = f"{rng.choice(('put', 'add', 'place'))} {' and '.join(phrases)} into {into}"
     after = replace(base, things=tuple(things), seed=noise_seed(rng))
-    wish = Wish(tuple(wanted), tuple(relations), base.background, base.texture)
-    sample = sample_of(rng, order, (base,), Edit(order, after, wish), "take two" if two else "take")
+    spec = Spec(tuple(wanted), tuple(relations), base.background, base.texture)
+    sample = sample_of(rng, order, (base,), Edit(order, after, spec), "take two" if two else "take")
     return replace(sample, references=references)

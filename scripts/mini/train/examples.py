@@ -1,4 +1,4 @@
-"""The language model's examples as `encode` leaves them: parts of a folder, by length, in an order to draw them in."""
+"""Loads the dataset shards written by `encode`, grouped by length and shuffled."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scripts.mini.train.encode import PARTS
+from scripts.mini.train.encode import SHARDS
 
 
 @dataclass
 class Bucket:
-    """All sequences of one padded length: (M, T) ids, what is to be learnt, and an order to draw them in."""
+    """All sequences of one padded length: (M, T) ids and loss masks, in a shuffled order."""
 
     ids: Tensor
     learn: Tensor
@@ -35,7 +35,7 @@ class Bucket:
 
 
 class Data:
-    """The examples in a folder that `encode` fills: `refresh` takes in the parts that have come since."""
+    """The dataset in a folder that `encode` may still be writing; `refresh` loads new shards."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
@@ -44,16 +44,16 @@ class Data:
         self.samples = 0
 
     def wait(self, seconds: float) -> None:
-        """Until there is a part at least; FileNotFoundError after `seconds`."""
+        """Wait for the first shard; FileNotFoundError after `seconds`."""
         until = time.time() + seconds
         while not self.refresh():
             if time.time() > until:
-                raise FileNotFoundError(f"{self.folder} holds no examples: run encode first, or give --wait longer")
+                raise FileNotFoundError(f"{self.folder} holds no dataset shards: run encode first, or increase --wait")
             time.sleep(0.2)
 
     def refresh(self) -> bool:
-        """Whether there was anything new."""
-        new = sorted(set(self.folder.glob(PARTS)) - self.seen)
+        """Load new shards; whether there were any."""
+        new = sorted(set(self.folder.glob(SHARDS)) - self.seen)
         for path in new:
             self.seen.add(path)
             for length, (ids, learn) in read(path).items():
@@ -67,13 +67,13 @@ class Data:
         return bool(new)
 
     def weights(self) -> tuple[list[int], NDArray[np.float64]]:
-        """The lengths, and how often each is to be drawn: by its tokens."""
+        """The lengths and their sampling probabilities, proportional to tokens."""
         weights = np.array([len(b.ids) * n for n, b in self.buckets.items()], float)
         return list(self.buckets), weights / weights.sum()
 
 
 def read(path: Path) -> dict[int, tuple[Tensor, Tensor]]:
-    """(ids, learn) of a part by length."""
+    """(ids, loss mask) of a shard by length."""
     with np.load(path) as arrays:
         return {
             int(name.removeprefix("ids_")): (

@@ -1,4 +1,4 @@
-"""Puts a trained vision tokenizer, language model and vocabulary together as the package's miniature."""
+"""Exports a trained vision tokenizer, language model and vocabulary as the package's miniature."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from emu_cog.prompt.tokenizer import RANKS_FILE, VISION_FILE
 from emu_cog.weights.store import MINIATURE
 from scripts.mini.pool import AREA
 from scripts.mini.train.language_model import LanguageModel, Shape
-from scripts.mini.train.runs import part
+from scripts.mini.train.runs import fraction
 from scripts.mini.train.train_language import read_weights
 
 LIMIT = 40 * 10**6
-"""Bytes the two folders may take together."""
+"""Maximum total size in bytes."""
 DEFAULTS = {
     "kind": "image",
     "aspect_ratio": "1:1",
@@ -29,14 +29,14 @@ DEFAULTS = {
     "guidance_scale": {"t2i": 2.0, "x2i": 1.7, "howto": 2.0, "story": 2.0, "explore": 1.0, "vla": 2.0},
     "image_temperature": {"t2i": 0.7, "x2i": 0.6, "howto": 0.7, "story": 0.9, "explore": 0.3, "vla": 0.7},
 }
-"""What was best for the committed weights among a few tried, with other prompts than the examination's."""
+"""Best of a few settings for the committed weights, chosen on prompts outside the evaluation."""
 
 
 def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults: Mapping[str, object]) -> int:
-    """Fill `target`/model and `target`/vision, and give their size in bytes.
+    """Write `target`/model and `target`/vision; return their size in bytes.
 
-    All is put together and loaded once beside them; what was there goes only when that has worked. SystemExit for
-    a file that is missing, and for more bytes than LIMIT.
+    The files are staged and loaded once for validation before they replace the old ones. SystemExit if a file is
+    missing or the size exceeds LIMIT.
     """
     shards = sorted(language.glob("*.safetensors")) or [language / "model.safetensors"]
     sources = {
@@ -62,7 +62,7 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
         (fresh / "model" / DEFAULTS_FILE).write_text(json.dumps({**DEFAULTS, **defaults}, indent=2) + "\n")
         size = sum(path.stat().st_size for name in sources for path in (fresh / name).iterdir())
         if size > LIMIT:
-            raise SystemExit(f"nothing was changed: the miniature takes {size} bytes, more than the {LIMIT} it may")
+            raise SystemExit(f"nothing was changed: the miniature has {size} bytes, over the limit of {LIMIT}")
         Pipeline.load(fresh / "model", fresh / "vision")
         for name in sources:
             if (target / name).exists():
@@ -72,11 +72,13 @@ def copy(vision: Path, vocabulary: Path, language: Path, target: Path, defaults:
 
 
 def blend(language: Path, other: Path, share: float, out: Path) -> None:
-    """Write to `out` the weights of `language`, `share` of each of them from `other`: an earlier state of the same
-    training, which takes back a little of what was learnt by heart."""
+    """Write the average of two checkpoints to `out`, `share` from `other`, an earlier one of the same run: averaging
+    reduces overfitting."""
     ours, theirs = read_weights(language), read_weights(other)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise SystemExit(f"{other} holds other tensors than {language}: only weights of one shape can be blended")
+        raise SystemExit(
+            f"{other} holds other tensors than {language}: only checkpoints of the same shape can be averaged"
+        )
     model = LanguageModel(Shape.read(language), dtype=torch.float32)
     model.load_released({k: (1 - share) * ours[k].float() + share * theirs[k].float() for k in ours})
     model.save(out)
@@ -92,10 +94,10 @@ def main() -> None:
         "--defaults",
         type=json.loads,
         default={},
-        help='the checkpoint\'s own, as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
+        help='the checkpoint\'s default settings as JSON: {"guidance_scale": {"t2i": 3.0}, "image_temperature": 0.8}',
     )
-    parser.add_argument("--blend", type=Path, help="folder of earlier weights of the same training, to be mixed in")
-    parser.add_argument("--blend-share", type=part, default=0.2, help="how much of them, 0 to 1")
+    parser.add_argument("--blend", type=Path, help="folder of an earlier checkpoint of the same run, to average in")
+    parser.add_argument("--blend-share", type=fraction, default=0.2, help="its weight in the average, 0 to 1")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         if args.blend:

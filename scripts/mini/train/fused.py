@@ -1,7 +1,7 @@
-"""Group norm and SiLU in one step for pictures laid out channels-last, with Triton; training's hot path on a GPU.
+"""Fused group norm and SiLU for channels-last tensors, in Triton, for training on a GPU.
 
-PyTorch's own group norm turns such pictures to channels-first and back, which takes half of a training step.
-Elsewhere the network's modules compute the same as they are.
+PyTorch's group norm converts such tensors to channels-first and back, which takes half of a training step. Without a
+GPU the unfused modules compute the same.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from emu_cog.vision.ibq import IBQ, Decoder, Encoder, ResBlock
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of PyTorch
+except ImportError:  # CPU build of PyTorch
     triton = None
 
 ROWS = 64
-"""Positions a program reads at a time."""
+"""Positions per block."""
 PARTS = 32
-"""Programs a picture in the reductions."""
+"""Programs per picture in the reductions."""
 
 if triton is not None:
 
     @triton.jit
     def _sums(x, out, positions, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, share):  # type: ignore[no-untyped-def]
-        """Sum and sum of squares of each channel over a part of a picture's positions."""
+        """Per-channel sum and sum of squares over a part of a picture's positions."""
         picture, part = tl.program_id(0), tl.program_id(1)
         channel, row = tl.arange(0, C), tl.arange(0, ROWS)
         total, squares = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
@@ -49,7 +49,7 @@ if triton is not None:
 
     @triton.jit
     def _apply(x, scale, shift, out, positions, C: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """silu(x * scale + shift), both of a picture's channel."""
+        """silu(x * scale + shift), with scale and shift per picture and channel."""
         picture = tl.program_id(1)
         channel, at = tl.arange(0, C), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         a, b = tl.load(scale + picture * C + channel)[None, :], tl.load(shift + picture * C + channel)[None, :]
@@ -71,7 +71,7 @@ if triton is not None:
         PARTS: tl.constexpr,
         share,
     ):  # type: ignore[no-untyped-def]
-        """Sums over positions of the gradient before SiLU, and of it times x."""
+        """Sums over positions of the gradient before SiLU, and of its product with x."""
         picture, part = tl.program_id(0), tl.program_id(1)
         channel, row = tl.arange(0, C), tl.arange(0, ROWS)
         a, b = tl.load(scale + picture * C + channel)[None, :], tl.load(shift + picture * C + channel)[None, :]
@@ -94,7 +94,7 @@ if triton is not None:
 
     @triton.jit
     def _back_apply(x, dy, scale, shift, of_g, of_x, rest, out, positions, C: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """dx = g * of_g + x * of_x + rest, all three of a picture's channel."""
+        """dx = g * of_g + x * of_x + rest, with coefficients per picture and channel."""
         picture = tl.program_id(1)
         channel, at = tl.arange(0, C), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         spot = picture * C + channel
@@ -151,7 +151,7 @@ class _NormSilu(torch.autograd.Function):
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)) of channels-last (N, C, H, W)."""
+    """silu(norm(x)) for channels-last (N, C, H, W)."""
     x = x.contiguous(memory_format=torch.channels_last)
     return _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
@@ -177,7 +177,7 @@ def _decode(self: Decoder, z: Tensor) -> Tensor:
 
 
 def fuse(model: IBQ) -> IBQ:
-    """`model` for a GPU: channels-last, its norms and SiLUs in one step each. In place."""
+    """Convert `model` in place to channels-last with fused norms and SiLUs."""
     forwards = {ResBlock: _block, Encoder: _encode, Decoder: _decode}
     for module in model.modules():
         if type(module) in forwards:
@@ -186,5 +186,5 @@ def fuse(model: IBQ) -> IBQ:
 
 
 def plain_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """What `norm_silu` computes, step by step."""
+    """Reference implementation of `norm_silu`."""
     return F.silu(norm(x))

@@ -1,7 +1,7 @@
-"""Qwen3 for training: the same arithmetic as transformers' class, laid out to be fast on one device.
+"""Qwen3 for training: same arithmetic as in transformers, with a layout that is fast on one device.
 
-Every kind of weight is one tensor over all layers, so that the optimizer works on few large tensors. All steps but
-attention see tokens as one flat list, whose length is the same for every batch: each step is compiled once.
+Each kind of weight is one tensor over all layers, so that the optimizer handles few large tensors. All operations
+except attention take a flat list of tokens of constant length, so each is compiled only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's sizes, named as in config.json."""
+    """Model sizes, named as in config.json."""
 
     vocab_size: int = 3008
     hidden_size: int = 384
@@ -36,7 +36,7 @@ class Shape:
 
     @classmethod
     def read(cls, folder: Path) -> Shape:
-        """Of the weights in `folder`, from its config.json."""
+        """The sizes in `folder`'s config.json."""
         sizes = json.loads((folder / "config.json").read_text())
         return cls(**{name: sizes[name] for name in cls.__dataclass_fields__})
 
@@ -54,7 +54,7 @@ NAMES = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
-"""Our stacked weights and their names in a layer of the released format."""
+"""Our stacked weights and their per-layer names in the released format."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -63,8 +63,8 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight).to(x.dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, the two halves of a head forming the pairs."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding; the two halves of a head form the pairs."""
     low, high = x.float().chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
 
@@ -72,17 +72,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def before_attention(
     x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, hidden) to (N, heads, head_dim) queries, and keys and values repeated to as many heads."""
+    """(N, hidden) to (N, heads, head_dim) queries, keys and values, the latter two repeated for grouped-query
+    attention."""
     h = _norm(x, norm)
     dim = q_norm.shape[0]
     query, key, value = (F.linear(h, w.to(h.dtype)).unflatten(-1, (-1, dim)) for w in (q, k, v))
-    query, key = _turn(_norm(query, q_norm), cos, sin), _turn(_norm(key, k_norm), cos, sin)
+    query, key = _rotate(_norm(query, q_norm), cos, sin), _rotate(_norm(key, k_norm), cos, sin)
     groups = query.shape[1] // key.shape[1]
     return query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def after_attention(x: Tensor, out: Tensor, o: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(N, hidden) before attention and (N, hidden) out of it to the layer's output."""
+    """The rest of the layer: (N, hidden) residual and (N, hidden) attention output to (N, hidden)."""
     x = x + F.linear(out, o.to(out.dtype))
     h = _norm(x, norm)
     inner = F.silu(F.linear(h, gate.to(h.dtype))) * F.linear(h, up.to(h.dtype))
@@ -115,7 +116,7 @@ class LanguageModel(nn.Module):
         self.stack = nn.ParameterDict(
             {name: nn.Parameter(0.02 * torch.randn(deep, *size)) for name, size in sizes.items()}
         )
-        for name in ("o", "down"):  # layers begin as the identity
+        for name in ("o", "down"):  # layers start as the identity
             nn.init.zeros_(self.stack[name])
         for name in ("input_norm", "post_norm"):
             self.stack[name] = nn.Parameter(torch.ones(deep, s.hidden_size))
@@ -124,8 +125,8 @@ class LanguageModel(nn.Module):
         self.embed = nn.Parameter(0.02 * torch.randn(s.vocab_size, s.hidden_size))
         self.norm = nn.Parameter(torch.ones(s.hidden_size))
         self.head = nn.Parameter(0.005 * torch.randn(s.vocab_size, s.hidden_size))
-        speeds = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).float() / s.head_dim)
-        angles = torch.arange(s.max_position_embeddings).float()[:, None] * speeds
+        frequencies = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).float() / s.head_dim)
+        angles = torch.arange(s.max_position_embeddings).float()[:, None] * frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self._before, self._after, self._losses = before_attention, after_attention, losses
@@ -134,7 +135,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Compute step by step meanwhile; without gradients that saves compiling everything once more."""
+        """Context in which compiled functions run eagerly; without gradients this avoids a second compilation."""
         compiled = self._before, self._after, self._losses
         self._before, self._after, self._losses = before_attention, after_attention, losses
         try:
@@ -143,7 +144,7 @@ class LanguageModel(nn.Module):
             self._before, self._after, self._losses = compiled
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) ids to (B * T, hidden), before the last norm."""
+        """(B, T) ids to (B * T, hidden), before the final norm."""
         count, length = tokens.shape
         x = F.embedding(tokens.reshape(-1), self.embed).to(self.dtype)
         cos, sin = (t[:length].repeat(count, 1)[:, None] for t in (self.cos, self.sin))
@@ -158,11 +159,11 @@ class LanguageModel(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, *, first: int) -> Tensor:
-        """(N, hidden) before the last norm to fp32 scores of the tokens from `first` on."""
+        """(N, hidden) before the final norm to fp32 logits of tokens `first` and up."""
         return F.linear(_norm(hidden, self.norm), self.head[first:].to(hidden.dtype)).float()
 
     def loss(self, tokens: Tensor, learn: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy of the tokens marked in (B, T) `learn`, and the (B, T) single ones."""
+        """Mean cross entropy of the tokens marked in (B, T) `learn`, and the (B, T) per-token losses."""
         targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).reshape(-1)
         marked = torch.cat([learn[:, 1:], torch.zeros_like(learn[:, :1])], dim=1).reshape(-1).float()
         each = self._losses(self.hidden(tokens), self.norm, self.head, targets) * marked
@@ -187,7 +188,7 @@ class LanguageModel(nn.Module):
                     self.stack[name][i].copy_(state[f"model.layers.{i}.{own}"])
 
     def save(self, folder: Path, *, shard_bytes: int = 14 << 20) -> None:
-        """config.json, safetensors shards and their index, as in the released folder."""
+        """Write config.json, safetensors shards and their index in the released layout."""
         folder.mkdir(parents=True, exist_ok=True)
         s = self.shape
         config = {

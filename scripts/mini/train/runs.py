@@ -1,4 +1,4 @@
-"""What every long run here does alike: stops when told to, keeps its state whole, tells what came of it."""
+"""Shared by the training commands: stopping on a signal, saving checkpoints atomically, logging results."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 import torch
 
 
-def stop_when_told(stop: Callable[..., object]) -> None:
-    """Call `stop` where a signal would end the process: on Ctrl-C and on SIGTERM."""
+def stop_on_signal(stop: Callable[..., object]) -> None:
+    """Call `stop` on SIGINT (Ctrl-C) and SIGTERM instead of ending the process."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
 
 
-def keep(state: Mapping[str, object], path: Path) -> None:
-    """`torch.save`, in place whole or not at all."""
+def save_atomically(state: Mapping[str, object], path: Path) -> None:
+    """`torch.save` to a temporary file, then rename: `path` never holds a partial checkpoint."""
     unfinished = path.with_suffix(".unfinished")
     torch.save(dict(state), unfinished)
     unfinished.rename(path)
 
 
-def part(text: str) -> float:
-    """An option that is a part of something, 0 to 1; argparse tells what is wrong."""
+def fraction(text: str) -> float:
+    """Parse a command-line option between 0 and 1; argparse reports the error."""
     given = float(text)
     if not 0 <= given <= 1:
-        raise argparse.ArgumentTypeError(f"a part, 0 to 1, is needed, not {text}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return given
 
 
@@ -36,8 +36,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 
 
-def tell(record: Mapping[str, object], path: Path) -> None:
-    """One JSON line: the last of `path`, and printed."""
+def log_record(record: Mapping[str, object], path: Path) -> None:
+    """Append `record` to `path` as one JSON line, and print it."""
     line = json.dumps(record)
     with path.open("a") as log:
         log.write(line + "\n")

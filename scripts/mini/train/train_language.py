@@ -1,4 +1,4 @@
-"""Trains the miniature's language model on freshly drawn examples of all six tasks."""
+"""Trains the miniature's language model on samples of all six tasks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from scripts.mini.train.encode import HELD_OUT, LENGTHS
 from scripts.mini.train.examples import Data, read
 from scripts.mini.train.language_model import MATRICES, LanguageModel, Shape
 from scripts.mini.train.muon import Muon
-from scripts.mini.train.runs import device_name, keep, stop_when_told, tell
+from scripts.mini.train.runs import device_name, log_record, save_atomically, stop_on_signal
 from scripts.mini.train.sequences import tokenizer
 
 TOKENS = 40320
-"""A step; every one of LENGTHS divides it."""
+"""Tokens per step, divisible by all LENGTHS."""
 SAVE_EVERY = 45.0
-"""Seconds between two looks at the held-out loss, each with a save."""
+"""Seconds between evaluations of the held-out loss, each followed by a checkpoint."""
 STATE = "training.pt"
 
 
 class Gradients:
-    """One call a batch: gradients and loss. On a GPU each shape's pass is captured once as a CUDA graph and
-    replayed, since launching a small model's kernels one by one takes longer than they run."""
+    """Computes loss and gradients of a batch. On a GPU each shape is captured once as a CUDA graph and replayed, as
+    kernel launches would take longer than the kernels of so small a model."""
 
     def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
         self.model, self.captured = model, captured
@@ -51,11 +51,11 @@ class Gradients:
         device = self.model.embed.device
         ids = torch.ones(count, length, dtype=torch.long, device=device)
         learn = torch.ones(count, length, dtype=torch.uint8, device=device)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # a first pass, for all that is set up once
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # warm-up pass for one-time setup
             self._pass(ids, learn)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             loss = self._pass(ids, learn)
@@ -81,7 +81,7 @@ class Gradients:
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, path: Path, visual: int, tokens: int) -> dict[str, float]:
-    """Mean cross entropy of pictures' and of text's tokens over all of a file's examples."""
+    """Mean cross entropy of visual and of other tokens over all sequences of a shard."""
     device = model.embed.device
     sums = torch.zeros(4, device=device)
     for length, found in read(path).items():
@@ -112,19 +112,21 @@ def optimizers(model: LanguageModel, rate: float, decay: float, fused: bool) -> 
 
 
 @dataclass
-class Course:
-    """How far a training has come, over all its starts; kept with the weights and the optimizers in STATE."""
+class RunState:
+    """Training progress over all runs, saved with the weights and optimizer states in STATE."""
 
     steps: int = 0
     seconds: float = 0.0
     best: float = math.inf
-    """The least held-out loss on pictures so far, whose weights lie in the folder."""
+    """The lowest held-out loss on visual tokens so far, that of the saved weights."""
 
     def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
-        keep({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path)
+        save_atomically(
+            {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path
+        )
 
     @classmethod
-    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> Course:
+    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> RunState:
         state = torch.load(path, map_location=model.embed.device, weights_only=True)
         model.load_state_dict(state["model"])
         for optim, own in zip(optims, state["optimizers"], strict=True):
@@ -133,15 +135,15 @@ class Course:
 
 
 def rate_at(progress: float, step: int, rate: float) -> float:
-    """A short climb, a plateau for a third of the way, then a straight fall to zero."""
+    """Learning rate: linear warm-up, plateau to 30 % of the run, linear decay to zero."""
     return rate * min(1.0, (step + 1) / 150) * min(1.0, (1 - progress) / 0.7)
 
 
 class Training:
-    """Steps until `steps` or `seconds` of training are up; the rate falls to zero along whichever ends first.
+    """Trains until `steps` or `seconds` are reached; the learning rate decays to zero at whichever comes first.
 
-    Every SAVE_EVERY seconds the held-out loss is told, the weights are kept in `out` if they are the best so far, and
-    STATE is written: a training that was cut off goes on from there when it is started again.
+    Every SAVE_EVERY seconds the held-out loss is logged, the weights are saved in `out` if they are the best so far,
+    and STATE is written, from which an interrupted training resumes.
     """
 
     def __init__(
@@ -160,58 +162,58 @@ class Training:
         self.model, self.gradients, self.data, self.out = model, gradients, data, out
         self.rate, self.tokens, self.visual = rate, tokens, visual
         self.optims = optimizers(model, rate, decay, model.embed.is_cuda)
-        self.course = Course()
+        self.state = RunState()
         out.mkdir(parents=True, exist_ok=True)
         if (out / STATE).exists():
-            self.course = Course.resume(out / STATE, model, self.optims)
-            print(f"goes on after step {self.course.steps}, {self.course.seconds:.0f} s", flush=True)
-        self.rng = np.random.default_rng((seed, self.course.steps))
+            self.state = RunState.resume(out / STATE, model, self.optims)
+            print(f"resumed at step {self.state.steps}, {self.state.seconds:.0f} s", flush=True)
+        self.rng = np.random.default_rng((seed, self.state.steps))
         self.stopped = False
 
     def stop(self, *_: object) -> None:
-        """End after the present step, to be gone on with later."""
+        """Stop after the current step; the training can be resumed."""
         self.stopped = True
 
     def run(self, *, steps: int, seconds: float) -> dict[str, Any]:
-        course, earlier, begun = self.course, self.course.seconds, time.time()
+        state, earlier, run_start = self.state, self.state.seconds, time.time()
         lengths, weights = self.data.weights()
-        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, course.steps
+        smooth, saves, first = torch.zeros((), device=self.model.embed.device), 1, state.steps
         bar = tqdm(total=steps, initial=first, mininterval=5.0)
         while not self.stopped:
-            course.seconds = earlier + time.time() - begun
-            progress = max(course.steps / steps, course.seconds / seconds)
+            state.seconds = earlier + time.time() - run_start
+            progress = max(state.steps / steps, state.seconds / seconds)
             if progress >= 1:
                 break
             length = lengths[int(self.rng.choice(len(lengths), p=weights))]
             loss = self.step(*self.data.buckets[length].draw(self.tokens // length), progress)
-            smooth = loss if course.steps == first else smooth.lerp(loss, 0.02)
-            course.steps += 1
+            smooth = loss if state.steps == first else smooth.lerp(loss, 0.02)
+            state.steps += 1
             bar.update()
-            if (course.steps - first) % 200 == 0:
-                value, spent = float(smooth), time.time() - begun
+            if (state.steps - first) % 200 == 0:
+                value, spent = float(smooth), time.time() - run_start
                 bar.set_postfix(loss=f"{value:.3f}")
                 if not math.isfinite(value):
-                    raise RuntimeError("the loss is no number any more: lower --rate")
+                    raise RuntimeError("the loss is not finite: lower --rate")
                 if self.data.refresh():
                     lengths, weights = self.data.weights()
                 if spent > SAVE_EVERY * saves:
-                    pace = (course.steps - first) * self.tokens / spent / 1e6
-                    print(f"step {course.steps} {course.seconds:.0f}s loss {value:.4f}, {pace:.2f}M tokens/s, "
+                    throughput = (state.steps - first) * self.tokens / spent / 1e6
+                    print(f"step {state.steps} {state.seconds:.0f}s loss {value:.4f}, {throughput:.2f}M tokens/s, "
                           f"{self.data.samples} samples, held out {self.save()}", flush=True)  # fmt: skip
                     saves += 1
         bar.close()
         held_out = self.save()
         return {
             "finished": not self.stopped,
-            "steps": course.steps,
-            "train_seconds": round(course.seconds, 1),
+            "steps": state.steps,
+            "train_seconds": round(state.seconds, 1),
             "loss": round(float(smooth), 4),
             "held_out_loss": held_out,
-            "best_held_out_picture_loss": round(course.best, 4),
+            "best_held_out_picture_loss": round(state.best, 4),
         }
 
     def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
-        now = rate_at(progress, self.course.steps, self.rate)
+        now = rate_at(progress, self.state.steps, self.rate)
         for optim in self.optims:
             for group in optim.param_groups:
                 group["lr"] = now
@@ -222,32 +224,32 @@ class Training:
         return loss
 
     def save(self) -> dict[str, float]:
-        """Keep the state, and the weights if none were better; the held-out losses."""
+        """Write STATE, and the weights if they are the best so far; return the held-out losses."""
         with self.model.uncompiled():
             loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
-        if loss["picture"] < self.course.best:
-            self.course.best = loss["picture"]
+        if loss["picture"] < self.state.best:
+            self.state.best = loss["picture"]
             self.model.save(self.out)
-        self.course.save(self.out / STATE, self.model, self.optims)
+        self.state.save(self.out / STATE, self.model, self.optims)
         return {k: round(v, 4) for k, v in loss.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of examples, by encode")
+    parser.add_argument("--data", type=Path, required=True, help="folder of dataset shards, written by encode")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
-    parser.add_argument("--resume", type=Path, help="folder of weights to begin with")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, state and log")
+    parser.add_argument("--resume", type=Path, help="folder of the initial weights")
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of training, over all starts, setup left out")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first examples")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.05)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a step; a multiple of every length")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per step; a multiple of all LENGTHS")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--shape", type=json.loads, default={}, help="JSON of sizes that depart from the default")
-    parser.add_argument("--compile", action="store_true", help="compile what each step computes")
-    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
+    parser.add_argument("--shape", type=json.loads, default={}, help="model sizes other than the default, as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
     args = parser.parse_args()
     started = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,7 +279,7 @@ def main() -> None:
         visual=words.ids.visual,
         seed=args.seed,
     )
-    stop_when_told(training.stop)
+    stop_on_signal(training.stop)
     record = training.run(steps=args.steps, seconds=args.seconds)
     record |= {
         "seconds": round(time.time() - started, 1),
@@ -289,7 +291,7 @@ def main() -> None:
         "rate": args.rate,
         "shape": asdict(shape),
     }
-    tell(record, args.out / "train.log")
+    log_record(record, args.out / "train.log")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Trains the miniature's vision tokenizer: IBQ's network, with a codebook of unit vectors.
+"""Trains the miniature's vision tokenizer: the IBQ network with a codebook of unit vectors.
 
-With all codes of one length the largest dot product is also the nearest code, so training can use what is known
-to work for small codebooks (cosine distance, moving averages, dead codes started anew), and the result is read
-by the released format's rule: the code of a patch is the argmax of the dot product.
+With unit vectors the largest dot product is also the nearest code, so training can use the usual methods for small
+codebooks (cosine distance, moving averages, reset of dead codes), and inference the released format's rule (argmax of
+the dot product).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scripts.mini.pool import OTHER_SIZES, SQUARE, mapped
 from scripts.mini.render import Batch, render, render_clean, resize, with_noise
 from scripts.mini.tasks import sample
 from scripts.mini.train.runs import device_name
-from scripts.mini.train.vision_steps import LENGTH, Codes, Working
+from scripts.mini.train.vision_steps import LENGTH, Codes, TrainingPasses
 from scripts.mini.world import Scene
 
 NETWORK = {
@@ -45,31 +45,31 @@ NETWORK = {
     "n_embed": 2048,
     "embed_dim": 32,
 }
-SCENES_A_CHUNK = 500
+SCENES_PER_CHUNK = 500
 TASKS = ("t2i", "t2i", "x2i", "howto", "story", "explore", "vla")
 FINISH = 0.75
-"""From this part of the schedule on encoder and codebook stay as they are, and only the decoder goes on learning."""
+"""Fraction of the schedule after which encoder and codebook are frozen and only the decoder is trained."""
 WARM_UP = 5
-"""Steps before the schedule begins."""
+"""Steps before the schedule starts."""
 DONE = "train.log"
-"""Written last: when it is there, the folder is whole."""
+"""Written last: marks a complete folder."""
 
 
 def scenes(job: tuple[int, int, int, bool]) -> Batch:
-    """SCENES_A_CHUNK scenes of all tasks: `job` is (seed, rows, columns, combinations kept from training)."""
+    """SCENES_PER_CHUNK scenes of all tasks; `job` is (seed, rows, columns, held-out combinations)."""
     seed, rows, columns, unseen = job
     rng = Random(seed)
     found: list[Scene] = []
-    while len(found) < SCENES_A_CHUNK:
+    while len(found) < SCENES_PER_CHUNK:
         made = sample(rng, rng.choice(TASKS), rows, columns, unseen=unseen)
         found += (*made.references, *made.pictures)
-    return Batch.of(found[:SCENES_A_CHUNK])
+    return Batch.of(found[:SCENES_PER_CHUNK])
 
 
 def batches(
     pools: dict[tuple[int, int], list[Batch]], count: int, rng: Random, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(noisy, clean) pictures in -1..1, all 192x192; a fifth are other shapes squeezed into the square."""
+    """(noisy, clean) pictures in -1..1, all 192x192; a fifth have other shapes, resized to the square."""
     while True:
         shape = SQUARE if rng.random() < 0.8 else rng.choice([s for s in pools if s != SQUARE] or [SQUARE])
         chunk = rng.choice(pools[shape])
@@ -84,7 +84,7 @@ def batches(
 
 @torch.inference_mode()
 def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tuple[float, int]:
-    """(mean PSNR in dB of held-out pictures through codes and back, distinct codes used)."""
+    """(mean PSNR in dB of reconstructed held-out pictures, distinct codes used)."""
     ratios, used = [], set()
     for i in range(0, count, 20):
         batch = Batch(chunk.rows, chunk.columns, chunk.head[i : i + 20], chunk.things[i : i + 20])
@@ -99,7 +99,7 @@ def psnr(model: IBQ, chunk: Batch, device: torch.device, count: int = 200) -> tu
 
 @torch.inference_mode()
 def before_and_after(model: IBQ, chunk: Batch, device: torch.device) -> Image.Image:
-    """Twelve held-out pictures over what comes back from their codes."""
+    """Twelve held-out pictures above their reconstructions."""
     x = render(Batch(chunk.rows, chunk.columns, chunk.head[40:52], chunk.things[40:52]), device)
     y = ((model.decode(model.encode(x.float() / 127.5 - 1)) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     page = torch.cat([torch.cat(list(t), dim=2) for half in (slice(0, 6), slice(6, 12)) for t in (x[half], y[half])], 1)
@@ -107,7 +107,7 @@ def before_and_after(model: IBQ, chunk: Batch, device: torch.device) -> Image.Im
 
 
 def save(model: IBQ, codes: Codes, folder: Path) -> None:
-    """The folder as the released tokenizer's: config.yaml and model.ckpt, weights in half precision."""
+    """Write the released tokenizer's files: config.yaml and model.ckpt, weights in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(NETWORK, sort_keys=False))
     state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
@@ -118,15 +118,15 @@ def save(model: IBQ, codes: Codes, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.yaml, model.ckpt and the log")
-    parser.add_argument("--resume", type=Path, help="another folder of a vision tokenizer to go on from")
+    parser.add_argument("--resume", type=Path, help="folder of the initial vision tokenizer")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop the schedule after this wall time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="length of the schedule in wall time")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=8e-4)
-    parser.add_argument("--chunks", type=int, default=100, help=f"chunks of {SCENES_A_CHUNK} scenes to draw from")
+    parser.add_argument("--chunks", type=int, default=100, help=f"dataset size, in chunks of {SCENES_PER_CHUNK} scenes")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--network", type=json.loads, default={}, help="JSON of ddconfig values other than the default")
-    parser.add_argument("--eager", action="store_true", help="launch every kernel anew, without CUDA graphs")
+    parser.add_argument("--network", type=json.loads, default={}, help="non-default ddconfig values, as JSON")
+    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -182,47 +182,47 @@ def train(
     args: argparse.Namespace,
     held: Batch,
 ) -> int:
-    """Steps until `args.steps` or `args.seconds` are up; saves into `folder` as it goes. The steps done."""
+    """Train until `args.steps` or `args.seconds`, saving to `folder` on the way; return the number of steps."""
     device = codes.book.device
-    working = Working(model, codes, args.batch, device, captured=not args.eager)
+    passes = TrainingPasses(model, codes, args.batch, device, captured=not args.eager)
     optimizer = torch.optim.AdamW(
-        working.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
+        passes.own, lr=args.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=device.type == "cuda"
     )
     bar = tqdm(range(args.steps), mininterval=5.0)
-    begun, kept, told, n = time.time(), None, 0, 0
-    working.quantise.fill_(1.0 if args.resume else 0.0)
+    schedule_start, collected, saves, n = time.time(), None, 0, 0
+    passes.quantise.fill_(1.0 if args.resume else 0.0)
     for n in bar:
         if n == WARM_UP:
-            begun = time.time()  # the schedule is not to be eaten up by what is set up once
-        spent = (time.time() - begun) / args.seconds if math.isfinite(args.seconds) else 0.0
+            schedule_start = time.time()  # exclude one-time setup from the schedule
+        spent = (time.time() - schedule_start) / args.seconds if math.isfinite(args.seconds) else 0.0
         progress = max(n / args.steps, spent)
         if progress >= 1:
             break
         x, target = next(stream)
         warm, finish = bool(args.resume) or (progress > 0.08 and n > 150), progress > FINISH
-        if warm and kept is not None:
-            codes.start(kept)
-            working.quantise.fill_(1.0)
-            kept = None
+        if warm and collected is not None:
+            codes.initialize(collected)
+            passes.quantise.fill_(1.0)
+            collected = None
         rate = args.rate * min(1.0, (n + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        working.refresh()
-        squared, flat, chosen = working.gradients(x, target, finish=finish)
-        nn.utils.clip_grad_norm_(working.own, 1.0)
+        passes.refresh()
+        squared, flat, chosen = passes.gradients(x, target, finish=finish)
+        nn.utils.clip_grad_norm_(passes.own, 1.0)
         optimizer.step()
         if warm and not finish:
-            codes.learn(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
+            codes.update(flat, chosen, decay=0.98, revive=n % 20 == 0 and progress < 0.6 and not args.resume)
         elif progress > 0.06 and not warm:
-            kept = flat.clone() if kept is None else torch.cat([kept, flat])[-40000:]
+            collected = flat.clone() if collected is None else torch.cat([collected, flat])[-40000:]
         if n % 50 == 0:
             bar.set_postfix(psnr=f"{-10 * math.log10(squared.item() / 4 + 1e-9):.2f}")
-        if progress >= (told + 1) / 12:
-            told = int(progress * 12)
+        if progress >= (saves + 1) / 12:
+            saves = int(progress * 12)
             save(model, codes, folder)
             quality, used = psnr(load_vision_tokenizer(folder, device=device), held, device, 40)
             print(
-                f"step {n} {time.time() - begun:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
+                f"step {n} {time.time() - schedule_start:.0f}s held-out psnr {quality:.2f} dB, {used} codes",
                 int((codes.uses > 0.1).sum()),
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""What one training step of the vision tokenizer computes: the codebook's moving averages, the loss, the passes."""
+"""One training step of the vision tokenizer: codebook moving averages, loss, forward and backward pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scripts.mini.pool import SQUARE
 from scripts.mini.train.fused import fuse
 
 LENGTH = 32**0.5
-"""Of every code: a component then is about 1 in size, as the decoder's first layers expect."""
+"""Length of every code in the decoder's input, for components of about unit size."""
 
 
 class Codes(nn.Module):
-    """The codebook in training: moving averages of the unit vectors that chose each code."""
+    """The codebook during training: moving averages of the unit vectors assigned to each code."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -27,20 +27,20 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def resume(self, embedding: Tensor) -> None:
-        """Go on from a saved codebook."""
+        """Load a saved codebook."""
         self.book.copy_(F.normalize(embedding.float(), dim=1))
         self.sums.copy_(self.book)
 
     @torch.no_grad()
-    def start(self, z: Tensor) -> None:
-        """Spherical k-means over (N, width) unit vectors, begun far apart: most patches are plain ground and
-        would otherwise take most codes."""
+    def initialize(self, z: Tensor) -> None:
+        """Spherical k-means over (N, width) unit vectors, with spread-out initialization: most patches are plain
+        background, which would otherwise take most codes."""
         count = len(self.book)
         self.book[:] = z[torch.randint(len(z), (count,), device=z.device)]
         filled = count // 32
         while filled < count:
             more = min(count // 16, count - filled)
-            self.book[filled : filled + more] = z[self._far(z, self.book[:filled], more)]
+            self.book[filled : filled + more] = z[self._sample_distant(z, self.book[:filled], more)]
             filled += more
         for _ in range(10):
             codes = (z @ self.book.t()).argmax(1)
@@ -51,21 +51,21 @@ class Codes(nn.Module):
         self.uses.fill_(1.0)
 
     @staticmethod
-    def _far(z: Tensor, book: Tensor, count: int) -> Tensor:
-        """Numbers of `count` rows of z, drawn by their squared distance from the nearest code."""
-        apart = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
-        return torch.multinomial(apart, count, replacement=True)
+    def _sample_distant(z: Tensor, book: Tensor, count: int) -> Tensor:
+        """Indices of `count` rows of z, sampled in proportion to the squared distance from the nearest code."""
+        distance = (2 - 2 * (z @ book.t()).amax(1)).clamp(min=1e-6)
+        return torch.multinomial(distance, count, replacement=True)
 
     @torch.no_grad()
-    def learn(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
-        """Move each code towards those that chose it; with `revive`, codes hardly ever chosen start anew."""
+    def update(self, z: Tensor, codes: Tensor, *, decay: float, revive: bool) -> None:
+        """Move each code towards its assigned vectors; with `revive`, rarely used codes are reset."""
         count = len(self.book)
         self.uses.lerp_(torch.bincount(codes, minlength=count).float(), 1 - decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
         self.book.copy_(F.normalize(torch.where(self.uses[:, None] > 1e-4, self.sums, self.book), dim=1))
         if revive:
             dead = self.uses < 0.03 * len(z) / count
-            fresh = z[self._far(z, self.book, count)]
+            fresh = z[self._sample_distant(z, self.book, count)]
             self.book.copy_(torch.where(dead[:, None], fresh, self.book))
             self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
             self.uses.copy_(torch.where(dead, torch.ones_like(self.uses), self.uses))
@@ -74,9 +74,9 @@ class Codes(nn.Module):
 def step(
     model: IBQ, codes: Codes, x: Tensor, target: Tensor, quantise: Tensor, *, finish: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` 0 or 1.
+    """(loss, squared error, unit features (N, width), codes (N,)) of one batch; `quantise` is 0 or 1.
 
-    With `finish` the codes are taken as they are and nothing before the decoder learns.
+    With `finish` only the decoder is trained.
     """
     with torch.set_grad_enabled(not finish):
         z = F.normalize(model.features(x).float(), dim=1)  # (N, width, h, w)
@@ -84,53 +84,53 @@ def step(
     with torch.no_grad():
         chosen = (flat @ codes.book.t()).argmax(1)
         near = codes.book[chosen].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-    apart = (z - near).pow(2).sum(1).mean()
+    distance = (z - near).pow(2).sum(1).mean()
     passed = near if finish else z + quantise * (near - z).detach()
     y = model.decoder(model.post_quant_conv((LENGTH * passed).to(x.dtype))).float()
     error = (y - target).abs()
     squared = error.pow(2).mean()
-    loss = error.mean() + 8 * squared + 0.25 * quantise * apart
+    loss = error.mean() + 8 * squared + 0.25 * quantise * distance
     return loss, squared, flat.detach(), chosen
 
 
-class Working:
-    """The model that computes: on a GPU a fused bf16 copy, beside the fp32 weights that the optimizer moves.
+class TrainingPasses:
+    """The model that computes the passes: on a GPU a fused bf16 copy of the optimizer's fp32 weights.
 
-    Plain bf16 rather than autocast, which would norm in fp32 and so move twice the bytes at full resolution. Its two
-    kinds of pass, with and without `finish`, are captured as CUDA graphs and replayed.
+    Pure bf16, as autocast would run the norms in fp32 and move twice the bytes at full resolution. The passes with and
+    without `finish` are captured as CUDA graphs and replayed.
     """
 
     def __init__(self, model: IBQ, codes: Codes, batch: int, device: torch.device, *, captured: bool) -> None:
-        self.codes, self.apart = codes, device.type == "cuda"
+        self.codes, self.separate = codes, device.type == "cuda"
         self.quantise = torch.zeros((), device=device)
-        if self.apart:
+        if self.separate:
             model.to(memory_format=torch.channels_last)
-        self.model = fuse(copy.deepcopy(model).bfloat16()) if self.apart else model
+        self.model = fuse(copy.deepcopy(model).bfloat16()) if self.separate else model
         names = [name for name, _ in model.named_parameters() if not name.startswith("quantize")]
-        self.late = [name.startswith(("decoder", "post_quant")) for name in names]
+        self.in_decoder = [name.startswith(("decoder", "post_quant")) for name in names]
         self.own, self.copies = (
             [p for name, p in m.named_parameters() if not name.startswith("quantize")] for m in (model, self.model)
         )
         shape = (batch, 3, SQUARE[0] * 16, SQUARE[1] * 16)
-        dtype = torch.bfloat16 if self.apart else torch.float32
+        dtype = torch.bfloat16 if self.separate else torch.float32
         self.x = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
         self.target = torch.zeros(shape, device=device)
-        if self.apart:
+        if self.separate:
             for p in self.copies:
                 p.grad = torch.zeros_like(p)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
-        if captured and self.apart:
+        if captured and self.separate:
             self._capture()
 
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()
         for finish in (False, True):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # first passes, for all that is set up once
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):  # warm-up passes for one-time setup
                 for _ in range(2):
                     self._pass(finish)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 found = self._pass(finish)
@@ -146,12 +146,13 @@ class Working:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """The copy takes over the optimizer's last step."""
-        if self.apart:
+        """Copy the optimizer's weights into the bf16 copy."""
+        if self.separate:
             torch._foreach_copy_(self.copies, self.own)
 
     def gradients(self, x: Tensor, target: Tensor, *, finish: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Put gradients into the weights proper; (squared error, unit features, codes), good until the next call."""
+        """Compute gradients in the fp32 weights; return (squared error, unit features, codes), valid until the next
+        call."""
         self.x.copy_(x)
         self.target.copy_(target)
         if self.graphs:
@@ -159,11 +160,11 @@ class Working:
             graph.replay()
         else:
             found = self._pass(finish)
-        if self.apart:
+        if self.separate:
             pairs = [
                 (own, c.grad)
-                for own, c, late in zip(self.own, self.copies, self.late, strict=True)
-                if late or not finish
+                for own, c, in_decoder in zip(self.own, self.copies, self.in_decoder, strict=True)
+                if in_decoder or not finish
             ]
             for own in self.own:
                 own.grad = None
@@ -171,6 +172,6 @@ class Working:
                 own.grad = torch.empty_like(own)
             torch._foreach_copy_([own.grad for own, _ in pairs], [grad for _, grad in pairs])
         elif finish:
-            for own, late in zip(self.own, self.late, strict=True):
-                own.grad = own.grad if late else None
+            for own, in_decoder in zip(self.own, self.in_decoder, strict=True):
+                own.grad = own.grad if in_decoder else None
         return found

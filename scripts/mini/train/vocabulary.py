@@ -1,4 +1,4 @@
-"""The miniature's tokenizer files: byte-pair ranks learnt from the world's own sentences, and the visual tokens."""
+"""Writes the miniature's tokenizer files: byte-pair ranks trained on the world's sentences, and the visual tokens."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from emu_cog.prompt.tasks import TABLE, UNCONDITIONAL
 from emu_cog.prompt.tokenizer import RANKS_FILE, SPLIT, VISION_FILE
 from scripts.mini.pool import SQUARE
 from scripts.mini.tasks import MAKERS, sample
-from scripts.mini.tasks.sample import Said
+from scripts.mini.tasks.sample import TextPart
 
 RANKS = 749
-"""With 211 special tokens and 2048 codes this makes a vocabulary of 3008, a round number for matrix units."""
+"""With 211 special tokens and 2048 codes the vocabulary is 3008, a multiple of 64."""
 
 
 def corpus(samples: int, seed: int) -> list[str]:
-    """Questions and answers of all tasks, with the prompt templates around them."""
+    """Questions and answers of all tasks, with the prompt templates."""
     rng = Random(seed)
     lines = []
     for task in MAKERS:
         for _ in range(samples):
             made = sample(rng, task, *SQUARE)
             lines.append(f"{TABLE[task].before()}{made.question} ASSISTANT: ")
-            lines += [part.text for part in made.answer if isinstance(part, Said)]
+            lines += [part.text for part in made.answer if isinstance(part, TextPart)]
     return [*lines, "".join(UNCONDITIONAL)]
 
 
 def ranks(lines: list[str], count: int) -> list[bytes]:
-    """`count` byte-pair tokens in order of rank: the 256 bytes in GPT-2's order, then the merges."""
+    """`count` byte-pair tokens by rank: the 256 bytes in GPT-2's order, then the merges."""
     alphabet = _byte_letters()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -53,12 +53,12 @@ def ranks(lines: list[str], count: int) -> list[bytes]:
         if token not in found:
             found.append(token)
     if len(found) < count:
-        raise ValueError(f"the lines give {len(found)} tokens, {count} are needed: raise --samples")
+        raise ValueError(f"the corpus gives only {len(found)} of {count} tokens: increase --samples")
     return found[:count]
 
 
 def _byte_letters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one letter; printable bytes come first and stand for themselves."""
+    """GPT-2's byte-to-character table: printable bytes first, as themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -76,7 +76,7 @@ def write(folder: Path, tokens: list[bytes], codes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=3000, help="samples a task to learn from")
+    parser.add_argument("--samples", type=int, default=3000, help="training samples per task")
     parser.add_argument("--codes", type=int, default=2048, help="codes of the vision tokenizer")
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()

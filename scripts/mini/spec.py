@@ -1,4 +1,4 @@
-"""What a picture must show, as data, and whether a list of things fulfils it."""
+"""Specifications of what a picture must show, and their comparison with detected things."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REGIONS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """One thing that must be there. None leaves a trait open; `near` is the centre it must have kept."""
+    """One required thing. None leaves an attribute open; `near` is the required centre."""
 
     shape: str
     colour: str | None = None
@@ -37,7 +37,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Relation:
-    """`name` holds between the wanted things numbered `first`, `second` (and `third`, for BETWEEN)."""
+    """Relation `name` between the wanted things with indices `first`, `second` (and `third` for BETWEEN)."""
 
     name: str
     first: tuple[int, ...]
@@ -46,8 +46,8 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """All of `wanted`, nothing else, standing in `relations` on `background` with `texture` (None: any)."""
+class Spec:
+    """Exactly the things in `wanted`, in these `relations`, on this background (None: any)."""
 
     wanted: tuple[Wanted, ...]
     relations: tuple[Relation, ...] = ()
@@ -57,7 +57,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge found in a picture of `width` x `height` pixels."""
+    """What the judge detected in a picture of `width` x `height` pixels."""
 
     width: int
     height: int
@@ -67,12 +67,12 @@ class Seen:
 
 
 def held_out(*words: object) -> bool:
-    """Whether this combination is kept from training: one in ten, by a fixed hash of its words."""
+    """Whether this combination is held out from training: one in ten, by a fixed hash."""
     return zlib.crc32(" ".join(map(str, words)).encode()) % 10 == 0
 
 
 def stands(name: str, first: Sequence[Thing], second: Sequence[Thing], third: Sequence[Thing] = ()) -> bool:
-    """Whether the relation is plain to see between centres: every pair is clearly ordered."""
+    """Whether the relation clearly holds between the centres of every pair."""
     if name == BETWEEN:
         return all(_between(a, b, c) for a in first for b in second for c in third)
     return all(_pair(name, a, b) for a in first for b in second)
@@ -107,31 +107,31 @@ def _between(a: Thing, b: Thing, c: Thing) -> bool:
 
 
 def in_region(thing: Thing, region: str, width: int, height: int, *, slack: float = 0.06) -> bool:
-    """Whether the centre lies in that ninth of the picture, widened by `slack` of the picture's side."""
+    """Whether the centre lies in that ninth, enlarged by `slack` (fraction of the picture's side)."""
     column, row = REGIONS[region]
     x, y = thing.x / width, thing.y / height
     return column / 3 - slack <= x <= (column + 1) / 3 + slack and row / 3 - slack <= y <= (row + 1) / 3 + slack
 
 
 def region_of(x: float, y: float, width: int, height: int) -> str:
-    """The name of the ninth that holds the point."""
+    """The name of the ninth that contains the point."""
     cell = (min(int(3 * x / width), 2), min(int(3 * y / height), 2))
     return next(name for name, at in REGIONS.items() if at == cell)
 
 
-def complaint(seen: Seen, wish: Wish, *, near: int = 12) -> str | None:
-    """None if the picture fulfils the wish, else what is wrong with it, in a few words."""
-    if wish.background and seen.background != wish.background:
-        return f"background is {seen.background}, not {wish.background}"
-    if wish.texture and seen.texture != wish.texture:
-        return f"background is {seen.texture}, not {wish.texture}"
-    if len(seen.things) != len(wish.wanted):
-        return f"{len(seen.things)} things, not {len(wish.wanted)}"
-    options = [[i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in wish.wanted]
-    for want, fitting in zip(wish.wanted, options, strict=True):
+def mismatch(seen: Seen, spec: Spec, *, near: int = 12) -> str | None:
+    """None if the picture matches the spec, else the first mismatch in a few words."""
+    if spec.background and seen.background != spec.background:
+        return f"background is {seen.background}, not {spec.background}"
+    if spec.texture and seen.texture != spec.texture:
+        return f"background is {seen.texture}, not {spec.texture}"
+    if len(seen.things) != len(spec.wanted):
+        return f"{len(seen.things)} things, not {len(spec.wanted)}"
+    options = [[i for i, thing in enumerate(seen.things) if _matches(thing, want, seen, near)] for want in spec.wanted]
+    for want, fitting in zip(spec.wanted, options, strict=True):
         if not fitting:
             return f"no {want}"
-    if not _assign(seen, wish, options, []):
+    if not _assign(seen, spec, options, []):
         return "the things are there but their number or places are wrong"
     return None
 
@@ -146,12 +146,12 @@ def _matches(thing: Thing, want: Wanted, seen: Seen, near: int) -> bool:
     )
 
 
-def _assign(seen: Seen, wish: Wish, options: list[list[int]], chosen: list[int]) -> bool:
-    """Give every wanted thing a seen one of its own such that all relations stand."""
+def _assign(seen: Seen, spec: Spec, options: list[list[int]], chosen: list[int]) -> bool:
+    """Whether things can be assigned to the wanted ones, one each, such that all relations hold."""
     if len(chosen) == len(options):
 
         def pick(numbers: tuple[int, ...]) -> list[Thing]:
             return [seen.things[chosen[n]] for n in numbers]
 
-        return all(stands(r.name, pick(r.first), pick(r.second), pick(r.third)) for r in wish.relations)
-    return any(_assign(seen, wish, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen)
+        return all(stands(r.name, pick(r.first), pick(r.second), pick(r.third)) for r in spec.relations)
+    return any(_assign(seen, spec, options, [*chosen, i]) for i in options[len(chosen)] if i not in chosen)
