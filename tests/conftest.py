@@ -133,6 +133,6 @@ def way(request: pytest.FixtureRequest, hub: HubServer) -> str:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """What the package tells in its log is in `caplog`."""
+def log_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """Put what the package logs into `caplog`."""
     caplog.set_level(logging.INFO, logger="emu_cog")

@@ -28,7 +28,7 @@ from emu_cog.errors import CheckpointError
 from emu_cog.weights.manifest import Entry, Pin, write_pins
 from emu_cog.weights.store import resolve
 
-pytestmark = pytest.mark.usefixtures("told")
+pytestmark = pytest.mark.usefixtures("log_captured")
 
 SHARD = "model-00001-of-00003.safetensors"
 

@@ -22,7 +22,7 @@ from weights_kit import (
 from emu_cog.weights.fetch import DiskFullError
 from emu_cog.weights.store import resolve
 
-pytestmark = pytest.mark.usefixtures("told")
+pytestmark = pytest.mark.usefixtures("log_captured")
 
 
 class TestFullDisk:

@@ -27,7 +27,7 @@ from weights_kit import (
 from emu_cog.errors import CheckpointError
 from emu_cog.weights.store import resolve
 
-pytestmark = pytest.mark.usefixtures("told")
+pytestmark = pytest.mark.usefixtures("log_captured")
 
 
 class TestOnce:

@@ -31,7 +31,7 @@ from emu_cog.settings import Settings
 from emu_cog.weights.manifest import MANIFEST_FILE, Entry, Pin, hash_files, read_manifest, write_pins
 from emu_cog.weights.store import Checkpoint, resolve
 
-pytestmark = pytest.mark.usefixtures("told")
+pytestmark = pytest.mark.usefixtures("log_captured")
 
 
 @pytest.fixture
