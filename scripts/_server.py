@@ -85,7 +85,7 @@ class Server:
         environment = _environment(folder) | {"PORT": str(self.port)}
         if (python := self._wrapped_python()) is not None:
             environment["PATH"] = f"{python}{os.pathsep}{environment['PATH']}"
-        # A signal between the start and the assignment would leave a server that nobody stops.
+        # A signal before all of this is done would leave a server that nobody stops, or a thread that can't be joined.
         signal.pthread_sigmask(signal.SIG_BLOCK, _signals.ALL)
         try:
             self._process = subprocess.Popen(
@@ -98,10 +98,10 @@ class Server:
                 start_new_session=True,  # Ctrl-C is ours to turn into a cancel
                 preexec_fn=_in_the_child,
             )
+            self._relay = threading.Thread(target=self._pass_on, daemon=True)
+            self._relay.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals.ALL)
-        self._relay = threading.Thread(target=self._pass_on, daemon=True)
-        self._relay.start()
 
     def _folder(self) -> Path:
         """The folder that holds .cog/openapi_schema.json, without which the server validates nothing.

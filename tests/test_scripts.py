@@ -672,7 +672,7 @@ def test_a_server_killed_during_a_prediction_is_reported(
     rest = process.stderr.read()
     assert process.wait(30) == 1
     assert "Traceback" not in rest
-    assert "\nerror: prediction failed: " in rest
+    assert [line for line in rest.splitlines() if line.startswith("error: prediction failed: ")]
 
 
 def running_prediction(folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -681,7 +681,7 @@ def running_prediction(folder: Path, environment: dict[str, str]) -> subprocess.
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if "row/s" in line:
+        if "%|" in line:
             return process
     pytest.fail("no row was made")
 
