@@ -54,8 +54,15 @@ def environment(folders: tiny.TinyFolders) -> dict[str, str]:
     return os.environ | settings(folders) | {"EMU_VENV": "none"}
 
 
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """The shared server once its slot is free, which is shortly after the last answer."""
+    shared_server._settle()
+    return shared_server
+
+
 @pytest.fixture(scope="module")
-def server(folders: tiny.TinyFolders) -> Iterator[Server]:
+def shared_server(folders: tiny.TinyFolders) -> Iterator[Server]:
     with serving(folders) as running:
         yield running
 
