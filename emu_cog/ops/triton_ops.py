@@ -95,7 +95,7 @@ class TritonOps:
         partials = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
         grid = (_up(n, config.block_n), splits)
         common: dict[str, Any] = {
-            "ROWS": 16,
+            "ROWS": max(16, _power(m)),
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "STAGES": config.stages,
