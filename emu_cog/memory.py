@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
-from accelerate import init_empty_weights
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.errors import InputError
 from emu_cog.log import log
@@ -30,7 +28,7 @@ WORKSPACE = 1.5 * GIB
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes. `per_token` is one token of one output: of its conditional and its unconditional sequence."""
+    """Bytes. `per_token` is one token of one output: of its conditional and its unconditional stream."""
 
     device: str
     available: float
@@ -38,6 +36,8 @@ class Budget:
     vision: float
     workspace: float
     per_token: float
+    picture: int = 1
+    """Tokens that a usual picture needs, its prompt included."""
 
     @property
     def cache(self) -> float:
@@ -51,6 +51,10 @@ class Budget:
     def outputs(self, tokens: int) -> int:
         """How many outputs of `tokens` tokens fit side by side."""
         return max(int(self.cache // (self.per_token * tokens)), 0)
+
+    def slots(self, *, most: int) -> int:
+        """How many usual pictures fit side by side, from 1 to `most`."""
+        return min(max(self.outputs(self.picture), 1), most)
 
     def table(self, tokens: int, outputs: int) -> str:
         """The estimate in one line, with caches for `outputs` outputs of `tokens` tokens."""
@@ -98,19 +102,19 @@ def check_memory_budget(
     max_outputs: int = 1,
 ) -> Budget:
     """Estimate and log what a run needs before anything is loaded. InputError with the numbers where it is too much."""
-    picture = tasks.plan(Request(prompt="-"), defaults)
+    usual = tasks.plan(Request(prompt="-"), defaults)
+    picture = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(usual.size or (64, 64)))
     budget = plan_memory(
         folder,
         vision_folder,
         device=device,
         dtype=dtype,
         spread=spread,
-        area=picture.image_area,
+        area=usual.image_area,
         quantize=quantize,
     )
-    typical = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(picture.size or (64, 64)))
-    budget.check(max_context or typical, max_outputs)
-    return budget
+    budget.check(max_context or picture, max_outputs)
+    return replace(budget, picture=min(picture, max_context or picture))
 
 
 def plan_memory(
@@ -132,21 +136,16 @@ def plan_memory(
     return Budget(
         device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",
         available=available_bytes(device, all_devices=spread),
-        weights=_weight_bytes(config, read_headers(folder), dtype, quantize),
+        weights=_weight_bytes(read_headers(folder), dtype, quantize),
         vision=vision_bytes,
         workspace=workspace + (WORKSPACE if device.type == "cuda" else 0),
         per_token=2 * KVCache.bytes_per_token(config, dtype),
     )
 
 
-def _weight_bytes(
-    config: Qwen3Config, headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None
-) -> float:
+def _weight_bytes(headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None) -> float:
     """Bytes of the weights on the device, 8-bit ones with their scales."""
-    small: set[str] = set()
-    if quantize:
-        with init_empty_weights():
-            small = {f"{name}.weight" for name, _ in quantizable(Qwen3ForCausalLM(config))}
+    small = set(quantizable(headers)) if quantize else set()
     total = 0
     for name, header in headers.items():
         count = math.prod(header.shape)

@@ -2,6 +2,7 @@
 
 prepare(request)          fills in defaults, encodes photos, builds prompts: what the engine needs
 stream(request)           yields the events of one request as they happen
+submit(request)           the same without waiting: the request runs beside others, and can be cancelled
 stream_batch(requests)    yields the events of several requests, generated side by side
 """
 
@@ -10,24 +11,26 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-import torch
-
-from emu_cog.engine.engine import Engine
-from emu_cog.engine.image_schedule import Trace
-from emu_cog.engine.runner import ModelRunner, build
-from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
+from emu_cog.engine.engine import Engine, Submission
+from emu_cog.engine.runner import MAX_SEQUENCES, ModelRunner
+from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Prefilled, Stats, Tokens, Trace
+from emu_cog.engine.sequence import Event as EngineEvent
 from emu_cog.errors import CheckpointError
 from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
-from emu_cog.memory import PROMPT_TOKENS, Budget, check_memory_budget
+from emu_cog.memory import Budget, check_memory_budget
 from emu_cog.model import torch_settings
 from emu_cog.model.device import check_settings, choose_device, choose_dtype, choose_spread
 from emu_cog.model.loader import load_language_model
 from emu_cog.model.quantize import check_format
 from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops.linear import CPU_ROWS
 from emu_cog.prompt import geometry, prompts, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tokenizer import Tokenizer
@@ -37,6 +40,9 @@ from emu_cog.vision.compiled import CompiledDecoder
 from emu_cog.vision.ibq import IBQ, load_vision_tokenizer
 from emu_cog.vision.images import decode_image, encode_image
 from emu_cog.weights.store import resolve
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class Prepared:
 
 
 class Pipeline:
-    """A loaded model. Not re-entrant: one `stream` or `stream_batch` at a time."""
+    """A loaded model. Any thread may call it at any time: requests run side by side as far as memory allows."""
 
     def __init__(
         self,
@@ -63,12 +69,11 @@ class Pipeline:
         *,
         budget: Budget,
         revision: str,
-        runner: ModelRunner | None = None,
-        max_outputs: int = 1,
+        runner: ModelRunner,
     ) -> None:
         self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
         self.budget, self.revision = budget, revision
-        self.engine, self.max_outputs = Engine(lm, runner), max_outputs
+        self.runner, self.engine = runner, Engine(runner)
 
     @classmethod
     def load(
@@ -80,7 +85,7 @@ class Pipeline:
         dtype: str | None = None,
         device_map: str | None = None,
         max_context: int | None = None,
-        max_outputs: int = 1,
+        max_outputs: int | None = None,
         quantize: str | None = None,
         compile: bool = True,
         revision: str | None = None,
@@ -89,10 +94,12 @@ class Pipeline:
         """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format.
 
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
-        always runs in float32. Memory must hold caches of `max_context` tokens (default: one picture) for
-        `max_outputs` outputs; that is checked before anything is loaded. `quantize` ("fp8", "int8") converts the
-        layers' weights to 8 bits; `compile` False keeps decoding on transformers' modules and the vision decoder
-        uncompiled. Raises CheckpointError naming the file, key or shape that is wrong, InputError with the numbers
+        always runs in float32. At most `max_outputs` outputs are generated at a time (default: 8 on a CPU, on a GPU
+        what memory holds, up to 32), of at most `max_context` tokens each; memory must hold them (default: one
+        picture), which is checked before anything is loaded. `quantize` ("fp8", "int8") converts the layers' weights to
+        8 bits; `compile` False keeps steps in plain PyTorch and the vision decoder uncompiled.
+
+        Raises CheckpointError naming the file, key or shape that is wrong, InputError with the numbers
         where memory is short.
         """
         folder, vision_folder = Path(checkpoint), Path(vision_tokenizer)
@@ -110,13 +117,23 @@ class Pipeline:
             spread=choose_spread(device_map),
             quantize=quantize,
             max_context=max_context,
-            max_outputs=max_outputs,
+            max_outputs=max_outputs or 1,
         )
         lm = load_language_model(
             folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
         )
         lm.context = min(lm.context, budget.tokens(), max_context or lm.context)
-        log.info("a sequence may hold %d tokens, prompt and pictures together", lm.context)
+        slots = max_outputs or budget.slots(most=MAX_SEQUENCES if target.type == "cuda" else CPU_ROWS // 2)
+        slots = min(slots, MAX_SEQUENCES)
+        tokens = min(budget.tokens(), slots * lm.context)
+        log.info(
+            "the cache holds %d tokens: %d picture(s) of %d tokens at once; a sequence may hold %d, prompt and pictures "
+            "together",
+            tokens,
+            min(slots, max(tokens // budget.picture, 1)),
+            budget.picture,
+            lm.context,
+        )
         vision = load_vision_tokenizer(vision_folder, device=target)
         if vision.config.n_embed < tokenizer.ids.visual_count:
             raise CheckpointError(
@@ -132,8 +149,7 @@ class Pipeline:
             defaults,
             budget=budget,
             revision=revision or folder.name,
-            runner=build(lm, compile=compile),
-            max_outputs=max_outputs,
+            runner=ModelRunner.best(lm, slots=slots, tokens=tokens, compile=compile),
         )
 
     @classmethod
@@ -159,28 +175,28 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as later ones, by small pictures on a GPU; does nothing on a CPU.
-
-        Captures steps for one output and for as many as EMU_MAX_OUTPUTS guarantees memory for. Other numbers are
-        captured by the first request that uses them, in a second or two: most of their kernels are compiled by then.
-        """
+        """Make the first request as fast as later ones: on a GPU captures every step and makes a small picture."""
         if self.lm.device.type != "cuda":
             return
         typical = tasks.plan(Request(prompt="-"), self.defaults)
+        started = time.perf_counter()
         if isinstance(self.vision.compiled, CompiledDecoder):
             shapes = ("1:1", "16:9", "9:16")
-            self.vision.compiled.warm_up([geometry.preset_size(shape, typical.image_area) for shape in shapes])
-        config = generation_config(typical)
-        for outputs in sorted({self.max_outputs, 1}, reverse=True):
-            started = time.perf_counter()
-            # Allocate the cache that a usual picture needs: captured steps hold its address.
-            self.engine.cache(rows=2 * outputs, capacity=config.longest(PROMPT_TOKENS, self.lm.context))
-            small = Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4, num_outputs=outputs)
-            for _ in self.stream(small):
-                pass
-            log.info("warmed up %d output(s) in %.1f s", outputs, time.perf_counter() - started)
+            sizes = [geometry.preset_size(shape, typical.image_area) for shape in shapes]
+            self.engine.call(partial(self.vision.compiled.warm_up, sizes))
+        compiled = time.perf_counter()
+        if self.runner.captured:
+            self.engine.call(self.runner.warm_up)
+        captured = time.perf_counter()
+        for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4)):
+            pass
+        log.info(
+            "warmed up: vision decoder %.1f s, steps %.1f s, a small picture %.1f s",
+            compiled - started,
+            captured - compiled,
+            time.perf_counter() - captured,
+        )
 
-    @torch.inference_mode()
     def prepare(self, request: Request) -> Prepared:
         """Fill in every default, refuse what can't be done, encode the photos and build the prompts.
 
@@ -190,9 +206,13 @@ class Pipeline:
         self._check_fits(request, plan)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         log.info("seed %d, %s", seed, plan.summary())
-        started = time.perf_counter()
-        images = [encode_image(image, plan.image_area, self.vision) for image in request.images]
-        vq_seconds = time.perf_counter() - started
+        images, vq_seconds = [], 0.0
+        for image in request.images:
+            codes, seconds = self.engine.call(
+                lambda image=image: _timed(encode_image, image, plan.image_area, self.vision)
+            )
+            images.append(codes)
+            vq_seconds += seconds
         prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
         return Prepared(
             request=request,
@@ -206,6 +226,18 @@ class Pipeline:
             vq_seconds=vq_seconds,
         )
 
+    def submit(
+        self,
+        request: Request,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        trace: Trace | None = None,
+    ) -> Running:
+        """Start a request beside whatever else is running. Iterate the result for its events, once; `cancel` it at any
+        time. Raises InputError before any model work."""
+        prepared = self.prepare(request)
+        return Running(self, prepared, self.engine.submit(prepared.outputs, prepared.config, trace=trace), on_progress)
+
     def stream(
         self,
         request: Request,
@@ -213,79 +245,27 @@ class Pipeline:
         on_progress: Callable[[Progress], None] | None = None,
         trace: Trace | None = None,
     ) -> Iterator[Event]:
-        """Yield texts and pictures in reading order as they are finished, and the RunStats last.
+        """Yield texts and pictures in reading order as they are finished, and the RunStats last. Closing the iterator
+        cancels the request.
 
         Raises InputError before any model work.
         """
-        for _, event in self._run([self.prepare(request)], on_progress, trace):
-            yield event
-            if isinstance(event, RunStats):
-                stats, wanted = event, request.num_outputs
-        if not tasks.TABLE[request.task].interleaved and stats.pictures < wanted:
-            raise RuntimeError(
-                f"{wanted - stats.pictures} of {wanted} pictures could not be made: the size the model "
-                "chose does not fit its context; set aspect_ratio or a smaller resolution"
-            )
+        yield from self.submit(request, on_progress=on_progress, trace=trace)
 
     def stream_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
-        """Yield (index of the request, event) for several requests, generated side by side where their settings are
-        the same and memory allows. Each request's events are those of `stream`, RunStats last; too few pictures are no
-        error here. Raises InputError for any of the requests before any model work.
+        """Generate several requests side by side and yield (index of the request, event), request by request. Each
+        request's events are those of `stream`, RunStats last; too few pictures are no error here. Raises InputError for
+        any of the requests before any is begun.
         """
-        yield from self._run([self.prepare(request) for request in requests], None, None)
-
-    @torch.inference_mode()
-    def _run(
-        self, prepared: Sequence[Prepared], on_progress: Callable[[Progress], None] | None, trace: Trace | None
-    ) -> Iterator[tuple[int, Event]]:
-        """Generate all outputs of all requests, batch by batch."""
-        runs = [_Run(self, one) for one in prepared]
-        pairs = [(r, output) for r, one in enumerate(prepared) for output in range(len(one.outputs))]
-        numbers = {pair: number for number, pair in enumerate(pairs)}
-        meter = ProgressMeter(
-            on_progress,
-            limits=[self._limit(prepared[r], output) for r, output in pairs],
-            first_visual=self.tokenizer.ids.visual,
-        )
-        waiting = [len(one.outputs) for one in prepared]
-        for batch in self._batches(prepared):
-            config = prepared[batch[0][0]].config
-            outputs = [prepared[r].outputs[output] for r, output in batch]
-            for event in self.engine.generate(outputs, config, trace=trace):
-                for pair in batch:
-                    meter.prompt_read(numbers[pair])
-                if isinstance(event, Stats):
-                    for r in dict.fromkeys(r for r, _ in batch):
-                        runs[r].add(event)
-                    continue
-                r, output = batch[event.index]
-                for made in runs[r].read(output, event):
-                    yield r, made
-                _measure(meter, numbers[r, output], event)
-            for r, _ in batch:
-                waiting[r] -= 1
-                if waiting[r] == 0:
-                    yield r, runs[r].stats()
-
-    def _limit(self, prepared: Prepared, output: int) -> int | None:
-        """The most tokens that a sequence may have; None for a single picture."""
-        if prepared.config.single_image:
-            return None
-        room = self.lm.context - len(prepared.outputs[output].conditional)
-        return min(room, prepared.config.max_new_tokens or room)
-
-    def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[tuple[int, int]]]:
-        """(request, output) pairs to be generated side by side: of one GenerationConfig, as many as memory has room
-        for."""
-        groups: dict[GenerationConfig, list[tuple[int, int]]] = {}
-        for r, one in enumerate(prepared):
-            groups.setdefault(one.config, []).extend((r, output) for output in range(len(one.outputs)))
-        for config, pairs in groups.items():
-            longest = max(len(prepared[r].outputs[output].conditional) for r, output in pairs)
-            fitting = max(self.budget.outputs(config.longest(longest, self.lm.context)), 1)
-            if fitting < len(pairs):
-                log.info("memory holds %d output(s) side by side: the %d are made in turn", fitting, len(pairs))
-            yield from (pairs[first : first + fitting] for first in range(0, len(pairs), fitting))
+        prepared = [self.prepare(request) for request in requests]
+        running = [Running(self, one, self.engine.submit(one.outputs, one.config), None) for one in prepared]
+        try:
+            for index, run in enumerate(running):
+                for event in run.events():
+                    yield index, event
+        finally:
+            for run in running:
+                run.cancel()
 
     def _check_fits(self, request: Request, plan: tasks.Plan) -> None:
         """Refuse a prompt that leaves no room for one picture, before photos are encoded."""
@@ -295,34 +275,72 @@ class Pipeline:
         plan.check_room(len(prompt.conditional), references=len(shapes), context=self.lm.context)
 
 
-class _Run:
-    """One request being generated: its readers and its stats so far."""
+class Running:
+    """A request in the engine: iterate it for its events."""
 
-    def __init__(self, pipeline: Pipeline, prepared: Prepared) -> None:
-        self._pipeline, self._prepared = pipeline, prepared
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        prepared: Prepared,
+        submission: Submission,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._pipeline, self._prepared, self._submission = pipeline, prepared, submission
         self._readers = [Reader(pipeline.tokenizer, output=i) for i in range(len(prepared.outputs))]
         self._pictures = [0] * len(prepared.outputs)
         self._stats = RunStats(seed=prepared.seed, clipped=prepared.plan.clipped, vq_seconds=prepared.vq_seconds)
+        self._meter = ProgressMeter(
+            on_progress,
+            limits=[self._limit(output) for output in prepared.outputs],
+            first_visual=pipeline.tokenizer.ids.visual,
+        )
 
-    def read(self, output: int, event: Tokens | Opened | Ended) -> Iterator[Event]:
-        """The texts and pictures that `event` of `output` completes."""
-        if isinstance(event, Opened):
-            return
-        reader = self._readers[output]
-        for segment in reader.feed(event.ids) if isinstance(event, Tokens) else reader.finish():
-            yield self._picture(segment) if isinstance(segment, ImageCodes) else segment
+    def __iter__(self) -> Iterator[Event]:
+        """The events, RunStats last; RuntimeError after them where pictures could not be made."""
+        yield from self.events()
+        wanted = len(self._prepared.outputs)
+        if not self._prepared.plan.task.interleaved and self._stats.pictures < wanted:
+            raise RuntimeError(
+                f"{wanted - self._stats.pictures} of {wanted} pictures could not be made: the size the model "
+                "chose does not fit its context; set aspect_ratio or a smaller resolution"
+            )
+
+    def cancel(self) -> None:
+        """Stop generating: what is in progress is given up within a few steps."""
+        self._submission.cancel()
+
+    def events(self) -> Iterator[Event]:
+        """The events, RunStats last; leaving early cancels."""
+        with closing(self._submission.events()) as events:
+            for event in events:
+                yield from self._read(event)
+                self._measure(event)
+
+    def _read(self, event: EngineEvent) -> Iterator[Event]:
+        """The texts and pictures that `event` completes."""
+        if isinstance(event, Tokens | Ended):
+            reader = self._readers[event.index]
+            for segment in reader.feed(event.ids) if isinstance(event, Tokens) else reader.finish():
+                yield self._picture(segment) if isinstance(segment, ImageCodes) else segment
         if isinstance(event, Ended):
-            self._stats = replace(self._stats, tokens=self._stats.tokens + event.sampled)
-            yield Finished(output, event.reason)
+            yield Finished(event.index, event.reason)
+        if isinstance(event, Stats):
+            self._stats = replace(
+                self._stats,
+                tokens=event.sampled,
+                prefill_seconds=event.prefill_seconds,
+                decode_seconds=event.decode_seconds,
+            )
+            yield self._stats
 
     def _picture(self, segment: ImageCodes) -> Picture:
-        started = time.perf_counter()
-        image = decode_image(segment.codes, self._pipeline.vision)
+        pipeline = self._pipeline
+        image, seconds = pipeline.engine.call(partial(_timed, decode_image, segment.codes, pipeline.vision))
         self._stats = replace(
             self._stats,
             size=image.size,
             pictures=self._stats.pictures + 1,
-            vq_seconds=self._stats.vq_seconds + time.perf_counter() - started,
+            vq_seconds=self._stats.vq_seconds + seconds,
         )
         self._pictures[segment.output] += 1
         seed = self._prepared.seed + segment.output
@@ -331,19 +349,26 @@ class _Run:
             number=self._pictures[segment.output],
             image=image,
             codes=segment.codes,
-            settings=self._prepared.plan.settings(seed, image.size, self._pipeline.revision),
+            settings=self._prepared.plan.settings(seed, image.size, pipeline.revision),
         )
 
-    def add(self, batch: Stats) -> None:
-        """Add the time of a batch that this request was part of."""
-        self._stats = replace(
-            self._stats,
-            prefill_seconds=self._stats.prefill_seconds + batch.prefill_seconds,
-            decode_seconds=self._stats.decode_seconds + batch.decode_seconds,
-        )
+    def _measure(self, event: EngineEvent) -> None:
+        if isinstance(event, Prefilled):
+            self._meter.prompt_read(event.index)
+        elif isinstance(event, Opened):
+            self._meter.opened(event.index, event.size)
+        elif isinstance(event, Tokens):
+            self._meter.tokens(event.index, event.ids)
+        elif isinstance(event, Ended):
+            self._meter.ended(event.index)
 
-    def stats(self) -> RunStats:
-        return self._stats
+    def _limit(self, output: EngineRequest) -> int | None:
+        """The most tokens that a sequence may have; None for a single picture."""
+        config = self._prepared.config
+        if config.single_image:
+            return None
+        room = self._pipeline.lm.context - len(output.conditional)
+        return min(room, config.max_new_tokens or room)
 
 
 def compile_cache(settings: Settings) -> Path:
@@ -366,10 +391,8 @@ def generation_config(plan: tasks.Plan) -> GenerationConfig:
     )
 
 
-def _measure(meter: ProgressMeter, output: int, event: Tokens | Opened | Ended) -> None:
-    if isinstance(event, Opened):
-        meter.opened(output, event.size)
-    elif isinstance(event, Tokens):
-        meter.tokens(output, event.ids)
-    else:
-        meter.ended(output)
+def _timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    """What `function` returns, and the seconds that it took."""
+    started = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - started

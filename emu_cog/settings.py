@@ -51,7 +51,7 @@ class Settings:
     upstream_commit: str = UPSTREAM_COMMIT
     device_map: str | None = None
     max_context: int | None = None
-    max_outputs: int = 1
+    max_outputs: int | None = None
     quantize: str | None = None
     compile: bool = True
     compile_cache: Path | None = None
@@ -77,7 +77,7 @@ class Settings:
             upstream_url=get("UPSTREAM_URL") or UPSTREAM_URL,
             device_map=get("DEVICE_MAP"),
             max_context=_whole(env, "EMU_MAX_CONTEXT"),
-            max_outputs=_whole(env, "EMU_MAX_OUTPUTS") or 1,
+            max_outputs=_whole(env, "EMU_MAX_OUTPUTS"),
             quantize=get("QUANTIZE"),
             compile=_switch(env, "EMU_COMPILE"),
             compile_cache=Path(cache) if (cache := get("COMPILE_CACHE")) else None,

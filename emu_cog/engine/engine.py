@@ -1,347 +1,390 @@
-"""Prompts in, tokens out: prefill, then a decode loop over a batch of outputs. Sees tensors and the image grammar,
-never text or files.
+"""Many sequences at once: submissions in, events out. Sees tensors and the image grammar, never text or files.
 
-Every output is a pair of cache slots that step together: slot 2i holds output i's conditional stream, slot 2i+1 its
-unconditional one. The unconditional stream sees its own prompt and every image block made so far, but none of the text
-in between. The loop alternates between two states: text (one stream, the host reads every token) and image (both
-streams; the grammar is known in advance, so the host synchronizes with the device only once per image row).
+One thread, the engine's, uses the device. In rounds it admits what fits, reads one chunk of one waiting prompt, and
+takes up to ROUND steps of all sequences together; then it looks at what the steps have made. Whoever submits waits for
+events in a thread of its own. Nothing that a sequence computes depends on what else is in progress.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextvars
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from emu_cog.engine import image_schedule
-from emu_cog.engine.image_schedule import Trace
-from emu_cog.engine.prefill import prefill
 from emu_cog.engine.runner import ModelRunner
+from emu_cog.engine.scheduler import Prompt, Scheduler
 from emu_cog.engine.sequence import (
+    Draw,
     Ended,
     EngineRequest,
     Event,
+    Feed,
     GenerationConfig,
-    Opened,
-    Reason,
+    Prefilled,
     SequenceState,
     Stats,
     Tokens,
+    Trace,
+    answer,
 )
-from emu_cog.model.kv_cache import KVCache
-from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.sampling import Uniforms, probabilities, sample
-from emu_cog.prompt.tokens import block_length, body_length
+from emu_cog.model.qwen3 import Chunk
+from emu_cog.ops.sampling import probabilities
 from emu_cog.request import Sampling
 
-CACHE_STEP = 256
-"""Where its size is not known in advance, the cache grows by this many tokens at a time."""
+ROUND = 8
+"""Steps between two looks at the submissions, cancellations and tokens: a fifth of a second at 34 B on an H100."""
+PREFILL_CHUNK = 2048
+"""Prompt tokens per pass: on an H200 the products run at 780 TFLOP/s from 1024 on; 0.2 s at 34 B."""
+T = TypeVar("T")
+
+
+class Submission:
+    """Outputs of one request in the engine. `events` may be read by one thread, `cancel` called by any."""
+
+    def __init__(self, engine: Engine, sequences: int) -> None:
+        self._engine = engine
+        self._queue: SimpleQueue[Event | BaseException] = SimpleQueue()
+        self.cancelled = False
+        self.left = sequences
+        """Outputs that have not ended."""
+        self.stats = Stats()
+        self.decoding_since: float | None = None
+
+    def events(self) -> Generator[Event, None, None]:
+        """Yield the events as they happen, Stats last. Raises what kept the engine from going on with this submission;
+        leaving early cancels it."""
+        try:
+            while True:
+                event = self._queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Stats):
+                    return
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Let its sequences go at the next look; nothing happens where they have ended."""
+        self.cancelled = True
+        self._engine._wake()
+
+    def put(self, event: Event | BaseException) -> None:
+        self._queue.put(event)
 
 
 class Engine:
-    """Generates for a batch of requests. Not re-entrant: one `generate` at a time.
+    """Generates for any number of submissions, side by side as far as `runner` has room."""
 
-    `runner` runs single-token steps as captured graphs; without one every pass goes through the model's modules.
-    """
+    def __init__(self, runner: ModelRunner) -> None:
+        self.lm, self.runner, self.ids = runner.lm, runner, runner.lm.ids
+        assert self.lm.context <= runner.tokens, "the cache must hold the longest sequence"
+        self.scheduler = Scheduler(runner.cache, slots=runner.slots, context=self.lm.context)
+        self._new: deque[list[_Entry]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Future[Any]]] = deque()
+        self._entries: list[_Entry] = []
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        # A thread that still computes while the interpreter ends can crash it.
+        closer = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (close := closer()) and close())
 
-    def __init__(self, lm: LanguageModel, runner: ModelRunner | None = None) -> None:
-        self.lm, self.ids, self.runner = lm, lm.ids, runner
-        self._cache: KVCache | None = None
+    # -- 1. from any thread ----------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    def submit(
+        self, requests: Sequence[EngineRequest], config: GenerationConfig, *, trace: Trace | None = None
+    ) -> Submission:
+        """Queue the outputs of one request. Equal prompts are read once.
+
+        `trace(kind, probs)` is called with each sampled distribution, in the engine's thread: kind "text", "digit" or
+        "visual", probs (1, V) over the ids legal there (or the ten digits).
+        """
+        submission = Submission(self, len(requests))
+        prompts: dict[tuple[tuple[int, ...], tuple[int, ...]], Prompt] = {}
+        entries = []
+        for index, request in enumerate(requests):
+            key = request.conditional, request.unconditional
+            if key not in prompts:
+                prompts[key] = Prompt(*key, chunk=PREFILL_CHUNK)
+            state = SequenceState(index=index, request=request, config=config, emit=submission.put, trace=trace)
+            entries.append(_Entry(state, prompts[key], submission))
+        with self._lock:
+            self._new.append(entries)
+            self._start()
+        return submission
+
     def generate(
         self, requests: Sequence[EngineRequest], config: GenerationConfig, *, trace: Trace | None = None
-    ) -> Iterator[Event]:
-        """Yield the batch's events as they happen, and its Stats last.
+    ) -> Generator[Event, None, None]:
+        """Submit, and yield the events; closing the iterator cancels."""
+        return self.submit(requests, config, trace=trace).events()
 
-        `trace(kind, probs)` is called with each sampled distribution: kind "text", "digit" or "visual", probs (N, V)
-        over the ids legal there (or the ten digits).
-        """
-        batch = _Batch(self, requests, config, trace)
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the engine's thread between two rounds, and return what it returns: for other work on the
+        device. Its log lines belong to the caller's context."""
+        context, future = contextvars.copy_context(), Future[T]()
+        with self._lock:
+            self._calls.append((lambda: context.run(_settle, future, function), future))
+            self._start()
+        return future.result()
+
+    def close(self) -> None:
+        """Stop the engine's thread after its round. What is in progress gets RuntimeError."""
+        with self._lock:
+            self._closing, thread = True, self._thread
+        if thread:
+            thread.join()
+
+    def _start(self) -> None:
+        """Start the thread if there is none, or wake it."""
+        if self._closing:
+            raise RuntimeError("the engine is closed: the process is about to end")
+        self._changed.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="emu-engine", daemon=True)
+            self._thread.start()
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    # -- 2. the engine's thread ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        """Rounds until nothing is left to do."""
+        while True:
+            with self._lock:
+                new, calls = list(self._new), list(self._calls)
+                self._new.clear()
+                self._calls.clear()
+                if self._closing or not (new or calls or self._entries):
+                    self._thread = None
+                    for _, future in calls:
+                        future.cancel()
+                    break
+            self._entries += [entry for entries in new for entry in entries]
+            for entry in (entry for entries in new for entry in entries):
+                self.scheduler.add(entry.state, entry.prompt)
+            for run, _ in calls:
+                run()
+            try:
+                self._round()
+            except BaseException as error:  # of unknown reach: nothing in progress can be trusted any more
+                for submission in {entry.submission for entry in self._entries}:
+                    self._fail(submission, error)
+        for submission in {entry.submission for entry in self._entries}:
+            self._fail(submission, RuntimeError("the engine was closed"))
+
+    def _round(self) -> None:
+        # 1. Who leaves, who comes.
+        for submission in {entry.submission for entry in self._entries if entry.submission.cancelled}:
+            self._drop(submission)
+        self.scheduler.round()
+        admitted = {id(s) for s, _ in self.scheduler.admit()}
+        for entry in self._entries:
+            if id(entry.state) in admitted:
+                self.runner.begin(entry.state)
+                if not entry.prompt.unread:
+                    self._begin(entry)
+        # 2. A chunk of the first prompt that is not read.
+        if self.scheduler.prompts:
+            self._read(self.scheduler.prompts[0])
+        # 3. Steps.
+        for _ in range(ROUND):
+            if not self._step():
+                break
+        self._look()
+        if not self.scheduler.running and not self._new and not self._calls and self._entries:
+            raise RuntimeError("a sequence waits for memory that nobody uses")  # can't happen: submit checks
+
+    def _read(self, prompt: Prompt) -> None:
+        """Read the next chunk of a prompt; after the last, its outputs begin."""
         started = time.perf_counter()
-        for event in batch.events():
-            # Time the consumer spends between two events (on files, on pixels) is not decoding time.
-            batch.stats.decode_seconds += time.perf_counter() - started
-            yield event
-            started = time.perf_counter()
-        batch.stats.decode_seconds -= batch.stats.prefill_seconds
-        yield batch.stats
-
-    def cache(self, *, rows: int, capacity: int) -> KVCache:
-        """The engine's cache, reallocated only if the current one is too small or has another number of slots."""
-        if self._cache is None or self._cache.rows != rows or self._cache.capacity < capacity:
-            self._cache = None  # free the old one first
-            self._cache = self.lm.new_cache(rows=rows, capacity=capacity)
-        return self._cache
-
-    def free(self) -> None:
-        """Release the cache's memory; the next `generate` allocates a new one."""
-        self._cache = None
-
-
-class _Batch:
-    """The state of one `generate` call."""
-
-    def __init__(
-        self, engine: Engine, requests: Sequence[EngineRequest], config: GenerationConfig, trace: Trace | None
-    ) -> None:
-        self.lm, self.ids = engine.lm, engine.lm.ids
-        self.requests, self.config, self.trace = requests, config, trace
-        self.runner = engine.runner if 2 * len(requests) <= ModelRunner.MAX_ROWS else None
-        self.stats = Stats()
-        self.sequences = [
-            SequenceState(Uniforms(request.seed), [len(request.conditional), len(request.unconditional)], config.size)
-            for request in requests
-        ]
-        longest = max(max(sequence.lengths) for sequence in self.sequences)
-        capacity = longest + self._block(config.size) + CACHE_STEP
-        if self.runner:
-            # A captured graph holds the cache's address, so the cache can't grow: allocate for the longest answer.
-            capacity = max(capacity, config.longest(longest, self.lm.context))
-        self.cache = engine.cache(rows=2 * len(requests), capacity=_round_up(capacity))
-
-    # -- 1. the main loop -----------------------------------------------------------------------------------
-
-    def events(self) -> Iterator[Event]:
-        started = time.perf_counter()
-        self.hidden = prefill(self.lm, self.cache, self.requests)
+        chunk = prompt.chunks[prompt.read]
+        try:
+            hidden = self.lm.feed(
+                self.runner.cache,
+                [Chunk(prompt.streams[i][begin:end], begin, prompt.pages[i]) for i, begin, end in chunk],
+            )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            tokens = sum(map(len, prompt.streams))
+            self._fail_prompt(
+                prompt,
+                RuntimeError(
+                    f"the GPU's memory ran out while a prompt of {tokens} tokens was read beside "
+                    f"{len(self.scheduler.running) - 1} other output(s): try again, or set EMU_MAX_OUTPUTS lower"
+                ),
+            )
+            return
+        prompt.read += 1
+        at = 0
+        for stream, begin, end in chunk:
+            at += end - begin
+            if stream == 0 and end == len(prompt.streams[0]):
+                prompt.last = hidden[at - 1 : at].clone()
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)
-        self.stats.prefill_seconds = time.perf_counter() - started
-        while any(sequence.state != "ended" for sequence in self.sequences):
-            yield from self._write_text()
-            if any(sequence.state == "image" for sequence in self.sequences):
-                yield from self._make_images()
+        prompt.seconds += time.perf_counter() - started
+        if not prompt.unread:
+            self.scheduler.prompts.remove(prompt)
+            for entry in self._entries:
+                if entry.prompt is prompt and entry.state.slot >= 0:
+                    self._begin(entry)
 
-    def _write_text(self) -> Iterator[Event]:
-        """Sample text for every sequence in text mode until each has begun an image or ended."""
-        while True:
-            for i, sequence in enumerate(self.sequences):
-                if sequence.state == "text" and (reason := self._exhausted(sequence)):
-                    yield from self._finish_or_force(i, sequence, reason)
-            if not any(sequence.state == "text" for sequence in self.sequences):
-                return
-            chosen = self._sample_text()
-            chunks: list[tuple[int, ...] | None] = [None] * len(self.sequences)
-            for i, sequence in enumerate(self.sequences):
-                if sequence.state != "text":
-                    continue
-                self._count(sequence)
-                if chosen[i] == self.ids.eos:
-                    yield from self._finish_or_force(i, sequence, "eos")
-                elif chosen[i] == self.ids.boi:
-                    yield from self._open(i, sequence)
-                else:
-                    yield Tokens(i, (chosen[i],))
-                    chunks[i] = (chosen[i],)
-            if any(chunks):
-                # Upstream's logits processor feeds every EOI to the unconditional stream, even one sampled within text.
-                self.hidden = self._feed(chunks, both=[chunk == (self.ids.eoi,) for chunk in chunks])
+    def _begin(self, entry: _Entry) -> None:
+        """Start the answer of an output whose prompt is read."""
+        s, submission, prompt = entry.state, entry.submission, entry.prompt
+        if prompt.seconds:
+            submission.stats.prefill_seconds += prompt.seconds
+            prompt.seconds = 0.0
+        if submission.decoding_since is None:
+            submission.decoding_since = time.perf_counter()
+        prompt.begin(self.runner.cache, s)
+        self.runner.place(s)
+        submission.put(Prefilled(s.index))
+        assert prompt.last is not None
+        entry.answer = answer(s, self.runner.text_logits(prompt.last), self.ids, self.lm.context)
+        self._go_on(entry, None)
 
-    def _make_images(self) -> Iterator[Event]:
-        """Generate one image for every sequence in image mode, all in lockstep."""
-        yield from self._write_headers()
-        yield from self._write_codes()
-        chunks: list[tuple[int, ...] | None] = [None] * len(self.sequences)
-        for i, sequence in enumerate(self.sequences):
-            if sequence.state != "image":
-                continue
-            sequence.images += 1
-            if self.config.single_image:
-                yield self._ended(i, sequence, "image")
-            else:
-                sequence.state = "text"
-                chunks[i] = (self.ids.eoi,)
-        if any(chunks):
-            self.hidden = self._feed(chunks, both=True)
+    def _step(self) -> bool:
+        """One step of all sequences that can take one; False where none can, or where the host has to look first."""
+        ready = []
+        for entry in self._entries:
+            if entry.answer and entry.state.doing and self._prepared(entry):
+                ready.append(entry)
+        if not ready:
+            return False
+        sequences = [entry.state for entry in ready]
+        hidden = self.runner.step(sequences)
+        for submission in {entry.submission for entry in ready}:
+            submission.stats.steps += 1
+        done = False
+        reading = [i for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read]
+        logits = iter(self.runner.text_logits(hidden[reading]).split(1)) if reading else iter(())
+        picture = 0
+        for i, entry in enumerate(ready):
+            s = entry.state
+            if isinstance(s.doing, Feed):
+                s.lengths[0] += 1
+                s.lengths[1] += s.doing.both
+                self._go_on(entry, next(logits) if s.doing.read else None)
+            elif isinstance(s.doing, Draw):
+                if s.trace and not _at_end_of_row(s):
+                    row = i if self.runner.captured else picture
+                    filters = s.config.image
+                    s.trace(
+                        "visual",
+                        probabilities(self.runner.scores(row), Sampling(top_k=filters.top_k, top_p=filters.top_p)),
+                    )
+                picture += 1
+                s.lengths = [n + 1 for n in s.lengths]
+                s.made += 1
+                done = done or s.made == s.doing.total
+        return not done
 
-    # -- 2. stop conditions ----------------------------------------------------------------------------------
+    def _prepared(self, entry: _Entry) -> bool:
+        """Whether the sequence has the pages for what it does next."""
+        s = entry.state
+        assert s.doing is not None
+        if isinstance(s.doing, Draw) and s.made:
+            return True
+        held = [len(pages) for pages in s.pages]
+        if not self.scheduler.grow(s, s.doing.room):
+            return False
+        if [len(pages) for pages in s.pages] != held:
+            self.runner.place(s)
+        if isinstance(s.doing, Draw):
+            self.runner.open(s, s.doing)
+        return True
 
-    def _exhausted(self, sequence: SequenceState) -> Reason | None:
-        """The reason why `sequence` must not sample another text token, or None."""
-        limit = self.config.max_new_tokens
-        if limit is not None and sequence.sampled >= limit:
-            return "limit"
-        owed = self._block(sequence.size) if self._owes_image(sequence) else 0
-        return "context" if sequence.lengths[0] + 1 + owed > self.lm.context else None
-
-    def _owes_image(self, sequence: SequenceState) -> bool:
-        return self.config.single_image and sequence.images == 0
-
-    def _finish_or_force(self, i: int, sequence: SequenceState, reason: Reason) -> Iterator[Event]:
-        """End `sequence`, unless it still owes an image: then begin that image on the model's behalf."""
-        if self._owes_image(sequence):
-            yield from self._open(i, sequence)
+    def _look(self) -> None:
+        """Read what the pictures in progress have made; go on with those that are complete."""
+        drawing = [e for e in self._entries if isinstance(e.state.doing, Draw) and e.state.made > e.seen]
+        if not drawing:
             return
-        if reason == "eos":
-            yield Tokens(i, (self.ids.eos,))
-        yield self._ended(i, sequence, reason)
+        for entry, ids in zip(drawing, self.runner.read([(e.state, e.seen) for e in drawing]), strict=True):
+            s = entry.state
+            assert isinstance(s.doing, Draw)
+            visual = sum(token >= self.ids.visual for token in ids)
+            s.sampled += visual
+            entry.submission.put(Tokens(s.index, ids))
+            entry.seen = s.made
+            if s.made == s.doing.total:
+                entry.seen = s.made = 0
+                self._go_on(entry, None)
 
-    def _open(self, i: int, sequence: SequenceState) -> Iterator[Event]:
-        """Switch `sequence` to image mode if the whole image fits the context: an image begun is always finished."""
-        if max(sequence.lengths) + self._block(sequence.size) > self.lm.context:
-            yield self._ended(i, sequence, "context")
-        else:
-            sequence.state = "image"
+    def _go_on(self, entry: _Entry, logits: Tensor | None) -> None:
+        """Let the answer choose what it does next, or end."""
+        s, submission = entry.state, entry.submission
+        assert entry.answer is not None
+        try:
+            s.doing = entry.answer.send(logits)
+        except StopIteration as stop:
+            s.doing = None
+            submission.put(Ended(s.index, stop.value, s.sampled))
+            self._remove(entry)
+            submission.stats.sampled += s.sampled
+            submission.left -= 1
+            if not submission.left:
+                assert submission.decoding_since is not None
+                submission.stats.decode_seconds = time.perf_counter() - submission.decoding_since
+                submission.put(submission.stats)
+        except Exception as error:  # a trace's, for example: it concerns this submission alone
+            s.doing = None
+            self._fail(submission, error)
 
-    def _ended(self, i: int, sequence: SequenceState, reason: Reason) -> Ended:
-        sequence.state = "ended"
-        return Ended(i, reason, sequence.sampled)
+    # -- 3. endings ------------------------------------------------------------------------------------------
 
-    def _block(self, size: tuple[int, int] | None) -> int:
-        """Tokens of an image block of `size`, or of the smallest size the model can choose if it is not known yet."""
-        return block_length(*(size or (10, 10)))
+    def _remove(self, entry: _Entry) -> None:
+        if entry.state.slot >= 0:
+            self.runner.end(entry.state)
+        self.scheduler.remove(entry.state, entry.prompt)
+        self._entries.remove(entry)
 
-    # -- 3. host-driven steps ---------------------------------------------------------------------------------
+    def _drop(self, submission: Submission) -> None:
+        for entry in [entry for entry in self._entries if entry.submission is submission]:
+            self._remove(entry)
 
-    def _feed(self, chunks: Sequence[tuple[int, ...] | None], *, both: bool | Sequence[bool]) -> Tensor:
-        """Feed each sequence its chunk (all chunks have one length; None: the sequence is inactive), to both streams or
-        to the conditional one alone. Returns the conditional hidden states after the last token, (requests, hidden).
+    def _fail(self, submission: Submission, error: BaseException) -> None:
+        self._drop(submission)
+        submission.put(error)
 
-        Inactive slots are written beyond their length, where nothing reads before real tokens overwrite it.
-        """
-        length = next(len(chunk) for chunk in chunks if chunk)
-        both = [both] * len(chunks) if isinstance(both, bool) else both
-        if self.runner:
-            # Token by token: the modules' matrix products would depend slightly on the number of sequences.
-            for place in range(length):
-                hidden = self._feed_one(self.runner, [chunk[place] if chunk else None for chunk in chunks], both)
-            return hidden
-        stride = 1 if any(both) else 2
-        lines = [list(chunk or (self.ids.pad,) * length) for chunk in chunks for _ in range(2 // stride)]
-        starts = [n for sequence in self.sequences for n in sequence.lengths[: 2 // stride]]
-        self._reserve(max(starts) + length)
-        hidden = self.lm.forward(
-            torch.tensor(lines, device=self.lm.device),
-            torch.tensor(starts, device=self.lm.device),
-            self.cache,
-            rows=slice(0, None, stride),
-            filled=max(starts) + length,
-        )
-        for sequence, chunk, pair in zip(self.sequences, chunks, both, strict=True):
-            for stream in range(1 + pair) if chunk else ():
-                sequence.lengths[stream] += length
-        self.stats.steps += 1
-        return hidden[:: 2 // stride, -1]
-
-    def _feed_one(self, runner: ModelRunner, tokens: Sequence[int | None], both: Sequence[bool]) -> Tensor:
-        """`_feed` for one token per sequence, as a captured step over all slots. Inactive slots are written beyond
-        their length, where nothing reads before real tokens overwrite it."""
-        starts = [n for sequence in self.sequences for n in sequence.lengths]
-        self._reserve(max(starts) + 1)
-        fed = [self.ids.pad if token is None else token for token in tokens for _ in range(2)]
-        hidden = runner.text(self.cache, fed, starts)
-        for sequence, token, pair in zip(self.sequences, tokens, both, strict=True):
-            for stream in range(2 if pair else 1) if token is not None else ():
-                sequence.lengths[stream] += 1
-        self.stats.steps += 1
-        return hidden[::2]
-
-    def _reserve(self, tokens: int) -> None:
-        if tokens > self.cache.capacity:
-            self.cache.grow(_round_up(tokens))
-
-    def _sample_text(self) -> list[int]:
-        return self._sample("text", self._text_logits(self.hidden), self.config.text)
-
-    def _text_logits(self, hidden: Tensor) -> Tensor:
-        return (self.runner or self.lm).text_logits(hidden)
-
-    def _sample(self, kind: str, logits: Tensor, sampling: Sampling) -> list[int]:
-        """One sample per sequence from (requests, V) logits, read by the host; inactive sequences are sampled too."""
-        probs = probabilities(logits, sampling)
-        if self.trace:
-            self.trace(kind, probs)
-        uniform = torch.cat([sequence.uniforms.take(sequence.sampled, 1) for sequence in self.sequences])
-        return sample(probs, uniform.to(probs.device)).tolist()
-
-    def _count(self, sequence: SequenceState, sampled: int = 1) -> None:
-        sequence.sampled += sampled
-        self.stats.sampled += sampled
-
-    # -- 4. images -------------------------------------------------------------------------------------------
-
-    def _write_headers(self) -> Iterator[Event]:
-        """BOI, the size's digits and IMG. IMG is left for the first step of `_write_codes` to feed."""
-        image = [sequence.state == "image" for sequence in self.sequences]
-        unsized = [on and sequence.size is None for on, sequence in zip(image, self.sequences, strict=True)]
-        sized = [on and not new for on, new in zip(image, unsized, strict=True)]
-        if any(unsized):
-            self._choose_sizes(unsized)
-        if any(sized):
-            self._feed(
-                [
-                    self.ids.header(*sequence.size)[:-1] if on and sequence.size else None
-                    for on, sequence in zip(sized, self.sequences, strict=True)
-                ],
-                both=True,
-            )
-        for i, sequence in enumerate(self.sequences):
-            if not image[i] or sequence.size is None:
-                continue
-            rows, columns = sequence.size
-            if max(sequence.lengths) + 1 + body_length(rows, columns) > self.lm.context:
-                yield self._ended(i, sequence, "context")
-            else:
-                yield Opened(i, sequence.size)
-                yield Tokens(i, self.ids.header(rows, columns))
-
-    def _choose_sizes(self, choosing: Sequence[bool]) -> None:
-        """Let the model write `h*w` matching [1-9][0-9]*[1-9][0-9], from unguided logits.
-
-        Source: in_image_logits_processor in upstream's logits_processor.py.
-        """
-        numbers: list[list[int]] = [[] for _ in self.sequences]
-        fed: list[tuple[int, ...]] = [(self.ids.boi,)] * len(self.sequences)
-        for place in range(4):
-            hidden = self._feed([f if on else None for f, on in zip(fed, choosing, strict=True)], both=True)
-            logits = self._text_logits(hidden)[:, list(self.ids.digits)]
-            if place % 2 == 0:
-                logits[:, 0] = -torch.inf  # no leading zero
-            chosen = self._sample("digit", logits, self.config.image)
-            for i, sequence in enumerate(self.sequences):
-                if choosing[i]:
-                    self._count(sequence)
-                    numbers[i].append(chosen[i])
-            star = (self.ids.star,) if place == 1 else ()
-            fed = [(self.ids.digits[digit], *star) for digit in chosen]
-        self._feed([f if on else None for f, on in zip(fed, choosing, strict=True)], both=True)
-        for sequence, digits, on in zip(self.sequences, numbers, choosing, strict=True):
-            if on:
-                sequence.size = (10 * digits[0] + digits[1], 10 * digits[2] + digits[3])
-
-    def _write_codes(self) -> Iterator[Event]:
-        """The rest of every opened image, row by row."""
-        grids = [sequence.size if sequence.state == "image" else None for sequence in self.sequences]
-        if not any(grids):
-            return
-        plan = image_schedule.schedule(
-            grids, [(sequence.uniforms, sequence.sampled) for sequence in self.sequences], self.ids
-        )
-        lengths = [n for sequence in self.sequences for n in sequence.lengths]
-        longest = max(max(sequence.lengths) + made for sequence, made in zip(self.sequences, plan.lengths, strict=True))
-        self._reserve(longest + 1)  # ended sequences are fed too, at their end, where nothing reads
-        rows = image_schedule.run(
-            self.lm,
-            self.cache,
-            plan,
-            lengths,
-            cfg_scale=self.config.cfg_scale,
-            sampling=self.config.image,
-            trace=self.trace,
-            runner=self.runner,
-        )
-        for row in rows:
-            for i, ids in enumerate(row):
-                if ids:
-                    self._count(self.sequences[i], sum(token >= self.ids.visual for token in ids))
-                    yield Tokens(i, ids)
-        self.stats.steps += plan.steps
-        for sequence, made in zip(self.sequences, plan.lengths, strict=True):
-            sequence.lengths = [n + made for n in sequence.lengths]
+    def _fail_prompt(self, prompt: Prompt, error: BaseException) -> None:
+        for submission in {entry.submission for entry in self._entries if entry.prompt is prompt}:
+            self._fail(submission, error)
 
 
-def _round_up(tokens: int) -> int:
-    return -(-tokens // CACHE_STEP) * CACHE_STEP
+class _Entry:
+    """One output in the engine."""
+
+    def __init__(self, state: SequenceState, prompt: Prompt, submission: Submission) -> None:
+        self.state, self.prompt, self.submission = state, prompt, submission
+        self.answer: Generator[Feed | Draw, Tensor | None, Any] | None = None
+        self.seen = 0
+        """Tokens of the image in progress that the host has read."""
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _at_end_of_row(s: SequenceState) -> bool:
+    assert isinstance(s.doing, Draw)
+    columns = s.doing.size[1]
+    return s.made % (columns + 1) == columns

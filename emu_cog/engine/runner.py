@@ -1,8 +1,8 @@
-"""The steps that run thousands of times, captured once as CUDA graphs and replayed once per token.
+"""Forward passes on the device: prompts as they come, steps captured once as CUDA graphs and replayed.
 
-A captured graph holds addresses and launches, nothing else. Guidance, temperature, top-k, lengths, forced tokens and
-random numbers are read from device memory, so every request replays the same graph. Only another batch size, another
-cache, or top-p below 1 (which sorts) needs a new capture; the log reports it.
+A captured graph holds addresses and launches, nothing else. Tokens, positions, block tables, guidance, filters, grammar
+and random numbers are read from device memory by slot, so any sequences replay the same graph: one per number of
+sequences, rounded up, and kind of step. Without CUDA the same step runs in plain torch.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emu_cog.engine.sequence import Draw, Feed, SequenceState
 from emu_cog.log import log
-from emu_cog.model.decode import forward, image_step, merge
-from emu_cog.model.kv_cache import KVCache
+from emu_cog.model.kv_cache import PAGE, KVCache
 from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
-from emu_cog.ops.interface import ImageState, Ops
-from emu_cog.ops.reference import TorchOps
-from emu_cog.request import Sampling
+from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span
+from emu_cog.ops.linear import CPU_ROWS
+from emu_cog.ops.reference import TorchOps, advance
+from emu_cog.prompt.tokens import body_length
 
-POSITION_SLACK = 512
-"""Positions beyond the context that a step may write to although nothing reads them."""
-MAX_STEPS = 99 * 100
-"""Steps of the largest image that two-digit sizes allow: 99 rows of 99 codes, each followed by EOL."""
+MAX_SEQUENCES = MAX_ROWS // 2
+"""Sequences of one step: two streams each."""
+MAX_STEPS = body_length(99, 99)
+"""Tokens of the largest image that two-digit sizes allow."""
 
 
 def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
-    """Why the decode step of `lm` can't be captured as a CUDA graph, or None. The only condition of the fast path."""
+    """Why the steps of `lm` can't be captured as CUDA graphs, or None. The only condition of the fast path."""
     if not compile:
         return "EMU_COMPILE=0"
     if lm.device.type != "cuda":
         return f"the device is {lm.device.type}"
-    if len({p.device for p in lm.model.parameters()}) > 1:
+    if len(set(lm.devices)) > 1:
         return "the layers are spread over several devices"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -48,189 +49,282 @@ def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
     return None
 
 
-def build(lm: LanguageModel, *, compile: bool) -> ModelRunner | None:
-    """A runner for `lm`, its kernels built, or None where the engine has to use the modules; the log says why."""
-    if reason := why_eager(lm, compile=compile):
-        log.info("decoding goes through the modules, step by step: %s", reason)
-        return None
-    started = time.perf_counter()
-    runner = ModelRunner(lm)
-    try:
-        runner.build_kernels()
-    except KernelBuildError as error:
-        log.warning("decoding goes through the modules, step by step: the kernels can't be built here: %s", error)
-        return None
-    log.info("decoding goes through captured steps, set up in %.1f s", time.perf_counter() - started)
-    return runner
+@dataclass(frozen=True)
+class _Captured:
+    """A step for a fixed number of sequences: write the slots, replay, read the hidden states (2 sequences, hidden)."""
+
+    slots: Tensor
+    hidden: Tensor
+    replay: Callable[[], None]
 
 
 class ModelRunner:
-    """Single-token image and text steps over one model's merged weights, captured once and replayed.
+    """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams.
 
-    With `twin` the same steps run in plain torch and nothing is captured: for any device, for tests.
+    `captured` takes the kernels and CUDA graphs; KernelBuildError where the kernels can't be built.
     """
 
-    MAX_ROWS = 16
-    """Batch rows (sequences) a step can take; the engine runs larger batches through the modules."""
-
-    def __init__(self, lm: LanguageModel, *, twin: bool = False) -> None:
-        self.lm, self.twin = lm, twin
-        ids = lm.ids
-        # The cache is rounded up beyond the context, and ended sequences are fed at their end: those need angles too.
-        self.weights = merge(
-            lm.model, visual=ids.visual, vocabulary=ids.vocab_size, context=lm.context + POSITION_SLACK
+    def __init__(self, lm: LanguageModel, *, slots: int, tokens: int, captured: bool = False) -> None:
+        assert slots <= MAX_SEQUENCES
+        self.lm, self.slots, self.tokens, self.captured = lm, slots, tokens, captured
+        # Both streams end in a page that is not full, and so may their prompts.
+        self.cache = KVCache(lm.config, pages=1 + 2 * (-(-tokens // PAGE) + 2), dtype=lm.dtype, devices=lm.devices)
+        self.state = SlotState.empty(
+            slots,
+            pages=-(-lm.context // PAGE) + 1,
+            steps=MAX_STEPS,
+            vocabulary=lm.ids.visual_count,
+            device=lm.device,
         )
         self.capture_seconds = 0.0
-        self._replays: dict[str, Callable[[], None]] = {}  # over the cache of `_version`
-        self._version: object = None
-        self._ops: Ops | None = None
-        self._images: dict[int, ImageState] = {}
-        self._texts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool, bool], _Captured] = {}
+        self._written: dict[int, tuple[int, ...]] = {}
         self._pool: Any = None
+        if captured:
+            self._build_kernels()
 
-    # -- 1. images -------------------------------------------------------------------------------------------
+    @classmethod
+    def best(cls, lm: LanguageModel, *, slots: int, tokens: int, compile: bool) -> ModelRunner:
+        """With captured steps where they can be had; the log says why not."""
+        if reason := why_eager(lm, compile=compile):
+            log.info("steps run in plain PyTorch: %s", reason)
+            return cls(lm, slots=slots, tokens=tokens)
+        started = time.perf_counter()
+        try:
+            runner = cls(lm, slots=slots, tokens=tokens, captured=True)
+        except KernelBuildError as error:
+            log.warning("steps run in plain PyTorch: the kernels can't be built here: %s", error)
+            return cls(lm, slots=slots, tokens=tokens)
+        log.info("kernels ready in %.1f s", time.perf_counter() - started)
+        return runner
 
-    def image(
-        self,
-        cache: KVCache,
-        *,
-        forced: Tensor,
-        uniform: Tensor,
-        advance: Tensor,
-        lengths: Sequence[int],
-        cfg_scale: float,
-        sampling: Sampling,
-    ) -> tuple[ImageState, Callable[[], None]]:
-        """Prepare images: (steps, sequences) tables as in `image_schedule.Schedule`, with IMG to be fed at `lengths`.
+    # -- 1. sequences come and go ----------------------------------------------------------------------------
 
-        Returns the state, whose `out` fills up step by step, and the function that runs one step without
-        synchronizing.
+    def begin(self, s: SequenceState) -> None:
+        """Write the parameters of `s` to its slot."""
+        state, config, visual = self.state, s.config, self.lm.ids.visual_count
+        top_k = config.image.top_k
+        state.total[s.slot] = 0
+        state.cfg_scale[s.slot] = config.cfg_scale
+        state.temperature[s.slot] = config.image.temperature
+        state.top_k[s.slot] = top_k if 0 < top_k < visual else visual
+        state.top_p[s.slot] = config.image.top_p
+
+    def open(self, s: SequenceState, draw: Draw) -> None:
+        """Prepare the steps of an image: IMG is fed by the first of them."""
+        state, (rows, columns), slot = self.state, draw.size, s.slot
+        if draw.total > state.out.shape[1]:
+            self._widen(draw.total)
+        numbers = s.uniforms.take(s.sampled, rows * columns)
+        state.uniform[slot, : len(numbers)] = numbers.to(state.uniform.device)
+        state.columns[slot], state.total[slot], state.step[slot] = columns, draw.total, 0
+        self._write([(s, self.lm.ids.img)])
+
+    def place(self, s: SequenceState) -> None:
+        """Write the block tables of `s`, after it has taken pages."""
+        for stream, pages in enumerate(s.pages):
+            self.state.tables[2 * s.slot + stream, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def end(self, s: SequenceState) -> None:
+        """Nothing of `s` is made or written any more."""
+        self.state.total[s.slot] = 0
+        self.state.tables[2 * s.slot : 2 * s.slot + 2] = 0
+        self.state.position[2 * s.slot : 2 * s.slot + 2] = 0
+
+    # -- 2. one step of all sequences ------------------------------------------------------------------------
+
+    def step(self, sequences: Sequence[SequenceState]) -> Tensor:
+        """Feed each sequence what it is doing: a Feed's token, or the last token of its image, whose next is chosen.
+
+        Returns the conditional stream's hidden states (sequences, hidden). Synchronizes with no device.
         """
-        sequences, device = forced.shape[1], self.lm.device
-        if sequences not in self._images or len(self._images[sequences].forced) < len(forced):
-            self._forget("image")  # those graphs hold the addresses of the tables being replaced
-            steps = max(MAX_STEPS, len(forced))
-            self._images[sequences] = ImageState.empty(sequences, steps, self.lm.ids.visual_count, device)
-        state = self._images[sequences]
-        # With top-p the filters are baked into the graph; without it, they are numbers that the graph reads.
-        static = replace(sampling, temperature=1.0) if sampling.top_p < 1.0 else Sampling()
+        fed = [(s, s.doing.token) for s in sequences if isinstance(s.doing, Feed)]
+        if fed:
+            self._write(fed)
+        drawing = [s for s in sequences if isinstance(s.doing, Draw)]
+        nucleus = any(s.config.image.top_p < 1.0 for s in drawing)
+        with self._current_device():
+            if self.captured:
+                return self._replay(sequences, bool(drawing), nucleus)
+            return self._eager(sequences, drawing)
 
-        def step() -> None:
-            image_step(self._operations(cache), self.weights, state, cache.keys, cache.values, static)
+    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
+        """The image tokens of each sequence from a given one to the last made. Synchronizes with the device."""
+        parts = [self.state.out[s.slot, begin : s.made] for s, begin in begun]
+        tokens = torch.cat(parts).tolist()
+        at, rows = 0, []
+        for part in parts:
+            rows.append(tuple(tokens[at : at + len(part)]))
+            at += len(part)
+        return rows
 
-        state.step.zero_()  # capturing runs steps too: they must stay within the tables
-        what = "image" if static.top_p == 1.0 else f"image, top-k {static.top_k}, top-p {static.top_p!r}"
-        if what not in self._replays:
-            self._forget("image, ")  # anyone may choose any filter: keep one such graph at a time
-        replay = self._captured(cache, what, step, state.position)
-        count, size = len(forced), self.lm.ids.visual_count
-        state.forced[:count].copy_(forced)
-        state.uniform[:count].copy_(uniform)
-        state.advance[:count].copy_(advance)
-        state.token.fill_(self.lm.ids.img)
-        state.position.copy_(torch.tensor(lengths))
-        state.step.zero_()
-        state.cfg_scale.fill_(cfg_scale)
-        state.temperature.fill_(sampling.temperature)
-        state.top_k.fill_(sampling.top_k if 0 < sampling.top_k < size else size)
-        return state, replay
+    def scores(self, row: int) -> Tensor:
+        """What the picture of the last step's sequence `row` was sampled from: (1, V), guided and divided by the
+        temperature."""
+        return self.state.scores[row : row + 1]
 
-    # -- 2. text ---------------------------------------------------------------------------------------------
+    def _write(self, fed: Sequence[tuple[SequenceState, int]]) -> None:
+        """Write the tokens that sequences are fed, and where they are stored."""
+        streams = [2 * s.slot + stream for s, _ in fed for stream in range(2)]
+        numbers = [[token for _, token in fed for _ in range(2)], [n for s, _ in fed for n in s.lengths], streams]
+        tokens, positions, where = torch.tensor(numbers).to(self.lm.device)
+        self.state.token[where] = tokens
+        self.state.position[where] = positions
 
-    def text(self, cache: KVCache, tokens: Sequence[int], starts: Sequence[int]) -> Tensor:
-        """Feed one token to every slot of `cache`, at `starts`; returns the final hidden states (slots, hidden)."""
-        rows, device = cache.rows, self.lm.device
-        if rows not in self._texts:
-            token, position = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-            hidden = torch.zeros((rows, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
-            self._texts[rows] = token, position, hidden
-        token, position, hidden = self._texts[rows]
+    def _widen(self, steps: int) -> None:
+        """Room for larger images than sizes of two digits allow: library callers may ask for them."""
+        self._graphs.clear()  # those hold the addresses of the tables being replaced
+        for name in ("uniform", "out"):
+            old = getattr(self.state, name)
+            new = old.new_zeros((len(old), steps))
+            new[:, : old.shape[1]] = old
+            setattr(self.state, name, new)
 
-        def step() -> None:
-            operations = self._operations(cache)
-            hidden.copy_(forward(operations, self.weights, token, position, cache.keys, cache.values))
+    # -- 3. in plain torch -----------------------------------------------------------------------------------
 
-        replay = self._captured(cache, "text", step, position)
-        token.copy_(torch.tensor(tokens))
-        position.copy_(torch.tensor(starts))
-        replay()
-        return hidden.clone()
+    def _eager(self, sequences: Sequence[SequenceState], drawing: Sequence[SequenceState]) -> Tensor:
+        """Passes of a fixed number of rows: then no result depends on the number of sequences."""
+        spans = [
+            Span(2 * s.slot + stream, s.lengths[stream], 1)
+            for s in sequences
+            for stream in range(2 if isinstance(s.doing, Draw) or (s.doing and s.doing.both) else 1)
+        ]
+        rows = CPU_ROWS if self.lm.device.type == "cpu" else MAX_ROWS
+        hidden = torch.cat([self._pass(spans[at : at + rows], rows) for at in range(0, len(spans), rows)])
+        first = [i for i, span in enumerate(spans) if span.stream % 2 == 0]
+        if drawing:
+            pairs = [i + stream for i, s in zip(first, sequences, strict=True) if s in drawing for stream in range(2)]
+            slots = torch.tensor([s.slot for s in drawing], device=self.lm.device)
+            self._choose(hidden[pairs], slots, drawing, rows)
+        return hidden[first]
+
+    def _pass(self, spans: Sequence[Span], rows: int) -> Tensor:
+        """One pass over a token of each stream, padded to `rows`."""
+        padding = [2 * self.state.padding] * (rows - len(spans))
+        streams = torch.tensor([span.stream for span in spans] + padding, device=self.lm.device)
+        batch = Batch(
+            tokens=self.state.token[streams],
+            positions=torch.tensor([span.start for span in spans] + [0] * len(padding), device=self.lm.device),
+            streams=streams,
+            tables=self.state.tables,
+            spans=tuple(spans),
+        )
+        return self.lm.forward(batch, self.cache)[: len(spans)]
+
+    def _choose(self, hidden: Tensor, slots: Tensor, drawing: Sequence[SequenceState], rows: int) -> None:
+        """The pictures' next tokens. Where the grammar forces all of them, nothing is computed."""
+        ids = self.lm.ids
+        if all(_forced(s) for s in drawing):
+            advance(self.state, slots, torch.zeros_like(slots), ids)
+            return
+        padded = hidden.new_zeros((-(-len(hidden) // rows) * rows, hidden.shape[1]))
+        padded[: len(hidden)] = hidden
+        logits = torch.cat([self.lm.visual_logits(part) for part in padded.split(rows)])
+        self.lm.ops.sample(logits[: len(hidden)], self.state, slots, ids, nucleus=True)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """`LanguageModel.text_logits`, computed so that no row's result depends on the number of rows."""
-        with self._current_device():
-            return self._operations().logits(hidden, self.weights.text_head)
+        """`LanguageModel.text_logits`, row by row as if each were alone."""
+        if self.captured:
+            with self._current_device():
+                return self.lm.text_logits(hidden)
+        return torch.cat([self.lm.text_logits(row) for row in hidden.split(1)])
 
-    # -- 3. kernels and capture ------------------------------------------------------------------------------
+    # -- 4. kernels and capture ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def build_kernels(self) -> None:
-        """Autotune, and run each kernel once. KernelBuildError where one can't be built, so that no request finds out.
+    def warm_up(self) -> None:
+        """Capture the steps for every number of sequences."""
+        for size in _sizes(self.slots):
+            for drawing in (True, False):
+                self._graph(size, drawing, False)
 
-        The steps and logits are those of one image, over a cache just large enough.
-        """
-        from emu_cog.ops.triton_ops import build_errors
+    @torch.inference_mode()
+    def _build_kernels(self) -> None:
+        """Autotune, and run each kernel once. KernelBuildError where one can't be built: no request is to find out."""
+        from emu_cog.ops.triton_ops import TritonOps, build_errors
 
-        cache = self.lm.new_cache(rows=2, capacity=64)
-        state = ImageState.empty(1, 1, self.lm.ids.visual_count, self.lm.device)
-        state.forced.fill_(-1)
         with self._current_device(), build_errors(self.lm.device):
-            image_step(self._operations(), self.weights, state, cache.keys, cache.values, Sampling())
-            hidden = torch.zeros((1, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
-            self.text_logits(hidden)
-            if self.lm.device.type == "cuda":
-                torch.cuda.synchronize(self.lm.device)
+            started = time.perf_counter()
+            self.lm.ops, found = TritonOps.autotuned(self.lm.weights, self.lm.device)
+            log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
+            try:
+                slots = torch.full((1,), self.state.padding, device=self.lm.device)
+                self.text_logits(self._device_step(slots, True, False)[:1])
+                if self.lm.device.type == "cuda":
+                    torch.cuda.synchronize(self.lm.device)
+            except BaseException:
+                self.lm.ops = TorchOps()
+                raise
 
-    def _forget(self, prefix: str) -> None:
-        self._replays = {what: replay for what, replay in self._replays.items() if not what.startswith(prefix)}
+    def _device_step(self, slots: Tensor, drawing: bool, nucleus: bool) -> Tensor:
+        """A step that reads everything from the device: the hidden states (2 slots, hidden)."""
+        state = self.state
+        streams = torch.stack([2 * slots, 2 * slots + 1], dim=1).flatten()
+        batch = Batch(
+            tokens=state.token[streams], positions=state.position[streams], streams=streams, tables=state.tables
+        )
+        hidden = self.lm.forward(batch, self.cache)
+        if drawing:
+            self.lm.ops.sample(self.lm.visual_logits(hidden), state, slots, self.lm.ids, nucleus=nucleus)
+        return hidden
 
-    def _captured(self, cache: KVCache, what: str, step: Callable[[], None], position: Tensor) -> Callable[[], None]:
-        """The function that runs `step` over `cache`: a graph's replay, or `step` itself in the twin."""
-        if self.twin:
-            return step
-        if cache.version is not self._version:
-            self._replays.clear()  # those graphs write to a cache that no longer exists
-            self._version = cache.version
-        if what not in self._replays:
-            # Capturing needs one ordinary run first, which compiles the kernels. It writes to the last position of each
-            # slot, which no sequence has reached yet and which is overwritten before anything reads it.
-            position.fill_(cache.capacity - 1)
-            with self._current_device():
-                self._replays[what] = self._capture(f"the {what} step of {cache.rows} rows", step)
-        return self._replays[what]
+    def _replay(self, sequences: Sequence[SequenceState], drawing: bool, nucleus: bool) -> Tensor:
+        graph = self._graph(len(sequences), drawing, nucleus)
+        slots = [s.slot for s in sequences] + [self.state.padding] * (len(graph.slots) - len(sequences))
+        if self._written.get(id(graph)) != tuple(slots):
+            graph.slots.copy_(torch.tensor(slots))
+            self._written[id(graph)] = tuple(slots)
+        graph.replay()
+        return graph.hidden[: 2 * len(sequences) : 2]
 
-    def _capture(self, what: str, step: Callable[[], None]) -> Callable[[], None]:
-        started = time.perf_counter()
-        device = self.lm.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
-        built = time.perf_counter()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            step()
-        torch.cuda.synchronize(device)
+    def _graph(self, sequences: int, drawing: bool, nucleus: bool) -> _Captured:
+        size = next(size for size in _sizes(self.slots) if size >= sequences)
+        key = size, drawing, drawing and nucleus
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        return self._graphs[key]
+
+    def _capture(self, size: int, drawing: bool, nucleus: bool) -> _Captured:
+        """Capturing needs one ordinary run first, which compiles the kernels. It steps the padding alone."""
+        started, device = time.perf_counter(), self.lm.device
+        slots = torch.full((size,), self.state.padding, device=device)
+        hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
+
+        def step() -> None:
+            hidden.copy_(self._device_step(slots, drawing, nucleus))
+
+        with self._current_device():
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream(device).wait_stream(side)
+            torch.cuda.synchronize(device)
+            built = time.perf_counter()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                step()
+            torch.cuda.synchronize(device)
         done = time.perf_counter()
         self.capture_seconds += done - started
-        log.info("captured %s: kernels %.1f s, graph %.1f s", what, built - started, done - built)
-        return graph.replay
+        kind = ("pictures with top-p" if nucleus else "pictures") if drawing else "text"
+        log.info("captured %s, %d at once: kernels %.1f s, graph %.1f s", kind, size, built - started, done - built)
+        return _Captured(slots, hidden, graph.replay)
 
     def _current_device(self) -> AbstractContextManager[None]:
         """Kernels and new streams use the current device, which in this thread need not be the model's."""
         device = self.lm.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    def _operations(self, cache: KVCache | None = None) -> Ops:
-        if self.twin:
-            return TorchOps(cache.capacity if cache else 0)
-        if self._ops is None:
-            from emu_cog.ops.triton_ops import TritonOps
 
-            started = time.perf_counter()
-            self._ops, found = TritonOps.autotuned(self.weights, self.lm.device)
-            log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
-        return self._ops
+def _forced(s: SequenceState) -> bool:
+    """Whether the next token of the image in progress is EOL or EOI."""
+    assert isinstance(s.doing, Draw)
+    columns = s.doing.size[1]
+    return s.made % (columns + 1) == columns
+
+
+def _sizes(slots: int) -> list[int]:
+    """Numbers of sequences that steps are captured for."""
+    return [*(size for size in (1, 2, 4, 8, 16) if size < slots), slots]

@@ -1,15 +1,28 @@
-"""What goes into the engine, what comes out of it, and the state of one output in between."""
+"""What goes into the engine, what comes out of it, and how one sequence is written, from its prompt to its end.
+
+A sequence is a pair of streams, conditional and unconditional, that step together inside pictures. The unconditional
+stream sees its own prompt and every image block made so far, but none of the text in between.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Literal
 
-from emu_cog.ops.sampling import Uniforms
-from emu_cog.prompt.tokens import block_length
+import torch
+from torch import Tensor
+
+from emu_cog.ops.sampling import Uniforms, probabilities, sample
+from emu_cog.prompt.tokens import TokenIds, block_length, body_length
 from emu_cog.request import Sampling
 
 Reason = Literal["image", "eos", "limit", "context"]
+Trace = Callable[[str, Tensor], None]
+"""Called with the kind ("text", "digit" or "visual") and the (1, V) distribution of each sampled token."""
+SMALLEST = (10, 10)
+"""The least (rows, columns) that the model can choose: numbers of two digits."""
+LARGEST = (99, 99)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +36,10 @@ class EngineRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What all requests of one batch share. `size` is (rows, columns); None lets the model choose with its first image.
+    """How outputs are generated. `size` is (rows, columns); None lets the model choose with its first image.
 
     `max_new_tokens` bounds the sampled tokens: past it no new text token or image begins. None: only the context
-    bounds them. With `single_image` a request ends with its first image, and gets one even if the model never starts
+    bounds them. With `single_image` a sequence ends with its first image, and gets one even if the model never starts
     one.
     """
 
@@ -41,24 +54,19 @@ class GenerationConfig:
         """The most tokens a stream with a prompt of `prompt` tokens can reach, text and images included, at most
         `context`."""
         text = context if self.max_new_tokens is None else self.max_new_tokens  # 0 is a limit, too
-        return min(prompt + text + block_length(*(self.size or (99, 99))), context)
+        return min(prompt + text + block_length(*(self.size or LARGEST)), context)
 
 
-@dataclass
-class SequenceState:
-    """One output in progress. `lengths` are the tokens in its two cache slots, conditional and unconditional."""
+@dataclass(frozen=True)
+class Prefilled:
+    """The prompt of output `index` is in the cache."""
 
-    uniforms: Uniforms
-    lengths: list[int]
-    size: tuple[int, int] | None
-    state: Literal["text", "image", "ended"] = "text"
-    sampled: int = 0
-    images: int = 0
+    index: int
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The next ids of the answer to request `index` (its place in the batch), in order, forced ones included."""
+    """The next ids of the answer of output `index`, in order, forced ones included."""
 
     index: int
     ids: tuple[int, ...]
@@ -66,7 +74,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Opened:
-    """Request `index` begins an image of (rows, columns)."""
+    """Output `index` begins an image of (rows, columns)."""
 
     index: int
     size: tuple[int, int]
@@ -74,7 +82,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Ended:
-    """Request `index` is done after `sampled` sampled tokens: its image is complete, the model ended its answer, or
+    """Output `index` is done after `sampled` sampled tokens: its image is complete, the model ended its answer, or
     the token limit or the context is reached."""
 
     index: int
@@ -84,8 +92,9 @@ class Ended:
 
 @dataclass
 class Stats:
-    """Counters of one batch, the last thing the engine yields. Seconds are wall time, without the time the consumer
-    spends between events; `sampled` leaves out forced tokens."""
+    """Counters of one submission, the last of its events. `sampled` leaves out forced tokens; `steps` counts the passes
+    after the prompt that any of its outputs took part in. Wall seconds: `prefill_seconds` of its own prompt's passes,
+    `decode_seconds` from the end of the first prompt to the last token, in whatever company."""
 
     sampled: int = 0
     steps: int = 0
@@ -93,4 +102,139 @@ class Stats:
     decode_seconds: float = 0.0
 
 
-Event = Tokens | Opened | Ended | Stats
+Event = Prefilled | Tokens | Opened | Ended | Stats
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Feed `token` to the conditional stream, or to `both`; the sequence waits until `room` tokens fit its pages. With
+    `read` it gets the text logits (1, V) that follow."""
+
+    token: int
+    both: bool
+    room: int = 1
+    read: bool = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Make the (rows, columns) image whose header up to IMG is written; IMG is not fed yet."""
+
+    size: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """Tokens to be made."""
+        return body_length(*self.size)
+
+    @property
+    def room(self) -> int:
+        return 1 + self.total
+
+
+@dataclass(kw_only=True)
+class SequenceState:
+    """One output in progress. `lengths` are the tokens in its streams, conditional and unconditional; `pages` theirs in
+    the cache."""
+
+    index: int
+    request: EngineRequest
+    config: GenerationConfig
+    emit: Callable[[Event], None]
+    trace: Trace | None = None
+    lengths: list[int] = field(default_factory=lambda: [0, 0])
+    pages: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    shared: int = 0
+    """Pages of `pages` that belong to the prompt."""
+    slot: int = -1
+    size: tuple[int, int] | None = None
+    sampled: int = 0
+    images: int = 0
+    doing: Feed | Draw | None = None
+    """What the next step does for this sequence."""
+    made: int = 0
+    """Tokens made of the image in progress."""
+
+    def __post_init__(self) -> None:
+        self.uniforms = Uniforms(self.request.seed)
+        self.size = self.config.size
+
+    def sample(self, kind: str, logits: Tensor, sampling: Sampling) -> int:
+        """One sample of (1, V) logits, read by the host."""
+        probs = probabilities(logits, sampling)
+        if self.trace:
+            self.trace(kind, probs)
+        uniform = self.uniforms.take(self.sampled, 1)
+        self.sampled += 1
+        return int(sample(probs, uniform.to(probs.device)))
+
+
+def answer(
+    s: SequenceState, logits: Tensor | None, ids: TokenIds, context: int
+) -> Generator[Feed | Draw, Tensor | None, Reason]:
+    """Write sequence `s` after its prompt, whose last text logits are `logits`. Yields what is to be done next, is sent
+    the text logits that it asked for, and returns why it ended."""
+    limit = s.config.max_new_tokens
+    while True:
+        # 1. The next text token, unless the answer must end here. A sequence that owes an image begins it instead.
+        owes = s.config.single_image and s.images == 0
+        reason: Reason | None = None
+        token = ids.boi
+        if limit is not None and s.sampled >= limit:
+            reason = "limit"
+        elif s.lengths[0] + 1 + (block_length(*(s.size or SMALLEST)) if owes else 0) > context:
+            reason = "context"
+        else:
+            assert logits is not None
+            token = s.sample("text", logits, s.config.text)
+            reason = "eos" if token == ids.eos else None
+        if reason and not owes:
+            if reason == "eos":
+                s.emit(Tokens(s.index, (ids.eos,)))
+            return reason
+        # 2. Text. Upstream's logits processor feeds every EOI to the unconditional stream, even one within text.
+        if not reason and token != ids.boi:
+            s.emit(Tokens(s.index, (token,)))
+            logits = yield Feed(token, both=token == ids.eoi, read=True)
+            continue
+        # 3. An image. One that is begun is always finished, so the whole of it must fit first.
+        block = block_length(*(s.size or SMALLEST))
+        if max(s.lengths) + block > context:
+            return "context"
+        if s.size is None:
+            s.size = yield from _choose_size(s, ids, block)
+        else:
+            for place, header in enumerate(ids.header(*s.size)[:-1]):
+                yield Feed(header, both=True, room=block - place)
+        draw = Draw(s.size)
+        if max(s.lengths) + draw.room > context:
+            return "context"
+        s.emit(Opened(s.index, s.size))
+        s.emit(Tokens(s.index, ids.header(*s.size)))
+        yield draw
+        s.images += 1
+        if s.config.single_image:
+            return "image"
+        logits = yield Feed(ids.eoi, both=True, read=True)
+
+
+def _choose_size(s: SequenceState, ids: TokenIds, block: int) -> Generator[Feed | Draw, Tensor | None, tuple[int, int]]:
+    """Let the model write `h*w` matching [1-9][0-9]*[1-9][0-9], from unguided logits.
+
+    Source: in_image_logits_processor in upstream's logits_processor.py.
+    """
+    digits: list[int] = []
+    token = ids.boi
+    for place in range(4):
+        text = yield Feed(token, both=True, room=block, read=True)
+        assert text is not None
+        logits = text[:, list(ids.digits)]
+        if place % 2 == 0:
+            logits[:, 0] = -torch.inf  # no leading zero
+        digits.append(s.sample("digit", logits, s.config.image))
+        token = ids.digits[digits[-1]]
+        if place == 1:
+            yield Feed(token, both=True)
+            token = ids.star
+    yield Feed(token, both=True)
+    return 10 * digits[0] + digits[1], 10 * digits[2] + digits[3]

@@ -1,72 +1,63 @@
-"""Keys and values of all sequences: a preallocated cache, and one forward pass's view of it."""
+"""Keys and values of all streams, in pages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 from transformers import Qwen3Config
+
+PAGE = 64
+"""Tokens per page: what the attention kernel reads at a time."""
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, `capacity` tokens each, allocated once.
+    """`pages` pages of PAGE tokens each, allocated once; page 0 belongs to nobody: padding is written there.
 
-    Two tensors per layer of shape (rows, capacity, kv_heads, head_dim), as flash-attn's kv-cache kernel reads them; in
-    memory the tokens of a head are contiguous, so that reading one head is one sequential read. The caller knows how
-    much of each slot is valid; the rest is garbage and never attended to.
+    Two tensors per layer of shape (kv_heads, pages, PAGE, head_dim). A stream's pages are those of its block table, in
+    order; how much of them is valid is the stream's length, the rest is garbage and never attended to. Pages may be
+    shared: each counts its users.
     """
 
-    def __init__(
-        self, config: Qwen3Config, *, rows: int, capacity: int, dtype: torch.dtype, devices: list[torch.device]
-    ) -> None:
-        shape = (rows, int(config.num_key_value_heads or 0), capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for device in devices]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for device in devices]
-        self.rows, self.capacity = rows, capacity
-        self.version = object()
-        """A new object whenever the buffers are replaced: captured graphs hold their addresses."""
+    def __init__(self, config: Qwen3Config, *, pages: int, dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
+        shape = (int(config.num_key_value_heads or 0), pages, PAGE, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
+        self.pages = pages
+        self._users = [0] * pages
+        self._free = list(range(pages - 1, 0, -1))
 
     @staticmethod
     def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
-        """Bytes of one token of one sequence over all layers."""
+        """Bytes of one token of one stream over all layers."""
         return 2 * config.num_hidden_layers * int(config.num_key_value_heads or 0) * config.head_dim * dtype.itemsize
 
-    def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens per slot, contents kept. If it fails half way, no capture stays valid."""
-        self.version = object()
-        for buffers in (self.keys, self.values):
-            for i, old in enumerate(buffers):
-                new = old.new_zeros((old.shape[0], old.shape[2], capacity, old.shape[3])).transpose(1, 2)
-                new[:, : self.capacity] = old
-                buffers[i] = new
-        self.capacity = capacity
+    @property
+    def free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free)
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of slot `source` to slot `target`: a shared prefill."""
+    def take(self, count: int) -> list[int]:
+        """`count` free pages; the caller has made sure that there are as many."""
+        assert count <= len(self._free)
+        taken = [self._free.pop() for _ in range(count)]
+        self.share(taken)
+        return taken
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Count one user more of each page."""
+        for page in pages:
+            self._users[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Count one user fewer of each page; without users it is free."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    @torch.inference_mode()
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages: for streams that go on from a shared page in their own ways."""
         for buffer in (*self.keys, *self.values):
-            buffer[target, :length] = buffer[source, :length]
-
-
-@dataclass(frozen=True)
-class CacheView:
-    """One forward pass's view of the cache: which slots, which positions are written, how much is read.
-
-    `rows` selects the cache's slots; `positions` (N, T) int64; `filled` bounds every position from above, so that
-    attention reads no further. transformers' attention layers call `update` on it as on any cache.
-    """
-
-    cache: KVCache
-    rows: slice
-    positions: Tensor
-    filled: int
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write (N, kv_heads, T, head_dim) keys and values at `positions`; returns all up to `filled`."""
-        k, v = self.cache.keys[layer][self.rows], self.cache.values[layer][self.rows]
-        positions = self.positions.to(keys.device)
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        k[row, positions] = keys.transpose(1, 2)
-        v[row, positions] = values.transpose(1, 2)
-        return k[:, : self.filled].transpose(1, 2), v[:, : self.filled].transpose(1, 2)
+            buffer[:, list(targets)] = buffer[:, list(sources)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate import infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -17,8 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
 from emu_cog.model.headers import TensorHeader, read_headers
-from emu_cog.model.quantize import QuantizedLinear, replace_linears
-from emu_cog.model.qwen3 import LanguageModel, choose_attention
+from emu_cog.model.quantize import quantizable
+from emu_cog.model.qwen3 import Destination, LanguageModel, check_vocabulary, destinations, empty_weights
 from emu_cog.model.shards import READERS, check_state, read_tensors
 from emu_cog.prompt.tokens import TokenIds
 
@@ -80,49 +80,52 @@ def load_language_model(
     read, so that the whole model in `dtype` is never in memory. CheckpointError names what is wrong.
     """
     config = read_config(folder)
-    config._attn_implementation = choose_attention(device, dtype)
+    check_vocabulary(config, ids)
     with init_empty_weights(include_buffers=False):
-        model = Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(config)  # for its keys and shapes
     expected = dict(model.state_dict())
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     headers = read_headers(folder)
     check_state(expected, headers, where=str(folder))
-    if quantize:
-        replace_linears(model, quantize)
-    places = _places(model, dtype, device) if device_map == "auto" else {"": device}
-    _read_weights(model, headers, list(expected), places, dtype)
-    model.tie_weights()
-    model.model.rotary_emb.to(device)
-    if len(set(places.values())) > 1:
-        dispatch_model(model, device_map=places, main_device=device)
-    return LanguageModel(model.eval(), ids)
+    places = _places(model, dtype, device, quantize) if device_map == "auto" else {"": device}
+
+    def place(key: str) -> torch.device:
+        return _place(key, places)
+
+    weights = empty_weights(config, ids, dtype=dtype, place=place, quantize=quantize)
+    _read_weights(dict(destinations(config, weights, quantize)), headers, places, dtype)
+    return LanguageModel(config, weights, ids)
 
 
 Places = Mapping[str, torch.device]
 """Module name to device; "" is the whole model."""
 
 
-def _places(model: Qwen3ForCausalLM, dtype: torch.dtype, device: torch.device) -> Places:
+def _places(model: Qwen3ForCausalLM, dtype: torch.dtype, device: torch.device, quantize: str | None) -> Places:
     """Where EMU_DEVICE_MAP=auto puts each module: over all GPUs, or on the one device that is no GPU."""
     if device.type != "cuda":
         return {"": device}
     free = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
-    places = spread(model, dtype, free)
+    places = spread(model, dtype, free, quantize)
     log.info("the layers are on GPU %s", ", ".join(map(str, sorted(set(places.values())))))
     return {name: torch.device("cuda", place) for name, place in places.items()}
 
 
-def spread(model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int]) -> dict[str, int]:
+def spread(
+    model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int], quantize: str | None = None
+) -> dict[str, int]:
     """Module name to GPU, by accelerate: evenly, so that the caches are too; a layer is never split.
 
     `free` are the bytes free on each GPU. InputError with the numbers where they are too few.
     """
-    whole: dict[str, Any] = {"no_split_module_classes": ["Qwen3DecoderLayer"], "dtype": dtype}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    small = {name: torch.int8 for name in quantizable(sizes)} if quantize else {}
+    whole: dict[str, Any] = {"no_split_module_classes": ["Qwen3DecoderLayer"], "dtype": dtype, "special_dtypes": small}
     balanced = get_balanced_memory(model, max_memory=dict(free), **whole)
     places = infer_auto_device_map(model, max_memory=balanced, **whole)
     if any(not isinstance(place, int) for place in places.values()):
-        needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        needed = sum(count * small.get(name, dtype).itemsize for name, count in sizes.items())
         raise InputError(
             f"EMU_DEVICE_MAP=auto: the model's {needed / GIB:.2f} GiB of weights do not fit {len(free)} GPU(s) with "
             f"{', '.join(f'{size / GIB:.2f}' for size in free.values())} GiB free, and parts in main memory would take "
@@ -132,22 +135,17 @@ def spread(model: Qwen3ForCausalLM, dtype: torch.dtype, free: Mapping[int, int])
 
 
 def _read_weights(
-    model: Qwen3ForCausalLM, headers: Mapping[str, TensorHeader], names: list[str], places: Places, dtype: torch.dtype
+    wanted: Mapping[str, Destination], headers: Mapping[str, TensorHeader], places: Places, dtype: torch.dtype
 ) -> None:
-    """Fill `model` from the files of `headers`, several files at a time."""
+    """Fill every destination from the files of `headers`, several files at a time."""
     jobs: dict[tuple[Path, torch.device], list[str]] = {}
-    for name in names:
+    for name in wanted:
         jobs.setdefault((headers[name].file, _place(name, places)), []).append(name)
 
     def read(job: tuple[tuple[Path, torch.device], list[str]]) -> None:
-        (file, device), wanted = job
-        for name, tensor in read_tensors(file, wanted, device=device, dtype=dtype):
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            if isinstance(module, QuantizedLinear):
-                module.fill(tensor)
-            else:
-                setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        (file, device), names = job
+        for name, tensor in read_tensors(file, names, device=device, dtype=dtype):
+            wanted[name](tensor)
 
     with (
         ThreadPoolExecutor(max_workers=READERS) as pool,

@@ -9,11 +9,10 @@ own kernels read the bare tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from emu_cog.errors import InputError
 
@@ -50,46 +49,6 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return data, scale
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer without bias over 8-bit weights, for prefill and text; captured steps read the tensors alone."""
-
-    weight: nn.Parameter
-    scale: Tensor
-
-    def __init__(self, rows: int, columns: int, name: str) -> None:
-        super().__init__()
-        self.name = name
-        empty = torch.empty((rows, columns), dtype=FORMATS[name][0], device="meta")
-        self.weight = nn.Parameter(empty, requires_grad=False)
-        self.register_buffer("scale", torch.empty(rows, dtype=torch.float32, device="meta"), persistent=False)
-
-    def fill(self, weight: Tensor) -> None:
-        """Convert a (rows, columns) weight of any dtype, on its device."""
-        data, self.scale = quantized(weight, self.name)
-        self.weight = nn.Parameter(data, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.linear(x, self.weight.to(x.dtype)).float() * self.scale).to(x.dtype)
-
-
-def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that get 8-bit weights, by name: every linear one inside the decoder's layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name:
-            yield name, module
-
-
-def replace_linears(model: nn.Module, name: str) -> None:
-    """Replace every quantizable layer of `model` by an empty QuantizedLinear (weights may be on "meta")."""
-    for path, linear in list(quantizable(model)):
-        model.set_submodule(path, QuantizedLinear(linear.out_features, linear.in_features, name))
-
-
-def quantize(model: nn.Module, name: str) -> None:
-    """Convert a loaded model's layers to 8 bits in place, each full weight freed before the next is read."""
-    for path in [path for path, _ in quantizable(model)]:  # names only: a list of layers would keep all weights alive
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        small = QuantizedLinear(linear.out_features, linear.in_features, name)
-        small.fill(linear.weight.detach())
-        model.set_submodule(path, small)
+def quantizable(names: Iterable[str]) -> Iterator[str]:
+    """The keys of a checkpoint that get 8-bit weights: every linear layer inside the decoder's layers."""
+    return (name for name in names if ".layers." in name and name.endswith("_proj.weight"))

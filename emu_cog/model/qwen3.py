@@ -1,129 +1,199 @@
-"""The language model: transformers' Qwen3 over an Emu3.5 folder, a preallocated cache, and a head in two halves.
+"""The language model: Qwen3, layer by layer and key by key, over its merged weights and a paged cache.
 
-Emu3.5 is Qwen3 layer by layer and key by key; only the config's name and defaults differ.
+transformers gives the configuration and the rotary angles, and in the tests the logits to agree with. Where two
+products read the same input, their weights are one matrix: queries, keys and values; gate and up.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from emu_cog.errors import CheckpointError
-from emu_cog.log import log
-from emu_cog.model.kv_cache import CacheView, KVCache
-from emu_cog.ops import cpu_linear, head
+from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.quantize import FORMATS, quantized
+from emu_cog.ops.interface import Batch, Layer, ModelWeights, Ops, Shape, Span, Weight
+from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokens import TokenIds
 
 
-def _sdpa(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Attention of (N, heads, T, D) queries over (N, kv_heads, L, D) keys under a boolean (N, 1, T, L) mask."""
-    n, heads, length, dim = query.shape
-    groups = heads // key.shape[1]
-    if length == 1:
-        # One query: fold the heads that share keys into the query axis, so that no key is copied or read twice.
-        folded = query.view(n, key.shape[1], groups, dim)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        return out.reshape(n, 1, heads, dim), None
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2), None
+def forward(ops: Ops, w: ModelWeights, batch: Batch, cache: KVCache) -> Tensor:
+    """Store the batch's tokens in the cache; returns their final hidden states (M, hidden)."""
+    residual, eps = F.embedding(batch.tokens, w.embed), w.shape.eps
+    rope = w.rope[:, batch.positions]
+    x = ops.add_norm(None, residual, w.layers[0].input_norm, eps, w.layers[0].qkv)
+    after = [(layer.input_norm, layer.qkv) for layer in w.layers[1:]] + [(w.norm, None)]
+    for layer, (norm, into), k, v in zip(w.layers, after, cache.keys, cache.values, strict=True):
+        if x.device != k.device:  # the layers are spread over several devices
+            x, residual, rope, batch = x.to(k.device), residual.to(k.device), rope.to(k.device), batch.to(k.device)
+        q = ops.rope_store(ops.linear(x, layer.qkv), layer, w.shape, rope, batch, k, v)
+        x = ops.attend(q, k, v, batch, layer.o)
+        x = ops.add_norm(ops.linear(x, layer.o), residual, layer.post_norm, eps, layer.gate_up)
+        x = ops.swiglu(x, layer.gate_up)
+        x = ops.add_norm(ops.linear(x, layer.down), residual, norm.to(k.device), eps, into)
+    return x.to(w.embed.device)
 
 
-def _flash(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, view: CacheView, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """The same through flash-attn's kv-cache kernel, which reads only what is filled.
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one stream: fed at position `start`, stored in the stream's cache `pages`."""
 
-    `view` takes the mask's place: the kernel needs each sequence's length, (N,) int32, after this step's tokens.
-    """
-    from flash_attn import flash_attn_with_kvcache
-
-    lengths = view.positions[:, -1].to(query.device, torch.int32) + 1
-    out = flash_attn_with_kvcache(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        cache_seqlens=lengths,
-        softmax_scale=scaling,
-        causal=True,
-    )
-    return out, None
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """ "emu_flash" on CUDA in half precision where flash-attn is importable, else "emu_sdpa"; the log says which."""
-    functions: dict[str, Callable[..., Any]] = {"emu_sdpa": _sdpa, "emu_flash": _flash}
-    for name, function in functions.items():
-        ALL_ATTENTION_FUNCTIONS.register(name, function)
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("flash_attn") is not None:
-            return "emu_flash"
-        log.info("flash-attn is not installed: attention goes through PyTorch's SDPA")
-    return "emu_sdpa"
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
 
 
 class LanguageModel:
     """The decoder as the engine sees it: tokens at positions in, hidden states and half-vocabulary logits out."""
 
-    def __init__(self, model: Qwen3ForCausalLM, ids: TokenIds) -> None:
-        if model.config.vocab_size < ids.vocab_size:
-            raise CheckpointError(
-                f"the model knows {model.config.vocab_size} tokens but its tokenizer files name {ids.vocab_size}"
-            )
-        self.model, self.ids = model, ids
-        self.config: Qwen3Config = model.config
-        self.context = int(model.config.max_position_embeddings)
-        """Tokens a sequence may hold; the caller may lower it to what memory allows."""
-        if model.lm_head.weight.device.type == "cpu":
-            cpu_linear.replace_linears(model)
-        weight = model.lm_head.weight
-        self.device, self.dtype = model.model.embed_tokens.weight.device, weight.dtype
-        # The two halves of the head, as views: text never contains a visual token, an image nothing else.
-        self._text_head = weight[: ids.visual]
-        self._visual_head = weight[ids.visual : ids.vocab_size]
+    def __init__(self, config: Qwen3Config, weights: ModelWeights, ids: TokenIds) -> None:
+        check_vocabulary(config, ids)
+        self.config, self.weights, self.ids = config, weights, ids
+        self.context = int(config.max_position_embeddings)
+        """Tokens a stream may hold; the caller may lower it to what memory allows."""
+        self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        self.ops: Ops = TorchOps()
 
-    def new_cache(self, *, rows: int, capacity: int) -> KVCache:
-        devices = [layer.self_attn.k_proj.weight.device for layer in self.model.model.layers]
-        return KVCache(self.config, rows=rows, capacity=capacity, dtype=self.dtype, devices=devices)
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer is."""
+        return [layer.qkv.data.device for layer in self.weights.layers]
 
-    def forward(self, tokens: Tensor, start: Tensor, cache: KVCache, *, rows: slice, filled: int) -> Tensor:
-        """Feed (N, T) int64 `tokens` to the slots `rows` of `cache` at positions start..start+T-1, `start` (N,) int64.
+    def new_cache(self, tokens: int) -> KVCache:
+        """Room for `tokens` tokens of one stream, or somewhat fewer of several: each begins a page of its own."""
+        return KVCache(self.config, pages=1 + -(-tokens // PAGE), dtype=self.dtype, devices=self.devices)
 
-        `filled` is at least every position fed plus one. Returns the final hidden states (N, T, hidden).
-        """
-        positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        view = CacheView(cache, rows, positions, filled)
-        if self.config._attn_implementation == "emu_flash":
-            mask: Any = view
-        else:
-            # A token reads what lies at or before its own position: causal, and nothing that is not written yet.
-            mask = torch.arange(filled, device=tokens.device)[None, None, None, :] <= positions[:, None, :, None]
-        out = self.model.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
-            past_key_values=view,
-            use_cache=True,
+    @torch.inference_mode()
+    def feed(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
+        """One pass over new tokens of several streams, in order: their final hidden states (all tokens, hidden)."""
+        tables = torch.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=torch.int32)
+        for table, chunk in zip(tables, chunks, strict=True):
+            table[: len(chunk.pages)] = torch.tensor(chunk.pages)
+        spans = tuple(Span(i, chunk.start, len(chunk.tokens)) for i, chunk in enumerate(chunks))
+        batch = Batch(
+            tokens=torch.tensor([token for chunk in chunks for token in chunk.tokens]),
+            positions=torch.cat([torch.arange(span.start, span.start + span.count) for span in spans]),
+            streams=torch.tensor([span.stream for span in spans]).repeat_interleave(
+                torch.tensor([span.count for span in spans])
+            ),
+            tables=tables,
+            spans=spans,
         )
-        return out.last_hidden_state
+        return self.forward(batch.to(self.device), cache)
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """One pass over a batch that is on the model's device: (M, hidden)."""
+        return forward(self.ops, self.weights, batch, cache)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) to (N, visual) fp32 logits over everything but the visual tokens."""
-        return self._logits(hidden, self._text_head)
+        """(N, hidden) to (N, text tokens) fp32 logits over everything but the visual tokens."""
+        return self._logits(hidden, self.weights.text_head)
 
     def visual_logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) to (N, visual_count) fp32 logits over the visual tokens; entry i is code i."""
-        return self._logits(hidden, self._visual_head)
+        return self._logits(hidden, self.weights.visual_head)
 
     def _logits(self, hidden: Tensor, half: Tensor) -> Tensor:
-        """On the model's first device; nothing is moved unless the layers are spread over several."""
-        return head.logits(hidden.to(half.device), half).to(self.device)
+        return self.ops.logits(hidden.to(half.device), half).to(self.device)
+
+
+def check_vocabulary(config: Qwen3Config, ids: TokenIds) -> None:
+    """CheckpointError where the model lacks tokens that its tokenizer files name."""
+    if config.vocab_size < ids.vocab_size:
+        raise CheckpointError(
+            f"the model knows {config.vocab_size} tokens but its tokenizer files name {ids.vocab_size}"
+        )
+
+
+def empty_weights(
+    config: Qwen3Config,
+    ids: TokenIds,
+    *,
+    dtype: torch.dtype,
+    place: Callable[[str], torch.device],
+    quantize: str | None = None,
+) -> ModelWeights:
+    """Uninitialized weights of `config`, each on the device that `place` names for its key; the angles are right."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv = config.num_attention_heads, int(config.num_key_value_heads or 0)
+
+    def empty(key: str, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=place(key))
+
+    def weight(key: str, n: int, k: int) -> Weight:
+        if quantize is None:
+            return Weight(empty(key, n, k))
+        data = torch.empty((n, k), dtype=FORMATS[quantize][0], device=place(key))
+        return Weight(data, torch.empty(n, dtype=torch.float32, device=place(key)))
+
+    def layer(key: str) -> Layer:
+        return Layer(
+            qkv=weight(key, (heads + 2 * kv) * dim, hidden),
+            o=weight(key, hidden, heads * dim),
+            gate_up=weight(key, 2 * inner, hidden),
+            down=weight(key, hidden, inner),
+            input_norm=empty(key, hidden),
+            post_norm=empty(key, hidden),
+            q_norm=empty(key, dim),
+            k_norm=empty(key, dim),
+        )
+
+    embed = empty("model.embed_tokens", config.vocab_size, hidden)
+    angles = Qwen3RotaryEmbedding(config).to(embed.device)
+    # One page more than the context: what steps are padded with, and sequences at their end, have a position too.
+    positions = torch.arange(config.max_position_embeddings + PAGE, device=embed.device)
+    return ModelWeights(
+        embed=embed,
+        layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
+        norm=empty("model.norm", hidden),
+        head=embed if config.tie_word_embeddings else empty("lm_head", config.vocab_size, hidden),
+        visual=slice(ids.visual, ids.vocab_size),
+        rope=torch.stack(angles(embed[:0], positions[None]))[:, 0].contiguous(),
+        shape=Shape(heads=heads, kv_heads=kv, head_dim=dim, eps=config.rms_norm_eps),
+    )
+
+
+Destination = Callable[[Tensor], object]
+"""Takes a tensor of a checkpoint to where it belongs, converted on the way."""
+
+
+def destinations(
+    config: Qwen3Config, w: ModelWeights, quantize: str | None = None
+) -> Iterator[tuple[str, Destination]]:
+    """Every key of a checkpoint, and what takes its tensor into `w`."""
+
+    def rows(weight: Weight, begin: int, count: int) -> Destination:
+        place = slice(begin, begin + count)
+
+        def fill(tensor: Tensor) -> None:
+            if weight.scale is None or quantize is None:
+                weight.data[place] = tensor
+            else:
+                weight.data[place], weight.scale[place] = quantized(tensor.to(weight.data.device), quantize)
+
+        return fill
+
+    yield "model.embed_tokens.weight", w.embed.copy_
+    yield "model.norm.weight", w.norm.copy_
+    if w.head is not w.embed:
+        yield "lm_head.weight", w.head.copy_
+    query, kv = w.shape.heads * w.shape.head_dim, w.shape.kv_heads * w.shape.head_dim
+    for i, layer in enumerate(w.layers):
+        at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        yield f"{at}.q_proj.weight", rows(layer.qkv, 0, query)
+        yield f"{at}.k_proj.weight", rows(layer.qkv, query, kv)
+        yield f"{at}.v_proj.weight", rows(layer.qkv, query + kv, kv)
+        yield f"{at}.o_proj.weight", rows(layer.o, 0, config.hidden_size)
+        yield f"{mlp}.gate_proj.weight", rows(layer.gate_up, 0, config.intermediate_size)
+        yield f"{mlp}.up_proj.weight", rows(layer.gate_up, config.intermediate_size, config.intermediate_size)
+        yield f"{mlp}.down_proj.weight", rows(layer.down, 0, config.hidden_size)
+        yield f"{at}.q_norm.weight", layer.q_norm.copy_
+        yield f"{at}.k_norm.weight", layer.k_norm.copy_
+        yield f"model.layers.{i}.input_layernorm.weight", layer.input_norm.copy_
+        yield f"model.layers.{i}.post_attention_layernorm.weight", layer.post_norm.copy_

@@ -1,8 +1,7 @@
 """Configurations of the kernels: defaults from the shapes, and for the linear ones the fastest on this device.
 
-No configuration changes the order of a sum: `splits` and `block_k` follow from the weight's shape alone, and nothing
-depends on the number of batch rows. So a picture is the same bit for bit after every start on one device, alone or in a
-batch.
+No configuration changes the order of a sum: `splits` and `block_k` follow from the weight's shape alone. So a picture
+is the same bit for bit after every start on one device, alone or in any company.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from emu_cog.ops.interface import DecodeWeights, Weight
+from emu_cog.ops.interface import ModelWeights, Weight
 
-MAX_ROWS = 16
-"""Batch rows the kernels take: one tensor-core tile."""
+ROWS = (16, 32, 64)
+"""Tokens of a pass, rounded up, that the linear kernels are compiled for; the last is MAX_ROWS. On an H200 all three
+gave the same bits for the released model's five weights in bf16, fp8 and int8, whatever the configuration."""
 TIMED_LAYERS = 16
 """Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
@@ -61,66 +61,79 @@ class LinearConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Configurations of all kernels. `linear` by the weight's shape (N, K); `pdl` see kernels/layers.py."""
+    """Configurations of all kernels. `linear` by one of ROWS and the weight's shape (N, K); `pdl` see
+    kernels/layers.py."""
 
-    linear: Mapping[tuple[int, int], LinearConfig]
+    linear: Mapping[tuple[int, int, int], LinearConfig]
     key_splits: int = 8
     key_block: int = 64
     pdl: bool = False
 
 
-def default_config(w: DecodeWeights, card: Card) -> KernelConfig:
+def default_config(w: ModelWeights, card: Card) -> KernelConfig:
     """The configuration that autotuning starts from.
 
     Measured on an H100 over the released model's shapes, 2 to 16 batch rows and 26 configurations each: tiles of 64
     outputs by 128 inputs were within 2% of the best everywhere, and so were eight splits of each sequence's keys.
     """
-    layer, shared = w.layers[0], card.shared
-    linear = {shape(weight): _default_linear(weight, shared) for weight in (layer.qkv, layer.o, layer.down)}
-    linear[shape(layer.gate_up)] = _default_linear(layer.gate_up, shared, swiglu=True)
-    for head in (Weight(w.visual_head), Weight(w.text_head)):
-        linear[shape(head)] = _default_linear(head, shared, unsplit=True)
+    layer = w.layers[0]
+    unsplit = [Weight(w.visual_head), Weight(w.text_head)]
+    linear = {
+        (rows, *shape(weight)): _default_linear(
+            weight, card.shared, rows, swiglu=weight is layer.gate_up, unsplit=any(weight is head for head in unsplit)
+        )
+        for rows in ROWS
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, *unsplit)
+    }
     return KernelConfig(linear=linear, key_block=64 if w.embed.dtype.itemsize == 2 else 32, pdl=card.pdl)
 
 
 def autotune(
-    config: KernelConfig, w: DecodeWeights, seconds: Callable[[Sequence[Weight], LinearConfig, bool], float], card: Card
+    config: KernelConfig,
+    w: ModelWeights,
+    seconds: Callable[[Sequence[Weight], LinearConfig, int, bool], float],
+    card: Card,
 ) -> tuple[KernelConfig, list[str]]:
-    """`config` with the fastest of `candidates` for each kind of weight, and one line about each for the log.
+    """`config` with the fastest of `candidates` for each kind of weight and number of rows; and lines for the log.
 
-    `seconds(weights, config, swiglu)` times the products of some weights of one shape. A configuration for which it
-    raises KernelBuildError is skipped; KernelBuildError with the last reason where that leaves none.
+    `seconds(weights, config, rows, swiglu)` times the products of some weights of one shape. A configuration for which
+    it raises KernelBuildError is skipped; KernelBuildError with the last reason where that leaves none.
     """
     kinds = {
         name: [getattr(layer, name) for layer in w.layers[:TIMED_LAYERS]] for name in ("qkv", "o", "gate_up", "down")
     }
     linear, found = dict(config.linear), []
     for name, weights in (kinds | {"head": [Weight(w.visual_head)]}).items():
-        at = shape(weights[0])
-        timings, last = {}, None
-        for candidate in candidates(config.linear[at]):
-            try:
-                timings[candidate] = seconds(weights, candidate, name == "gate_up")
-            except KernelBuildError as error:
-                last = error
-        if not timings:
-            raise KernelBuildError(
-                f"no configuration of the {name} product ({at[0]}x{at[1]}) can be built on {card.name}: {last}"
-            ) from last
-        best = min(timings, key=lambda candidate: timings[candidate])
-        linear[at] = best
-        pace = sum(weight.data.nbytes for weight in weights) / timings[best] / 1e12
-        found.append(f"{name} {best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
+        n, k = shape(weights[0])
+        notes = []
+        for rows in ROWS:
+            timings, last = {}, None
+            for candidate in candidates(config.linear[rows, n, k], rows):
+                try:
+                    timings[candidate] = seconds(weights, candidate, rows, name == "gate_up")
+                except KernelBuildError as error:
+                    last = error
+            if not timings:
+                raise KernelBuildError(
+                    f"no configuration of the {name} product ({n}x{k}) can be built on {card.name}: {last}"
+                ) from last
+            best = min(timings, key=lambda candidate: timings[candidate])
+            linear[rows, n, k] = best
+            pace = sum(weight.data.nbytes for weight in weights) / timings[best] / 1e12
+            notes.append(f"{best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
+        found.append(f"{name} " + " | ".join(notes))
     return replace(config, linear=linear), found
 
 
-def candidates(default: LinearConfig) -> list[LinearConfig]:
-    """`default` first, and others that sum in the same order.
+def candidates(default: LinearConfig, rows: int) -> list[LinearConfig]:
+    """`default` first, and others that sum in the same order; fewer where a pass serves many pictures.
 
     None has fewer than 64 outputs: there Triton leaves Hopper's own matrix instructions for older ones, which may
     round differently.
     """
-    sizes = [(64, 2, 4), (64, 3, 4), (64, 4, 4), (64, 6, 4), (128, 2, 8), (128, 3, 8), (128, 4, 8)]
+    sizes = [(64, 2, 4), (64, 4, 4), (128, 3, 8)]
+    if rows == ROWS[0]:
+        sizes += [(64, 3, 4), (64, 6, 4), (128, 2, 8), (128, 4, 8)]
     others = [replace(default, block_n=n, stages=stages, warps=warps) for n, stages, warps in sizes]
     return [default, *(config for config in others if config != default)]
 
@@ -130,7 +143,9 @@ def shape(weight: Weight) -> tuple[int, int]:
     return weight.data.shape[0], weight.data.shape[1]
 
 
-def _default_linear(weight: Weight, shared: int, *, swiglu: bool = False, unsplit: bool = False) -> LinearConfig:
+def _default_linear(
+    weight: Weight, shared: int, rows: int, *, swiglu: bool = False, unsplit: bool = False
+) -> LinearConfig:
     """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
     multiprocessor. `shared` is the shared memory per program in bytes."""
     n, k = shape(weight)
@@ -140,6 +155,6 @@ def _default_linear(weight: Weight, shared: int, *, swiglu: bool = False, unspli
     fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
     splits = max(fitting, default=1)
     itemsize = 4 if weight.scale is not None else weight.data.dtype.itemsize
-    stage = block * (64 * itemsize * (2 if swiglu else 1) + MAX_ROWS * max(itemsize * 2, 4))
+    stage = block * (64 * itemsize * (2 if swiglu else 1) + rows * max(itemsize * 2, 4))
     stages = min(6 if splits == 1 else 4, shared // stage)
     return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits)

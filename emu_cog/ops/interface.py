@@ -1,20 +1,23 @@
-"""What one decode step is made of: the tensors it works on and its operations.
+"""What one forward pass is made of: the weights, the tokens it is given, the pictures in progress, its operations.
 
-M is the number of batch rows: two per image, its conditional and its unconditional sequence. reference.py holds the
-operations in plain torch, triton_ops.py in kernels. Both round where the layers do (after each norm, product and
-rotation), so that they differ by the order of sums alone.
+M is the number of tokens of a pass, of any streams: two per picture in a decode step, thousands when a prompt is read.
+reference.py holds the operations in plain torch, triton_ops.py in kernels. Both round where the layers do (after each
+norm, product and rotation), so that they differ by the order of sums alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from emu_cog.request import Sampling
+from emu_cog.ops.linear import linear
+from emu_cog.prompt.tokens import TokenIds
+
+MAX_ROWS = 64
+"""Tokens of the largest decode step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Weight:
     scale: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
-        """(M, K) to (M, N), in x's dtype; fp32 where the weight has a scale, which is applied after the sum."""
+        """(M, K) to (M, N), in x's dtype."""
         if self.scale is None:
-            return F.linear(x, self.data)
-        return F.linear(x, self.data.to(x.dtype)).float() * self.scale
+            return linear(x, self.data)
+        return (linear(x, self.data.to(x.dtype)).float() * self.scale).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the kernels need to know besides the tensors."""
+    """What attention and norms need to know besides the tensors."""
 
     heads: int
     kv_heads: int
@@ -56,96 +59,146 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeWeights:
-    """All weights of a step. `rope` (2, context, head_dim): cosines and sines by position, in the model's dtype."""
+class ModelWeights:
+    """All weights. `rope` (2, positions, head_dim): cosines and sines, in the model's dtype."""
 
     embed: Tensor
     layers: tuple[Layer, ...]
     norm: Tensor
-    visual_head: Tensor
-    text_head: Tensor
-    visual: int
+    head: Tensor
+    visual: slice
+    """The head's rows of the visual tokens; those before it are text. Neither half is ever computed with the other."""
     rope: Tensor
     shape: Shape
 
     @property
+    def text_head(self) -> Tensor:
+        return self.head[: self.visual.start]
+
+    @property
+    def visual_head(self) -> Tensor:
+        return self.head[self.visual]
+
+    @property
     def bytes_read(self) -> int:
-        """Bytes of weights that one step reads, whatever the number of batch rows."""
+        """Bytes of weights that one step of pictures reads, whatever their number."""
         held = [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         scales = sum(w.scale.nbytes for w in held if w.scale is not None)
         return sum(w.data.nbytes for w in held) + scales + self.visual_head.nbytes
 
 
-@dataclass(kw_only=True)
-class ImageState:
-    """What a step reads and writes besides weights and cache; stays on the device for the whole image.
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one stream in a batch, as the host knows them: `count` from position `start` on."""
 
-    One entry per image, or two where the conditional and the unconditional sequence differ. Tables have one row per
-    step; `step` is the index of the next one.
+    stream: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tokens of one forward pass. Each is stored at its position of its stream, and reads what lies up to there."""
+
+    tokens: Tensor  # (M,) int64
+    positions: Tensor  # (M,) int64
+    streams: Tensor  # (M,) int64: the stream's row of `tables`
+    tables: Tensor  # (streams, pages) int32: the cache page of every PAGE positions
+    spans: tuple[Span, ...] = ()
+    """The same, in the same order, for operations that work stream by stream. Rows beyond them are padding."""
+
+    def to(self, device: torch.device) -> Batch:
+        if self.tokens.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "streams", "tables")}
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class SlotState:
+    """Every sequence's streams and picture, on the device: what steps read and write besides weights and cache.
+
+    A sequence has a slot; streams 2 * slot and 2 * slot + 1 are its conditional and its unconditional one. The last
+    slot is never a sequence's: steps of fewer sequences than they were captured for are padded with it. A picture of
+    `columns` columns and `total` tokens after IMG makes token `step` next; it is active while step < total.
+
+    Row i of `scores` is what the i-th sequence of the last step was sampled from: guided, divided by the temperature.
     """
 
-    token: Tensor  # (2 images,) int64: fed next
-    position: Tensor  # (2 images,) int64: where it is stored
-    step: Tensor  # (images,) int64
-    forced: Tensor  # (steps, images) int64, -1 where a token is sampled
-    uniform: Tensor  # (steps, images) float64
-    advance: Tensor  # (steps, 2 images) int64
-    out: Tensor  # (steps, images) int64, written
-    cfg_scale: Tensor  # (1,) fp32
-    temperature: Tensor  # (1,) fp32
-    top_k: Tensor  # (1,) int32: at least 1
-    scores: Tensor  # (images, V) fp32, written: what the last step sampled from, guided and divided by the temperature
+    token: Tensor  # (2 slots,) int64: fed next
+    position: Tensor  # (2 slots,) int64: where it is stored
+    tables: Tensor  # (2 slots, pages) int32
+    columns: Tensor  # (slots,) int64
+    total: Tensor  # (slots,) int64
+    step: Tensor  # (slots,) int64
+    uniform: Tensor  # (slots, visual tokens) float64 in [0, 1): one random number per visual token
+    out: Tensor  # (slots, steps) int64, written
+    cfg_scale: Tensor  # (slots,) fp32
+    temperature: Tensor  # (slots,) fp32
+    top_k: Tensor  # (slots,) int32, at least 1
+    top_p: Tensor  # (slots,) fp32
+    scores: (
+        Tensor  # (slots, V) fp32, written: row i is what the i-th sequence of the last step sampled from, guided and
+    )
+    # divided by the temperature
 
     @classmethod
-    def empty(cls, images: int, steps: int, vocabulary: int, device: torch.device) -> ImageState:
-        """Zeros, and ones for the parameters; with tables of `steps` steps over `vocabulary` tokens."""
+    def empty(cls, slots: int, *, pages: int, steps: int, vocabulary: int, device: torch.device) -> SlotState:
+        """Room for `slots` sequences and the padding; streams of `pages` pages, pictures of `steps` tokens."""
+        n = slots + 1
 
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
+        def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            token=ints(2 * images),
-            position=ints(2 * images),
-            step=ints(images),
-            forced=ints(steps, images),
-            uniform=torch.zeros((steps, images), dtype=torch.float64, device=device),
-            advance=ints(steps, 2 * images),
-            out=ints(steps, images),
-            cfg_scale=torch.ones(1, device=device),
-            temperature=torch.ones(1, device=device),
-            top_k=torch.ones(1, dtype=torch.int32, device=device),
-            scores=torch.zeros((images, vocabulary), device=device),
+            token=ints(2 * n),
+            position=ints(2 * n),
+            tables=ints(2 * n, pages, dtype=torch.int32),
+            columns=ints(n) + 1,
+            total=ints(n),
+            step=ints(n),
+            uniform=torch.zeros((n, steps), dtype=torch.float64, device=device),
+            out=ints(n, steps),
+            cfg_scale=torch.ones(n, device=device),
+            temperature=torch.ones(n, device=device),
+            top_k=ints(n, dtype=torch.int32) + 1,
+            top_p=torch.ones(n, device=device),
+            scores=torch.zeros((n, vocabulary), device=device),
         )
+
+    @property
+    def padding(self) -> int:
+        return len(self.step) - 1
 
 
 class Ops(Protocol):
-    """The operations of a step. `partials` (splits, M, N) fp32 is a product whose split-K partial sums are still to be
-    added over the first axis."""
+    """The operations of a pass. A `product` is (M, N) in the model's dtype, or fp32 (splits, M, N): split-K partial
+    sums still to be added over the first axis."""
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        """(M, K) times (N, K) transposed: partials (splits, M, N)."""
+        """(M, K) times (N, K) transposed: a product."""
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
         """silu(x @ gate.T) * (x @ up.T): (M, N) of a (2N, K) weight, as the next product reads it."""
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        """(M, K), contiguous or not, to (M, V) fp32."""
+        """(M, K) to (M, V) fp32."""
 
     def add_norm(
-        self, partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+        self, product: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
-        """Add the partials to `residual` (M, H) in place; returns its RMSNorm, as the weight `into` reads it."""
+        """Add the product to `residual` (M, H) in place; returns its RMSNorm, as the weight `into` reads it."""
 
     def rope_store(
-        self, partials: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+        self, product: Tensor, layer: Layer, shape: Shape, rope: Tensor, batch: Batch, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """Norm and rotate queries and keys, store keys and values at `position`; returns the queries (M, heads, D)."""
+        """Norm and rotate queries and keys, by `rope` (2, M, D), and store keys and values in their pages; returns the
+        queries (M, heads, D)."""
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
-        """Attention over each sequence's keys 0..position: (M, heads * D), as the weight `into` reads it."""
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
+        """Attention of every token over its stream up to itself: (M, heads * D), as the weight `into` reads it."""
 
-    def sample(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
-        """Sample every image's next token from (2 images, V) logits and move the state one step on.
-
-        cfg_scale, temperature and top-k are the state's. Only where `sampling.top_p` is below 1 are its top-k and top-p
-        used instead, as constants of the step."""
+    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
+        """Choose the next token of the pictures in `slots` (n,) from (2n, V) logits, two rows per picture, and move
+        their state one step on; slots without an active picture stay as they are. `nucleus` False says that no
+        picture's top-p is below 1."""

@@ -1,73 +1,120 @@
-"""The operations of a decode step in plain torch: the reference that the kernels are tested against."""
+"""The operations of a pass in plain torch, for any device: what CPUs run, and what the kernels are tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
-from emu_cog.ops import head as heads
-from emu_cog.ops.interface import ImageState, Layer, Shape, Weight
-from emu_cog.ops.sampling import guide, keep_top_k, keep_top_k_tensor, keep_top_p, sample
-from emu_cog.request import Sampling
+from emu_cog.ops import linear
+from emu_cog.ops.interface import Batch, Layer, Shape, SlotState, Weight
+from emu_cog.ops.sampling import guide, keep_sorted, sample
+from emu_cog.prompt.tokens import TokenIds
 
 
 class TorchOps:
-    """`Ops` for any device. `filled` is above every position, so that attention reads no further."""
-
-    def __init__(self, filled: int) -> None:
-        self.filled = filled
+    """`Ops` for any device."""
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return w.product(x).float()[None]
+        return w.product(x)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        gate, up = w.product(x).to(x.dtype).chunk(2, dim=-1)
+        gate, up = w.product(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        return heads.logits(x, head)
+        return linear.logits(x, head)
 
     def add_norm(
-        self, partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+        self, product: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
-        if partials is not None:
-            residual += partials.sum(0).to(residual.dtype)
+        if product is not None:
+            residual += summed(product, residual.dtype)
         return _norm(residual, weight, eps)
 
     def rope_store(
-        self, partials: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+        self, product: Tensor, layer: Layer, shape: Shape, rope: Tensor, batch: Batch, keys: Tensor, values: Tensor
     ) -> Tensor:
-        heads = partials.sum(0).to(keys.dtype).view(partials.shape[1], -1, shape.head_dim)
+        heads = summed(product, keys.dtype).view(len(batch.tokens), -1, shape.head_dim)
         q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-        cos, sin = rope[:, position, None]
-        row = torch.arange(len(q), device=q.device)
-        keys[row, position] = _rotate(_norm(k, layer.k_norm, shape.eps), cos, sin)
-        values[row, position] = v
+        cos, sin = rope[:, :, None]
+        size = keys.shape[2]
+        page, cell = batch.tables[batch.streams, batch.positions // size], batch.positions % size
+        keys[:, page, cell] = _rotate(_norm(k, layer.k_norm, shape.eps), cos, sin).transpose(0, 1)
+        values[:, page, cell] = v.transpose(0, 1)
         return _rotate(_norm(q, layer.q_norm, shape.eps), cos, sin)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
-        m, _, dim = q.shape
-        mask = torch.arange(self.filled, device=q.device) <= position[:, None]
-        keys, values = (x[:, : self.filled].transpose(1, 2) for x in (keys, values))
-        folded = q.view(m, keys.shape[1], -1, dim)
-        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask[:, None, None]).reshape(m, -1)
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
+        m, heads, dim = q.shape
+        out, at = q.new_zeros((m, heads * dim)), 0
+        for span in batch.spans:
+            length = span.start + span.count
+            pages = batch.tables[span.stream, : -(-length // keys.shape[2])]
+            k, v = (x[:, pages].view(len(x), -1, dim)[:, :length] for x in (keys, values))
+            out[at : at + span.count] = _attention(q[at : at + span.count], k, v)
+            at += span.count
+        return out
 
-    def sample(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
-        guided = guide(logits[0::2], logits[1::2], state.cfg_scale[0])
-        torch.div(guided, state.temperature[0], out=state.scores)
-        if sampling.top_p < 1.0:
-            kept = keep_top_k(state.scores, sampling.top_k)
+    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
+        advance(state, slots, self.choose(logits, state, slots), ids)
+
+    def choose(self, logits: Tensor, state: SlotState, slots: Tensor) -> Tensor:
+        """The codes (n,) sampled by the pictures in `slots`; writes their scores. One by one, so that no operation
+        divides its work by their number."""
+        step, columns = state.step[slots], state.columns[slots]
+        number = (step // (columns + 1) * columns + step % (columns + 1)).clamp_(max=state.uniform.shape[1] - 1)
+        uniform = state.uniform[slots, number]
+        scale, temperature = state.cfg_scale[slots, None], state.temperature[slots, None]
+        top_k, top_p = state.top_k[slots, None], state.top_p[slots, None]
+        codes = []
+        for i in range(len(slots)):
+            one = slice(i, i + 1)
+            guided = guide(logits[2 * i : 2 * i + 1], logits[2 * i + 1 : 2 * i + 2], scale[one])
+            state.scores[one] = guided / temperature[one]
+            probs = keep_sorted(state.scores[one], top_k[one], top_p[one]).softmax(dim=-1)
+            codes.append(sample(probs, uniform[one]))
+        return torch.cat(codes)
+
+
+def advance(state: SlotState, slots: Tensor, codes: Tensor, ids: TokenIds) -> None:
+    """Insert the grammar's tokens, store what is next and move the active pictures of `slots` one step on."""
+    step, columns, total = state.step[slots], state.columns[slots], state.total[slots]
+    active = step < total
+    token = torch.where(step % (columns + 1) == columns, ids.eol, ids.visual + codes)
+    token = torch.where(step == total - 1, ids.eoi, token)
+    at = step.clamp(max=state.out.shape[1] - 1)
+    state.out[slots, at] = torch.where(active, token, state.out[slots, at])
+    for stream in (2 * slots, 2 * slots + 1):
+        state.token[stream] = torch.where(active, token, state.token[stream])
+        state.position[stream] += active
+    state.step[slots] += active
+
+
+def summed(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product (see Ops) as (M, N) of `dtype`."""
+    return product.sum(0).to(dtype) if product.dim() == 3 else product
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of L tokens: (T, heads, D) over (kv_heads, L, D) to (T, heads * D)."""
+    (t, heads, dim), (kv, length, _) = q.shape, k.shape
+    if t > 1 and q.is_cuda and q.dtype != torch.float32:
+        q, k, v = q.transpose(0, 1)[None], k[None], v[None]
+        if t == length:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            kept = keep_top_k_tensor(state.scores, state.top_k)
-        probs = keep_top_p(kept, sampling.top_p).softmax(dim=-1)
-        at = state.step[:1]
-        forced = state.forced[at][0]
-        token = torch.where(forced < 0, visual + sample(probs, state.uniform[at][0]), forced)
-        state.out[at] = token[None]
-        state.token.copy_(token.repeat_interleave(2))
-        state.position += state.advance[at][0]
-        state.step += 1
+            out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(t, length), enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(t, heads * dim)
+    # The heads that share keys become queries of one head, so that no key is copied or read twice.
+    groups = heads // kv
+    folded = q.view(t, kv, groups, dim).permute(1, 2, 0, 3).reshape(1, kv, groups * t, dim)
+    mask = None
+    if t > 1:
+        at = torch.arange(length, device=q.device)
+        mask = (at <= at[length - t :, None]).repeat(groups, 1)
+    out = F.scaled_dot_product_attention(folded, k[None], v[None], attn_mask=mask)
+    return out.view(kv, groups, t, dim).permute(2, 0, 1, 3).reshape(t, heads * dim)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -29,10 +29,14 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def keep_top_k_tensor(scores: Tensor, k: Tensor) -> Tensor:
-    """`keep_top_k` for a k on the device, (1,) int in 1..V: sorts everything, but never synchronizes."""
-    ordered = scores.sort(dim=-1, descending=True).values
-    return scores.masked_fill(scores < ordered.index_select(-1, k.long() - 1), -torch.inf)
+def keep_sorted(scores: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    """`keep_top_k`, then `keep_top_p`, of (N, V) for (N, 1) numbers on the device: int k in 1..V and fp32 p. Sorts, but
+    never synchronizes."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    threshold = ordered.gather(-1, k.long() - 1)
+    kept = ordered.masked_fill(ordered < threshold, -torch.inf)
+    outside = _outside_nucleus(kept, p) & (p < 1.0)
+    return scores.masked_fill((scores < threshold) | outside.scatter(-1, order, outside), -torch.inf)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
@@ -40,10 +44,14 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     if p >= 1.0:
         return scores
     ordered, order = scores.sort(dim=-1, descending=True)
-    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-    outside = mass > p
-    outside = torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], dim=-1)  # the token that crosses p stays
+    outside = _outside_nucleus(ordered, p)
     return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def _outside_nucleus(ordered: Tensor, p: float | Tensor) -> Tensor:
+    """Where descending scores (N, V) lie outside the nucleus; the token that crosses p stays."""
+    outside = ordered.softmax(dim=-1).cumsum(dim=-1) > p
+    return torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], dim=-1)
 
 
 def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:

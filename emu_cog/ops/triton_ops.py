@@ -1,4 +1,5 @@
-"""The decode step's operations in Triton: `interface.Ops` for CUDA, or for Triton's interpreter."""
+"""`interface.Ops` for CUDA, or for Triton's interpreter: own kernels up to MAX_ROWS tokens, PyTorch's products and
+attention beyond, where a pass reads one prompt alone and nothing is shared with other requests."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from emu_cog.ops.autotune import (
+    ROWS,
     Card,
     KernelBuildError,
     KernelConfig,
@@ -22,11 +24,11 @@ from emu_cog.ops.autotune import (
     default_config,
     shape,
 )
-from emu_cog.ops.interface import DecodeWeights, ImageState, Layer, Shape, Weight
+from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, SlotState, Weight
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
-from emu_cog.request import Sampling
+from emu_cog.prompt.tokens import TokenIds
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -60,10 +62,11 @@ class TritonOps:
     def __init__(self, config: KernelConfig, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, DTYPES[dtype]
         self._scratch: dict[int, dict[str, Tensor]] = {}
+        self._torch = TorchOps()
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
-    def autotuned(cls, w: DecodeWeights, device: torch.device) -> tuple[TritonOps, list[str]]:
+    def autotuned(cls, w: ModelWeights, device: torch.device) -> tuple[TritonOps, list[str]]:
         """With the configuration that is fastest on `device` for the model's own weights; and lines for the log.
 
         KernelBuildError where no configuration can be built.
@@ -71,8 +74,8 @@ class TritonOps:
         card = Card.of(device)
         ops = cls(default_config(w, card), w.embed.dtype)
 
-        def seconds(weights: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
-            x = torch.randn((2, weights[0].data.shape[1]), device=device)
+        def seconds(weights: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
+            x = torch.randn((rows, weights[0].data.shape[1]), device=device)
             x = x.to(torch.float16 if _is_8_bit(weights[0]) else w.embed.dtype)
             with build_errors(device):
                 return _replay_seconds(lambda: [ops.product(x, weight, config, swiglu=swiglu) for weight in weights])
@@ -95,7 +98,7 @@ class TritonOps:
         partials = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
         grid = (_up(n, config.block_n), splits)
         common: dict[str, Any] = {
-            "ROWS": max(16, _power(m)),
+            "ROWS": _rows(m),
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "STAGES": config.stages,
@@ -125,22 +128,29 @@ class TritonOps:
         return partials
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.config.linear[shape(w)])
+        return self._product(x, w) if len(x) <= MAX_ROWS else w.product(x)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        return self.product(x, w, self.config.linear[shape(w)], swiglu=True)[0]
+        if len(x) > MAX_ROWS:
+            return self._torch.swiglu(x, w)
+        return self._product(x, w, swiglu=True)[0]
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        return self.linear(x.contiguous(), Weight(head))[0]
+        # In blocks: text may be sampled for any number of sequences, and no row may depend on the others.
+        parts = [self._product(part.contiguous(), Weight(head))[0] for part in x.split(MAX_ROWS)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _product(self, x: Tensor, w: Weight, *, swiglu: bool = False) -> Tensor:
+        return self.product(x, w, self.config.linear[_rows(len(x)), *shape(w)], swiglu=swiglu)
 
     # -- the rest of a layer ----------------------------------------------------------------------------------
 
     def add_norm(
-        self, partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
+        self, product: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
         m, h = residual.shape
         out = self._input(residual, into)
-        source, splits = (residual, 0) if partials is None else (partials, len(partials))
+        source, splits = (residual, 0) if product is None else (product, _splits(product))
         block = _power(h)
         warps = max(1, min(16, block // 256))
         layers.add_norm_kernel[(m,)](
@@ -153,42 +163,47 @@ class TritonOps:
             splits,
             m,
             BLOCK=block,
-            INTERLEAVED=_is_8_bit(into),
+            INTERLEAVED=self._interleaved(into, m),
             num_warps=warps,
             **self.launch,
         )
         return out
 
     def rope_store(
-        self, partials: Tensor, layer: Layer, shape: Shape, rope: Tensor, position: Tensor, keys: Tensor, values: Tensor
+        self, product: Tensor, layer: Layer, shape: Shape, rope: Tensor, batch: Batch, keys: Tensor, values: Tensor
     ) -> Tensor:
-        splits, m, _ = partials.shape
-        q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=partials.device)
+        m = len(batch.tokens)
+        q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=product.device)
         layers.rope_store_kernel[(m, shape.heads + 2 * shape.kv_heads)](
-            partials,
+            product,
             layer.q_norm,
             layer.k_norm,
-            rope[0],
-            rope[1],
-            position,
+            rope,
+            batch.positions,
+            batch.streams,
+            batch.tables,
             q,
             keys,
             values,
-            *keys.stride()[:3],
+            batch.tables.stride(0),
+            keys.stride(0),
             shape.eps,
-            splits,
+            _splits(product),
             m,
             HEADS=shape.heads,
             KV=shape.kv_heads,
             D=shape.head_dim,
+            PAGE=keys.shape[2],
             num_warps=1,
             **self.launch,
         )
         return q
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, into: Weight) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         m, heads, dim = q.shape
-        kv, splits = keys.shape[2], self.config.key_splits
+        if m > MAX_ROWS:
+            return self._torch.attend(q, keys, values, batch, into)
+        kv, splits = keys.shape[0], self.config.key_splits
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
@@ -196,15 +211,19 @@ class TritonOps:
             q,
             keys,
             values,
-            position,
+            batch.positions,
+            batch.streams,
+            batch.tables,
             acc,
             logs,
-            *keys.stride()[:3],
+            batch.tables.stride(0),
+            keys.stride(0),
             dim**-0.5 * math.log2(math.e),
             KV=kv,
             GROUP=heads // kv,
             PADDED=max(16, _power(heads // kv)),
             D=dim,
+            PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
             SPLITS=splits,
             STAGES=3,
@@ -220,7 +239,7 @@ class TritonOps:
             SPLITS=splits,
             PADDED=_power(splits),
             KIND=self.dtype,
-            INTERLEAVED=_is_8_bit(into),
+            INTERLEAVED=self._interleaved(into, m),
             num_warps=1,
             **self.launch,
         )
@@ -228,41 +247,49 @@ class TritonOps:
 
     def _input(self, like: Tensor, into: Weight | None) -> Tensor:
         """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py)."""
-        return torch.empty_like(like, dtype=torch.float16 if _is_8_bit(into) else like.dtype)
+        return torch.empty_like(like, dtype=torch.float16 if self._interleaved(into, len(like)) else like.dtype)
+
+    def _interleaved(self, into: Weight | None, rows: int) -> bool:
+        return _is_8_bit(into) and rows <= MAX_ROWS
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, state: ImageState, visual: int, sampling: Sampling) -> None:
-        if sampling.top_p < 1.0:
-            TorchOps(0).sample(logits, state, visual, sampling)
-            return
+    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
         images, vocabulary = len(logits) // 2, logits.shape[1]
         blocks = _up(vocabulary, self.BLOCK)
         if images not in self._scratch:
             self._scratch[images] = _sampling_scratch(images, blocks, logits.device)
         s = self._scratch[images]
+        chosen = s["none"]
+        if nucleus:  # needs a sort; pictures with another top-p are sampled as ever
+            chosen = torch.where(state.top_p[slots] < 1.0, self._torch.choose(logits, state, slots), -1)
         grid, some = (images, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
-        counts, top, k = s["counts"], s["top"], state.top_k
+        counts, top, k, scores = s["counts"], s["top"], state.top_k, state.scores
         sampling_kernels.guide_kernel[grid](
-            logits, state.cfg_scale, state.temperature, state.scores, counts, top, vocabulary, **some
+            logits, slots, state.cfg_scale, state.temperature, scores, counts, top, vocabulary, **some
         )
         for digit in (1, 2, 3):
-            sampling_kernels.count_kernel[grid](state.scores, counts, k, vocabulary, PASS=digit, **some)
-        sampling_kernels.mass_kernel[grid](state.scores, counts, top, k, s["threshold"], s["mass"], vocabulary, **some)
+            sampling_kernels.count_kernel[grid](scores, counts, slots, k, vocabulary, PASS=digit, **some)
+        sampling_kernels.mass_kernel[grid](scores, counts, top, slots, k, s["threshold"], s["mass"], vocabulary, **some)
         sampling_kernels.sample_kernel[(images,)](
-            state.scores,
+            scores,
             counts,
             top,
             s["threshold"],
             s["mass"],
+            slots,
+            chosen,
             state.uniform,
-            state.forced,
-            state.advance,
+            state.columns,
+            state.total,
             state.step,
             state.token,
             state.position,
             state.out,
-            visual,
+            state.out.shape[1],
+            ids.visual,
+            ids.eol,
+            ids.eoi,
             vocabulary,
             blocks,
             BLOCKS=_power(blocks),
@@ -277,6 +304,7 @@ def _sampling_scratch(images: int, blocks: int, device: torch.device) -> dict[st
         "top": torch.full((images,), -(2**31), dtype=torch.int32, device=device),
         "threshold": torch.zeros((images,), dtype=torch.int32, device=device),
         "mass": torch.zeros((images, blocks), dtype=torch.float64, device=device),
+        "none": torch.full((images,), -1, dtype=torch.int64, device=device),
     }
 
 
@@ -306,8 +334,17 @@ def _is_8_bit(weight: Weight | None) -> bool:
     return weight is not None and weight.scale is not None
 
 
+def _splits(product: Tensor) -> int:
+    return len(product) if product.dim() == 3 else 1
+
+
 def _up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _rows(m: int) -> int:
+    """The least of ROWS that is at least `m`."""
+    return next(rows for rows in ROWS if rows >= m)
 
 
 def _power(n: int) -> int:

@@ -1,4 +1,4 @@
-"""The decode step's kernels, in Triton: at most 16 batch rows through weights that are read once, at memory bandwidth.
+"""The decode step's kernels, in Triton: up to 64 tokens through weights that are read once, at memory bandwidth.
 
 Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
 kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
@@ -95,7 +95,7 @@ def _swiglu(gate, up, kind: tl.constexpr):
 
 @triton.jit
 def add_norm_kernel(
-    partials_ptr,  # (splits, M, H) fp32
+    product_ptr,  # (splits, M, H)
     residual_ptr,  # (M, H), read and written
     weight_ptr,  # (H,)
     out_ptr,  # (M, H); with INTERLEAVED as an 8-bit product reads it
@@ -107,7 +107,7 @@ def add_norm_kernel(
     INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sum the partials, add them to the residual stream, and write its RMSNorm. One program per batch row."""
+    """Sum the product's splits, add them to the residual stream, and write its RMSNorm. One program per token."""
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     live = i < H
@@ -118,7 +118,7 @@ def add_norm_kernel(
     if splits > 0:
         total = tl.zeros((BLOCK,), tl.float32)
         for s in range(splits):
-            total += tl.load(partials_ptr + (s * M + row) * H + i, mask=live, other=0.0)
+            total += tl.load(product_ptr + (s * M + row).to(tl.int64) * H + i, mask=live, other=0.0).to(tl.float32)
         x = (x + total.to(kind).to(tl.float32)).to(kind).to(tl.float32)
         tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
@@ -130,18 +130,24 @@ def add_norm_kernel(
 
 
 @triton.jit
+def _page(tables_ptr, stream, position, table_stride, PAGE: tl.constexpr):
+    """The page that holds a stream's position."""
+    return tl.load(tables_ptr + stream * table_stride + position // PAGE).to(tl.int64)
+
+
+@triton.jit
 def rope_store_kernel(
-    partials_ptr,  # (splits, M, (heads + 2 kv) * D) fp32: queries, keys, values
+    product_ptr,  # (splits, M, (heads + 2 kv) * D): queries, keys, values
     q_weight_ptr,
     k_weight_ptr,  # (D,)
-    cos_ptr,
-    sin_ptr,  # (context, D), the halves equal
-    position_ptr,  # (M,) int64
+    rope_ptr,  # (2, M, D): cosines and sines, each one's halves equal
+    position_ptr,
+    stream_ptr,  # (M,) int64
+    tables_ptr,  # (streams, pages) int32
     q_ptr,  # (M, heads, D)
     k_ptr,
-    v_ptr,  # (slots, capacity, kv, D)
-    row_stride,
-    token_stride,
+    v_ptr,  # (kv, pages, PAGE, D)
+    table_stride,
     head_stride,
     eps,
     splits,
@@ -149,9 +155,10 @@ def rope_store_kernel(
     HEADS: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
+    PAGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm and rotate queries and keys, store keys and values in the cache. Program (batch row, head)."""
+    """Norm and rotate queries and keys, store keys and values in the cache. Program (token, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
@@ -160,12 +167,14 @@ def rope_store_kernel(
     low = tl.zeros((HALF,), tl.float32)
     high = tl.zeros((HALF,), tl.float32)
     for s in range(splits):
-        at = partials_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
-        low += tl.load(at)
-        high += tl.load(at + HALF)
+        at = product_ptr + ((s * M + row).to(tl.int64) * (HEADS + 2 * KV) + head) * D + i
+        low += tl.load(at).to(tl.float32)
+        high += tl.load(at + HALF).to(tl.float32)
     position = tl.load(position_ptr + row)
+    page = _page(tables_ptr, tl.load(stream_ptr + row), position, table_stride, PAGE)
+    cell = (page * PAGE + position % PAGE) * D + i
     if head >= HEADS + KV:
-        cell = v_ptr + row.to(tl.int64) * row_stride + position * token_stride + (head - HEADS - KV) * head_stride + i
+        cell += v_ptr + (head - HEADS - KV).to(tl.int64) * head_stride
         tl.store(cell, low.to(kind))
         tl.store(cell + HALF, high.to(kind))
     else:
@@ -173,44 +182,43 @@ def rope_store_kernel(
         scale = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
         if head < HEADS:
             w_low, w_high = tl.load(q_weight_ptr + i), tl.load(q_weight_ptr + HALF + i)
+            out = q_ptr + (row.to(tl.int64) * HEADS + head) * D + i
         else:
             w_low, w_high = tl.load(k_weight_ptr + i), tl.load(k_weight_ptr + HALF + i)
+            out = k_ptr + (head - HEADS).to(tl.int64) * head_stride + cell
         low = ((low * scale).to(kind).to(tl.float32) * w_low.to(tl.float32)).to(kind).to(tl.float32)
         high = ((high * scale).to(kind).to(tl.float32) * w_high.to(tl.float32)).to(kind).to(tl.float32)
-        cos = tl.load(cos_ptr + position * D + i).to(tl.float32)
-        sin = tl.load(sin_ptr + position * D + i).to(tl.float32)
-        rotated_low, rotated_high = low * cos - high * sin, high * cos + low * sin
-        if head < HEADS:
-            cell = q_ptr + (row * HEADS + head) * D + i
-        else:
-            cell = k_ptr + row.to(tl.int64) * row_stride + position * token_stride + (head - HEADS) * head_stride + i
-        tl.store(cell, rotated_low.to(kind))
-        tl.store(cell + HALF, rotated_high.to(kind))
+        cos = tl.load(rope_ptr + row * D + i).to(tl.float32)
+        sin = tl.load(rope_ptr + (M + row) * D + i).to(tl.float32)
+        tl.store(out, (low * cos - high * sin).to(kind))
+        tl.store(out + HALF, (high * cos + low * sin).to(kind))
 
 
 @triton.jit
 def attend_kernel(
     q_ptr,  # (M, KV * GROUP, D)
     k_ptr,
-    v_ptr,  # (slots, capacity, KV, D)
+    v_ptr,  # (KV, pages, PAGE, D)
     position_ptr,  # (M,) int64: the last key that is read
+    stream_ptr,  # (M,) int64
+    tables_ptr,  # (streams, pages) int32
     acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32
     log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a split with no keys
-    row_stride,
-    token_stride,
+    table_stride,
     head_stride,
     scale,  # 1 / sqrt(D) * log2(e)
     KV: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     D: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attention of one token per sequence over a split of its keys, for the GROUP heads that share keys.
-    Program (batch row, kv head, split): the keys are divided into SPLITS equal parts, however many there are."""
+    """Attention of each token over a split of its stream's keys, for the GROUP heads that share keys. Program (token,
+    kv head, split): the keys are divided into SPLITS equal parts by their own number alone. BLOCK divides PAGE."""
     _begin(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = (tl.load(position_ptr + row) + 1).to(tl.int32)
@@ -220,12 +228,14 @@ def attend_kernel(
     g, d, t = tl.arange(0, PADDED), tl.arange(0, D), tl.arange(0, BLOCK)
     heads = (row * KV + head) * GROUP + g
     q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=g[:, None] < GROUP, other=0.0)
-    base = row.to(tl.int64) * row_stride + head * head_stride
+    base = head.to(tl.int64) * head_stride
+    stream = tl.load(stream_ptr + row)
     top = tl.full((PADDED,), float("-inf"), tl.float32)
     total = tl.zeros((PADDED,), tl.float32)
     acc = tl.zeros((PADDED, D), tl.float32)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        cells = base + (at + t)[:, None] * token_stride + d[None, :]
+        page = _page(tables_ptr, stream, at, table_stride, PAGE)
+        cells = base + (page * PAGE + at % PAGE + t)[:, None] * D + d[None, :]
         inside = at + t < end
         k = tl.load(k_ptr + cells, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + cells, mask=inside[:, None], other=0.0)

@@ -2,8 +2,8 @@
 
 The k-th largest of 131072 scores is found digit by digit: four passes over the ordered bits, eight at a time, each
 counting how many scores share the digits found so far. That is exact, ties at the threshold included, and k is read
-from the device, so that another top-k needs no new capture. Rows 2i and 2i + 1 of the logits belong to image i. Each
-kernel runs as (images, blocks of BLOCK scores); the last one as (images,).
+from the device, so that another top-k needs no new capture. Rows 2i and 2i + 1 of the logits belong to image i, whose
+parameters are those of slot slots[i]. Each kernel runs as (images, blocks of BLOCK scores); the last one as (images,).
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _prefix(counts_ptr, k, PASSES: tl.constexpr):
 @triton.jit
 def guide_kernel(
     logits_ptr,  # (2 images, V) fp32
-    cfg_scale_ptr,  # (1,) fp32
-    temperature_ptr,  # (1,) fp32
+    slots_ptr,  # (images,) int64
+    cfg_scale_ptr,
+    temperature_ptr,  # (slots,) fp32
     scores_ptr,  # (images, V) fp32
     counts_ptr,  # (images, 4, BINS) int32, zeros on entry
     top_ptr,  # (images,) int32, the smallest int on entry
@@ -68,7 +69,8 @@ def guide_kernel(
     image = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
-    scale, temperature = tl.load(cfg_scale_ptr), tl.load(temperature_ptr)
+    slot = tl.load(slots_ptr + image)
+    scale, temperature = tl.load(cfg_scale_ptr + slot), tl.load(temperature_ptr + slot)
     c = tl.load(logits_ptr + 2 * image * V + i, mask=live, other=0.0)
     u = tl.load(logits_ptr + (2 * image + 1) * V + i, mask=live, other=0.0)
     # As torch.lerp does it: exact at both ends.
@@ -87,14 +89,16 @@ def _count(counts_ptr, digits, live):
 
 
 @triton.jit
-def count_kernel(scores_ptr, counts_ptr, k_ptr, V, PASS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def count_kernel(
+    scores_ptr, counts_ptr, slots_ptr, k_ptr, V, PASS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """Count digit PASS (1..3) of the scores that share the digits before it with the k-th largest."""
     _begin(PDL)
     image = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
     counts_ptr += image * 4 * BINS
-    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr), PASS)
+    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + image)), PASS)
     key = _ordered(tl.load(scores_ptr + image * V + i, mask=live, other=0.0))
     same = live & ((key >> (32 - 8 * PASS)) == prefix)
     if tl.sum(same.to(tl.int32), axis=0) > 0:
@@ -115,6 +119,7 @@ def mass_kernel(
     scores_ptr,
     counts_ptr,
     top_ptr,
+    slots_ptr,
     k_ptr,
     threshold_ptr,  # (images,) int32, written
     mass_ptr,  # (images, blocks) fp64, written
@@ -126,7 +131,7 @@ def mass_kernel(
     _begin(PDL)
     image, block = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    threshold, _ = _prefix(counts_ptr + image * 4 * BINS, tl.load(k_ptr), 4)
+    threshold, _ = _prefix(counts_ptr + image * 4 * BINS, tl.load(k_ptr + tl.load(slots_ptr + image)), 4)
     mass = _mass(scores_ptr + image * V, tl.load(top_ptr + image), threshold, i, i < V)
     tl.store(mass_ptr + image * tl.num_programs(1) + block, tl.sum(mass, axis=0))
     if block == 0:
@@ -140,28 +145,37 @@ def sample_kernel(
     top_ptr,
     threshold_ptr,
     mass_ptr,
-    uniform_ptr,  # (steps, images) fp64
-    forced_ptr,  # (steps, images) int64, -1 where a token is sampled
-    advance_ptr,  # (steps, 2 images) int64
-    step_ptr,  # (images,) int64
-    token_ptr,  # (2 images,) int64
-    position_ptr,  # (2 images,) int64
-    out_ptr,  # (steps, images) int64
+    slots_ptr,  # (images,) int64
+    chosen_ptr,  # (images,) int64: codes sampled otherwise, -1 for those to be sampled here
+    uniform_ptr,  # (slots, steps) fp64
+    columns_ptr,
+    total_ptr,
+    step_ptr,  # (slots,) int64
+    token_ptr,
+    position_ptr,  # (2 slots,) int64
+    out_ptr,  # (slots, steps) int64
+    steps,
     visual,
+    eol,
+    eoi,
     V,
     blocks,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sample where the running sum passes uniform * total, insert forced tokens, advance the counters."""
+    """Sample where the running sum passes uniform * total, insert the grammar's tokens, advance the counters."""
     _begin(PDL)
-    image, images = tl.program_id(0), tl.num_programs(0)
-    step = tl.load(step_ptr + image)
+    image = tl.program_id(0)
+    slot = tl.load(slots_ptr + image)
+    step, columns, length = tl.load(step_ptr + slot), tl.load(columns_ptr + slot), tl.load(total_ptr + slot)
+    active = step < length
+    place = step % (columns + 1)
+    number = tl.minimum(step // (columns + 1) * columns + place, steps - 1)
     b = tl.arange(0, BLOCKS)
     masses = tl.load(mass_ptr + image * blocks + b, mask=b < blocks, other=0.0)
     sums = tl.cumsum(masses, axis=0)
-    target = tl.load(uniform_ptr + step * images + image) * tl.sum(masses, axis=0)
+    target = tl.load(uniform_ptr + slot * steps + number) * tl.sum(masses, axis=0)
     last = tl.max(tl.where(masses > 0, b, 0), axis=0)
     block = tl.minimum(tl.min(tl.where((sums > target) & (masses > 0), b, BLOCKS), axis=0), last)
     before = tl.sum(tl.where(b < block, masses, 0.0), axis=0)
@@ -171,14 +185,15 @@ def sample_kernel(
     inner = before + tl.cumsum(mass, axis=0)
     likeliest_end = tl.max(tl.where(mass > 0, i, 0), axis=0)
     sampled = tl.minimum(tl.min(tl.where((inner > target) & (mass > 0), i, 2147483647), axis=0), likeliest_end)
-    forced = tl.load(forced_ptr + step * images + image)
-    token = tl.where(forced < 0, sampled.to(tl.int64) + visual, forced)
-    tl.store(out_ptr + step * images + image, token)
-    pair = tl.arange(0, 2)
-    tl.store(token_ptr + 2 * image + pair, token)
-    position = tl.load(position_ptr + 2 * image + pair)
-    tl.store(position_ptr + 2 * image + pair, position + tl.load(advance_ptr + step * 2 * images + 2 * image + pair))
-    tl.store(step_ptr + image, step + 1)
+    chosen = tl.load(chosen_ptr + image)
+    token = tl.where(chosen < 0, sampled.to(tl.int64), chosen) + visual
+    token = tl.where(place == columns, eol, token)
+    token = tl.where(step == length - 1, eoi, token)
+    tl.store(out_ptr + slot * steps + step, token, mask=active)
+    pair = 2 * slot + tl.arange(0, 2)
+    tl.store(token_ptr + pair, token, mask=active)
+    tl.store(position_ptr + pair, tl.load(position_ptr + pair) + 1, mask=active)
+    tl.store(step_ptr + slot, step + 1, mask=active)
     # Reset for the next step: nothing reads these after this kernel.
     bins = tl.arange(0, 1024)
     tl.store(counts_ptr + image * 1024 + bins, tl.zeros((1024,), tl.int32))
