@@ -63,6 +63,10 @@ class ProgressMeter:
         self._shares = [0.0] * len(limits)
         self._tell()
 
+    def repeat(self) -> None:
+        """Report again where nothing has happened: whoever is told may raise to end the request."""
+        self._tell()
+
     def prompt_read(self, output: int) -> None:
         self._advance(output, PROMPT_SHARE)
 

@@ -208,9 +208,8 @@ class Pipeline:
         log.info("seed %d, %s", seed, plan.summary())
         images, vq_seconds = [], 0.0
         for image in request.images:
-            codes, seconds = self.engine.call(
-                lambda image=image: _timed(encode_image, image, plan.image_area, self.vision)
-            )
+            encode = partial(_timed, encode_image, image, plan.image_area, self.vision)
+            codes, seconds = self.engine.call(encode)
             images.append(codes)
             vq_seconds += seconds
         prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
@@ -311,7 +310,7 @@ class Running:
 
     def events(self) -> Iterator[Event]:
         """The events, RunStats last; leaving early cancels."""
-        with closing(self._submission.events()) as events:
+        with closing(self._submission.events(waiting=self._meter.repeat)) as events:
             for event in events:
                 yield from self._read(event)
                 self._measure(event)

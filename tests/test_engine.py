@@ -224,7 +224,7 @@ def test_a_long_prompt_is_prefilled_in_chunks(
     pipelines: Pipelines, plain_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three chunks, the last two without the shorter unconditional prompt."""
-    monkeypatch.setattr("emu_cog.engine.prefill.PREFILL_CHUNK", 100)
+    monkeypatch.setattr("emu_cog.engine.engine.PREFILL_CHUNK", 100)
     pipeline = pipelines("picture")
     output, config = prepare(pipeline, Request(prompt="boat " * 210, size=(2, 2), seed=1))
     assert 300 > len(output.conditional) > 200 > 100 > len(output.unconditional)
