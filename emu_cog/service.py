@@ -266,7 +266,8 @@ class Backend(Protocol):
 
     def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]:
         """The events of one request. Several threads may each iterate over one of their own. Closing it ends the work
-        on its request, and so does what `on_progress` raises in the thread that iterates."""
+        on its request alone, and so does what `on_progress` raises in the thread that iterates. A cancel is noticed
+        when `on_progress` is called there, so call it often, also while the request only waits."""
 
 
 class OneAtATime:

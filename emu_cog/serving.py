@@ -1,10 +1,10 @@
-"""Several predictions at once on Cog's server, without importing it: what predict.py returns, and how a cancel arrives.
+"""Several predictions at once on Cog's server: what predict.py returns to it. Cog itself is not imported here.
 
-coglet 0.23.1 runs every `async def predict` in one event loop and iterates what it returns in a thread of that
-prediction. Of its three ways only one both serves several predictions and delivers files as they are made: a coroutine
-that returns a plain generator. (It collects an async generator to the end, and refuses a plain `predict` when it may
-run more than one.) Two things are missing in that thread, and `stream` adds them: the context variables by which coglet
-assigns logs and metrics, and the cancel.
+coglet 0.23.1 can serve several predictions and deliver files as they are made in one way only: `predict` is a coroutine
+that returns a plain generator. (It keeps the results of an async generator to its end, and refuses a plain `predict`
+when more than one may run.) It runs the coroutine in an event loop, then iterates over the generator in a thread of
+that prediction. Two things are missing in that thread, and `stream` adds them: the context variables by which coglet
+assigns logs and metrics to predictions, and the cancel.
 """
 
 from __future__ import annotations
@@ -30,22 +30,18 @@ def stream(files: Files, cancelled: threading.Event) -> Files:
     """A generator of `files` for coglet. Call it in the coroutine of the prediction.
 
     `files` runs in a thread of its own, in the prediction's context. A cancel ends the prediction at once with
-    asyncio.CancelledError, which coglet reports as canceled; it sets `cancelled`, by which `files` is to end itself
-    soon after, and closes `files` at its next file. So do an error of the server and a client that is gone.
+    asyncio.CancelledError, which coglet reports as canceled. Whatever ends the prediction sets `cancelled`; `files`
+    should then end soon, and is closed at its next file at the latest. Files made before a cancel are delivered.
     """
     queue: _Queue = SimpleQueue()
 
-    def cancel() -> None:
-        queue.put(asyncio.CancelledError())  # before `cancelled` is set: whatever ends `files` by it comes after
-        cancelled.set()
-
-    if not call_on_cancel(cancel):
+    if not call_on_cancel(lambda: queue.put(asyncio.CancelledError())):
         _warn_once()
     return _deliver(files, queue, cancelled, contextvars.copy_context())
 
 
 def _deliver(files: Files, queue: _Queue, cancelled: threading.Event, context: contextvars.Context) -> Files:
-    """A real generator: coglet streams no other kind of iterator. Its thread only waits, so a cancel needs no delay."""
+    """A real generator: coglet streams no other kind of iterator. It only waits, so that a cancel takes no time."""
     delivered = threading.Semaphore(0)
     make = functools.partial(context.run, _make, files, queue, cancelled, delivered)
     threading.Thread(target=make, name="prediction", daemon=True).start()
@@ -106,4 +102,4 @@ def _linked_futures(task: object) -> list[concurrent.futures.Future[object]]:
 
 @functools.cache
 def _warn_once() -> None:
-    log.warning("this version of Cog or Python does not tell of a cancel: a cancelled prediction runs to its end")
+    log.warning("cancels can't be received with this version of Cog or Python: a cancelled prediction runs to its end")

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -35,7 +36,8 @@ from emu_cog import serving
 from emu_cog.events import Event, Progress, RunStats
 from emu_cog.log import log
 from emu_cog.request import Request
-from emu_cog.service import ONE_AT_A_TIME, OneAtATime, Service
+from emu_cog.service import OneAtATime, Service
+from emu_cog.settings import Settings
 from tests.conftest import ROOT
 
 SLOTS = 8
@@ -107,6 +109,9 @@ class Prediction:
     def began(self) -> Prediction:
         return self.until(lambda: any(name == "log" for name, _ in self.events))
 
+    def logged(self, line: str) -> Prediction:
+        return self.until(lambda: any(name == "log" and data["data"] == line for name, data in self.events))
+
     def has(self, outputs: int) -> Prediction:
         return self.until(lambda: self.outputs >= outputs)
 
@@ -175,14 +180,16 @@ def kit(server: Server, folder: Path) -> Iterator[Kit]:
 def test_files_arrive_as_they_are_made(kit: Kit) -> None:
     """coglet keeps all files of an async generator to the end, and loses them in a cancel."""
     gate = kit.gate()
-    together = [kit.start(f"pic wait:{gate} pic", seed=n) for n in range(4)]
-    for prediction in together:
+    steps = f"pic wait:{gate} pic"
+    pictures = [kit.start(steps) for _ in range(2)]
+    stories = [kit.start(steps, task_type="story") for _ in range(2)]
+    for prediction in pictures + stories:
         prediction.has(outputs=1)
-    assert not any(prediction.finished for prediction in together)
+    assert not any(prediction.finished for prediction in pictures + stories)
     kit.open(gate)
-    for prediction in together:
+    for prediction in pictures + stories:
         assert prediction.result()["status"] == "succeeded"
-        assert prediction.outputs == 2
+    assert [prediction.outputs for prediction in pictures + stories] == [2, 2, 3, 3]  # a story ends with its page
 
 
 def test_a_file_comes_before_what_is_logged_after_it(kit: Kit) -> None:
@@ -203,7 +210,7 @@ def test_logs_progress_and_metrics_belong_to_their_prediction(kit: Kit) -> None:
     together = [kit.start(f"{steps} pic", seed=100 + n) for n in range(4)]
     for number, gate in enumerate(gates):
         for prediction in together:
-            prediction.until(lambda p=prediction, n=number: any(f"{p.name} {n}" in str(event) for event in p.events))  # type: ignore[misc]
+            prediction.logged(f"{prediction.name} {number}\n")
         kit.open(gate)
     for number, prediction in enumerate(together):
         result = prediction.result()
@@ -230,8 +237,9 @@ def test_omitted_inputs_arrive_as_their_defaults(kit: Kit) -> None:
 
 def test_the_hosted_model_serves_eight_and_its_schema_is_that_of_one(tmp_path: Path) -> None:
     text = PREDICTOR.read_text()
-    assert "@cog.concurrent(max=8)" in text
-    plain = text.replace("    @cog.concurrent(max=8)\n", "").replace("async def", "def")
+    decorator = f"    @cog.concurrent(max={SLOTS})\n"
+    assert decorator in text
+    plain = text.replace(decorator, "").replace("async def", "def")
     (tmp_path / "predict.py").write_text(plain)
     assert _openapi.render(_predictor.read(tmp_path / "predict.py")) == _openapi.render(_predictor.read(PREDICTOR))
 
@@ -405,7 +413,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     made.close()
 
 
-def test_a_cancel_is_told_after_the_coroutine_has_returned(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_cancel_is_received_after_the_coroutine_has_returned(loop: asyncio.AbstractEventLoop) -> None:
     called: list[int] = []
 
     async def predict() -> bool:
@@ -418,7 +426,7 @@ def test_a_cancel_is_told_after_the_coroutine_has_returned(loop: asyncio.Abstrac
     assert called == [1]
 
 
-def test_where_cancel_cant_be_told_files_are_delivered_all_the_same(
+def test_files_are_delivered_where_a_cancel_cant_be_received(
     loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What `call_on_cancel` reads is private: another version of Cog or Python may not have it."""
@@ -525,16 +533,26 @@ def test_a_folder_that_another_request_sweeps_is_no_warning(
     assert not caplog.records
 
 
-def test_a_backend_that_serves_one_makes_the_others_wait(tmp_path: Path, log_captured: None) -> None:
-    assert ONE_AT_A_TIME == ("upstream",)
+def test_a_backend_that_serves_one_makes_the_others_wait(tmp_path: Path) -> None:
     inner = Canned()
     service = Service(OneAtATime(inner), root=tmp_path)
+    give_up = threading.Event()
     with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(run, service) for _ in range(3)]
+        futures = [pool.submit(run, service, give_up) for _ in range(3)]
         assert inner.begun.acquire(timeout=30)
         inner.gate.set()
-        assert [len(future.result()) for future in futures] == [2, 2, 2]
+        try:
+            assert [len(future.result(30)) for future in futures] == [2, 2, 2]
+        finally:
+            give_up.set()
     assert inner.most == 1
+
+
+def test_the_upstream_backend_serves_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "BACKENDS", {"native": lambda _: Canned(), "upstream": lambda _: Canned()})
+    kinds = [type(Service.from_settings(Settings(backend=name)).pipeline) for name in ("native", "upstream")]
+    assert kinds == [Canned, OneAtATime]
 
 
 def test_a_waiting_request_can_be_cancelled(tmp_path: Path) -> None:
@@ -590,48 +608,37 @@ def test_a_terminal_has_one_moving_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------------- the scripts
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """What the scripts give their servers, which are never started."""
-    found: dict[str, dict[str, Any]] = {}
+def given_to_the_server(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The keyword arguments of the Server that a script would start."""
+    loader = SourceFileLoader(f"scripts_{name}", str(ROOT / "scripts" / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    script = importlib.util.module_from_spec(spec)
+    loader.exec_module(script)
+    given: list[dict[str, Any]] = []
 
-    def load(name: str) -> Any:
-        loader = SourceFileLoader(f"scripts_{name}", str(ROOT / "scripts" / name))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        made = importlib.util.module_from_spec(spec)
-        loader.exec_module(made)
-        return made
+    def server(**keywords: Any) -> Server:
+        given.append(keywords)
+        raise ServerError("not started")
 
-    for name in ("serve", "predict"):
-        script = load(name)
-
-        def server(script_name: str = name, **given: Any) -> Server:
-            found[script_name] = given
-            raise ServerError("not started")
-
-        monkeypatch.setattr(script, "Server", server)
-        monkeypatch.setattr(script._signals, "raise_stopped", lambda: None)
-        found[f"{name}.main"] = {"call": script.main}
-    return found
+    monkeypatch.setattr(script, "Server", server)
+    monkeypatch.setattr(script._signals, "raise_stopped", lambda: None)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert script.main() == 1
+    return given[0]
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [([], 8), (["--concurrency=3"], 3)])
+@pytest.mark.parametrize(("arguments", "expected"), [([], SLOTS), (["--concurrency=3"], 3)])
 def test_serve_serves_as_many_as_the_hosted_model(
-    arguments: list[str], expected: int, started: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve", *arguments])
-    assert started["serve.main"]["call"]() == 1
-    assert started["serve"]["concurrency"] == expected
+    """The second request was refused with 409 while the first ran."""
+    assert given_to_the_server("serve", *arguments, monkeypatch=monkeypatch)["concurrency"] == expected
 
 
-def test_predict_stays_single(
-    started: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_predict_stays_single(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["predict", "-i", "prompt=x"])
-    assert started["predict.main"]["call"]() == 1
-    assert "concurrency" not in started["predict"]
+    assert given_to_the_server("predict", "-i", "prompt=x", monkeypatch=monkeypatch) == {}
     assert Server().concurrency == 1
 
 
