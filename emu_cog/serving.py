@@ -15,7 +15,7 @@ import contextvars
 import functools
 import threading
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -34,7 +34,6 @@ def stream(files: Files, cancelled: threading.Event) -> Files:
     should then end soon, and is closed at its next file at the latest. Files made before a cancel are delivered.
     """
     queue: _Queue = SimpleQueue()
-
     if not call_on_cancel(lambda: queue.put(asyncio.CancelledError())):
         _warn_once()
     return _deliver(files, queue, cancelled, contextvars.copy_context())
@@ -86,8 +85,9 @@ def call_on_cancel(function: Callable[[], None]) -> bool:
             function()
             return original()
 
-        future.cancel = cancel  # type: ignore[method-assign]
-        return True
+        with suppress(AttributeError, TypeError):  # a Future written in C takes no attributes
+            future.cancel = cancel  # type: ignore[method-assign]
+            return True
     return False
 
 
