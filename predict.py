@@ -3,6 +3,7 @@
 What the inputs mean is in emu_cog/request.py, the inference in emu_cog/pipeline.py.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Optional
 
@@ -11,6 +12,7 @@ from cog import BasePredictor, Input, Path
 
 from emu_cog import Settings
 from emu_cog.service import Service
+from emu_cog.serving import stream
 
 TASK_TYPES = ["t2i", "x2i", "howto", "story", "explore", "vla"]
 ASPECT_RATIOS = [
@@ -27,7 +29,8 @@ class Predictor(BasePredictor):
         self.service.warm_up()
 
     @cog.streaming
-    def predict(
+    @cog.concurrent(max=8)
+    async def predict(
         self,
         prompt: str = Input(description="What to make, in words."),
         task_type: str = Input(
@@ -107,7 +110,8 @@ class Predictor(BasePredictor):
         output_format: str = Input(description="Format of the pictures.", choices=OUTPUT_FORMATS, default="png"),
         output_quality: int = Input(description="Quality of jpeg and webp pictures.", ge=1, le=100, default=95),
     ) -> Iterator[Path]:
-        """Yield pictures, or texts and pictures and, last, a page that shows them together."""
+        """Pictures, or texts and pictures and, last, a page that shows them together, each as soon as it is made."""
+        cancelled = threading.Event()
         files = self.service.run(
             references={
                 "reference_image": reference_image,
@@ -117,6 +121,7 @@ class Predictor(BasePredictor):
             output_format=output_format,
             output_quality=output_quality,
             record_metric=self.record_metric,
+            cancelled=cancelled,
             prompt=prompt,
             task=task_type,
             aspect_ratio=aspect_ratio,
@@ -135,5 +140,4 @@ class Predictor(BasePredictor):
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        for file in files:
-            yield Path(file)
+        return stream(files, cancelled)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import math
 import os
 import shutil
 import stat
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,19 +36,22 @@ FOLDER_PREFIX = "prediction-"
 
 
 class Service:
-    """Holds a loaded backend and serves predictions one after another."""
+    """Holds a loaded backend and serves predictions: as many at once as threads call `run`."""
 
     def __init__(self, pipeline: Backend, *, root: Path | None = None) -> None:
         log_to_stderr()
         self.pipeline = pipeline
         self._root = root or output_root()
+        self._in_use: set[Path] = set()
+        self._opening = threading.Lock()  # opening a photo changes Python's warning filters, which all threads share
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Service:
         """Load the model that the environment names with the backend that it names."""
         log_to_stderr()
         check_root(output_root())  # before minutes of loading
-        return cls(load(settings))
+        backend = load(settings)
+        return cls(OneAtATime(backend) if settings.backend in ONE_AT_A_TIME else backend)
 
     def warm_up(self) -> None:
         self.pipeline.warm_up()
@@ -57,26 +63,38 @@ class Service:
         output_format: str,
         output_quality: int,
         record_metric: Callable[[str, Any], None],
+        cancelled: threading.Event | None = None,
         **fields: Any,
-    ) -> Iterator[Path]:
+    ) -> Generator[Path, None, None]:
         """Yield each file as it is made. `references` maps input names to uploaded files or None; `fields` are
-        Request's other fields. Raises InputError before any model work."""
-        images = tuple(
-            open_reference(_uploaded(value, name), name=name) for name, value in references.items() if value is not None
-        )
+        Request's other fields. Raises InputError before any model work, and asyncio.CancelledError soon after
+        `cancelled` is set. Closing the generator ends the backend's work on the request, too."""
+        with self._opening:
+            images = tuple(
+                open_reference(_uploaded(value, name), name=name)
+                for name, value in references.items()
+                if value is not None
+            )
         request = Request(images=images, **_whole_numbers(fields))
         check_root(self._root)
-        _sweep(self._root)
+        _sweep(self._root, keep=self._in_use)
+        folder = _new_folder(self._root)
         writer = Writer(
-            _new_folder(self._root),
+            folder,
             task=request.task,
             prompt=request.prompt,
             interleaved=TABLE[request.task].interleaved,
             output_format=output_format,
             quality=output_quality,
         )
-        with _Bar() as bar:
-            for event in self.pipeline.stream(request, on_progress=bar.show):
+        with ExitStack() as stack:
+            self._in_use.add(folder)
+            stack.callback(self._in_use.discard, folder)
+            bar = stack.enter_context(_Bar())
+            events = self.pipeline.stream(request, on_progress=_reporter(bar, cancelled))
+            stack.callback(getattr(events, "close", lambda: None))  # now, and not when its last reference is gone
+            for event in events:
+                _check(cancelled)
                 if isinstance(event, RunStats):
                     _record(event, record_metric)
                 elif file := writer.write(event):
@@ -84,6 +102,27 @@ class Service:
             if page := writer.finish():
                 yield page
             bar.finish()
+
+
+def _reporter(bar: _Bar, cancelled: threading.Event | None) -> Callable[[Progress], None]:
+    """What a backend calls with the progress of a request. In the request's own thread it raises CancelledError once
+    `cancelled` is set. In a thread that the backend shares among requests, it never raises, and what it logs still
+    belongs to this prediction: servers assign lines by context variables."""
+    thread, context = threading.get_ident(), contextvars.copy_context()
+
+    def report(progress: Progress) -> None:
+        if threading.get_ident() == thread:
+            _check(cancelled)
+            bar.show(progress)
+        elif cancelled is None or not cancelled.is_set():
+            context.copy().run(bar.show, progress)  # a context can be entered once at a time
+
+    return report
+
+
+def _check(cancelled: threading.Event | None) -> None:
+    if cancelled is not None and cancelled.is_set():
+        raise asyncio.CancelledError
 
 
 def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
@@ -156,8 +195,9 @@ def _new_folder(root: Path) -> Path:
         raise OSError(error.errno, f"no folder for the results can be made: {error.strerror}", str(root)) from error
 
 
-def _sweep(root: Path) -> None:
-    """Remove the folders of predictions of more than an hour ago: real folders of our naming that belong to us.
+def _sweep(root: Path, *, keep: Collection[Path]) -> None:
+    """Remove the folders of predictions of more than an hour ago: real folders of our naming that belong to us, except
+    those to `keep`.
 
     A link is neither followed nor removed (rmtree does not follow those inside a folder either).
     """
@@ -165,14 +205,17 @@ def _sweep(root: Path) -> None:
         try:
             found = folder.lstat()
             old = time.time() - found.st_mtime > KEEP_SECONDS
-            if old and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            if old and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and folder not in keep:
                 shutil.rmtree(folder)
+        except FileNotFoundError:
+            pass  # another request sweeps as well
         except OSError as error:
             log.warning("%s can't be removed: %s", folder, error)
 
 
 class _Bar:
-    r"""The progress of one prediction: a moving bar on a terminal, lines in the log elsewhere.
+    r"""The progress of one prediction: a moving bar on a terminal, lines in the log elsewhere. A terminal has room for
+    one moving bar: predictions that begin while there is one have lines, which appear above it.
 
     Replicate's client libraries read the log for lines that begin with the percentage and end in a newline, by
     `^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)` (lib/util.js in replicate-javascript, prediction.py in replicate-python).
@@ -181,12 +224,15 @@ class _Bar:
     STEP = 2
     """Percent from one line to the next: 51 lines at most."""
     FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    _terminal = threading.Lock()
+    """Held by the prediction that has the moving bar; its log lines' way around it is set for the whole process."""
 
     def __init__(self) -> None:
         self._started, self._percent = time.monotonic(), -self.STEP
         self._stack = ExitStack()
         self._moving: tqdm[Any] | None = None
-        if sys.stderr is not None and sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty() and self._terminal.acquire(blocking=False):
+            self._stack.callback(self._terminal.release)
             self._moving = self._stack.enter_context(tqdm(total=100, bar_format=self.FORMAT, ncols=80, leave=True))
             self._stack.enter_context(logging_redirect_tqdm([log]))  # log lines go above the bar
 
@@ -218,7 +264,35 @@ class Backend(Protocol):
 
     def warm_up(self) -> None: ...
 
-    def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]: ...
+    def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]:
+        """The events of one request. Several threads may each iterate over one of their own. Closing it ends the work
+        on its request alone, and so does what `on_progress` raises in the thread that iterates. A cancel is noticed
+        when `on_progress` is called there, so call it often, also while the request only waits."""
+
+
+class OneAtATime:
+    """A backend that can serve one request at a time: others wait, and report no progress meanwhile."""
+
+    LOOK = 0.1
+    """Seconds between two looks at whether a waiting request is cancelled, which `on_progress` raises."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._turn = threading.Lock()
+
+    def warm_up(self) -> None:
+        self.backend.warm_up()
+
+    def stream(self, request: Request, *, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Event]:
+        if not self._turn.acquire(blocking=False):
+            log.info("waiting for another prediction to end: this backend makes one at a time")
+            while not self._turn.acquire(timeout=self.LOOK):
+                if on_progress:
+                    on_progress(Progress(0.0))
+        try:
+            yield from self.backend.stream(request, on_progress=on_progress)
+        finally:
+            self._turn.release()
 
 
 def _upstream(settings: Settings) -> Backend:
@@ -228,6 +302,8 @@ def _upstream(settings: Settings) -> Backend:
 
 
 BACKENDS: Mapping[str, Callable[[Settings], Backend]] = {"native": Pipeline.from_settings, "upstream": _upstream}
+ONE_AT_A_TIME = ("upstream",)
+"""Backends whose `stream` must not be called while another one runs."""
 
 
 def load(settings: Settings) -> Backend:

@@ -25,6 +25,7 @@ from typing import Any
 
 import _openapi
 import _signals
+import _stdio
 import psutil
 from _venv import ROOT
 
@@ -47,14 +48,15 @@ class ServerError(RuntimeError):
 class Server:
     """`with Server() as server:` is ready for predictions; leaving stops it and its worker.
 
-    Everything that the server needs is checked first. Raises ServerError.
+    It serves `concurrency` predictions at once and refuses further ones with 409. `predictor` is a file of the checkout
+    whose Predictor has the inputs of predict.py. Everything that the server needs is checked first. Raises ServerError.
     """
 
-    def __init__(self, *, port: int | None = None) -> None:
-        self.port = port or _free_port()
+    def __init__(self, *, port: int | None = None, concurrency: int = 1, predictor: Path = PREDICTOR) -> None:
+        self.port, self.concurrency, self._predictor = port or _free_port(), concurrency, predictor
         self._process: subprocess.Popen[bytes] | None = None
         self._relay: threading.Thread | None = None
-        self._ready = self._slot_lost = False
+        self._ready, self._slots_lost = False, 0
         self._made = contextlib.ExitStack()  # temporary folders
 
     @property
@@ -82,7 +84,10 @@ class Server:
 
     def _start(self) -> None:
         folder = self._folder()
-        environment = _environment(folder) | {"PORT": str(self.port)}
+        environment = _environment(folder, self._predictor) | {
+            "PORT": str(self.port),
+            "COG_MAX_CONCURRENCY": str(self.concurrency),
+        }
         if (python := self._wrapped_python()) is not None:
             environment["PATH"] = f"{python}{os.pathsep}{environment['PATH']}"
         # A signal before all of this is done would leave a server that nobody stops, or a thread that can't be joined.
@@ -138,13 +143,13 @@ class Server:
         return folder
 
     def _pass_on(self) -> None:
-        """Copy the server's output to our standard error, and look for a lost slot in it."""
+        """Copy the server's output to our standard error, and count the lost slots in it."""
         assert self._process is not None
         assert self._process.stdout is not None
         tail, reader = b"", True
         while data := os.read(self._process.stdout.fileno(), 2**16):
-            self._slot_lost = self._slot_lost or _SLOT_LOST in tail + data
-            tail = (tail + data)[-len(_SLOT_LOST) :]
+            self._slots_lost += (tail + data).count(_SLOT_LOST)
+            tail = (tail + data)[1 - len(_SLOT_LOST) :]
             data = _SETUP_FAILED.sub(b"", data)
             try:
                 while reader and data:
@@ -191,17 +196,28 @@ class Server:
     def watch(self, *, interval: float = 1) -> None:
         """Return when the server is shut down (POST /shutdown). Raises ServerError once it can't serve any more."""
         assert self._process is not None
+        noted = 0
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if code := self._process.wait(interval):
                     raise ServerError(f"the server {_how(code)}")
                 return
             worker = self._has_worker()
-            if worker and self._slot_lost:  # coglet logs the same of a worker that died in a prediction
+            lost = self._slots_lost if worker else 0  # coglet logs the same of a worker that died in a prediction
+            why = (
+                f"a prediction's folder could not be made in {COGLET_FOLDER} (a full disk, or an id of more than 255 "
+                "bytes)"
+            )
+            if lost >= self.concurrency:
                 raise ServerError(
-                    "the server has lost its only slot for predictions and would refuse every request with 409: a "
-                    f"prediction's folder could not be made in {COGLET_FOLDER} (a full disk, or an id of more than "
-                    "255 bytes); start it again"
+                    f"the server has lost {'its only slot' if self.concurrency == 1 else 'all its slots'} for "
+                    f"predictions and would refuse every request with 409: {why}; start it again"
+                )
+            if lost > noted:
+                noted = lost
+                _stdio.note(
+                    f"warning: the server has lost {lost} of its {self.concurrency} slots for predictions: {why}; "
+                    "start it again to have them back"
                 )
             status = self._health().get("status")
             if status == "DEFUNCT" or (status == "UNHEALTHY" and not worker):
@@ -305,11 +321,11 @@ def _how(code: int) -> str:
     return f"ended with code {code}"
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, predictor: Path = PREDICTOR) -> dict[str, str]:
     environment = os.environ | {
         # The worker is started as plain `python`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "COG_PREDICT_TYPE_STUB": f"{PREDICTOR if folder != ROOT else PREDICTOR.name}:Predictor",
+        "COG_PREDICT_TYPE_STUB": f"{predictor if folder != ROOT else predictor.relative_to(ROOT)}:Predictor",
         "COG_NO_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         # Predictor and predict() are what this project's users asked for; Cog's advice to rename them is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Iterator
@@ -190,6 +191,17 @@ class TestUpstream:
         with pytest.raises(InputError, match=says) as refused:
             next(pipeline.stream(request_))
         assert "EMU_BACKEND=native can" in str(refused.value)
+
+    def test_what_on_progress_raises_ends_the_request(self, pipeline: UpstreamPipeline) -> None:
+        """This is how a cancel reaches it: it yields nothing before all is made."""
+
+        def cancelled(progress: Progress) -> None:
+            if progress.done > 0.5:
+                raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            list(pipeline.stream(BOAT, on_progress=cancelled))
+        assert pictures(list(pipeline.stream(BOAT)))
 
     def test_no_picture_is_an_error_not_silence(self, repository: tuple[str, str], tmp_path: Path) -> None:
         talker = make_tiny(tmp_path / "talker", logit_bias=TALKER, defaults=small_defaults(64 * 64), context=700)

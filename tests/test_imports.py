@@ -16,7 +16,7 @@ PACKAGE = ROOT / "emu_cog"
 ROOMS = [
     "errors", "log", "request", "settings",
     "prompt", "ops", "model", "vision", "engine", "weights",
-    "events", "memory", "outputs", "pipeline", "upstream", "service",
+    "events", "memory", "outputs", "pipeline", "upstream", "service", "serving",
 ]  # fmt: skip
 PATHS = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
