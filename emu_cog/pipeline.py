@@ -127,8 +127,8 @@ class Pipeline:
         slots = min(slots, MAX_SEQUENCES)
         tokens = min(budget.tokens(), slots * lm.context)
         log.info(
-            "the cache holds %d tokens: %d picture(s) of %d tokens at once; a sequence may hold %d, prompt and pictures "
-            "together",
+            "the cache holds %d tokens: %d picture(s) of %d tokens at once; a sequence may hold %d, prompt and "
+            "pictures together",
             tokens,
             min(slots, max(tokens // budget.picture, 1)),
             budget.picture,
