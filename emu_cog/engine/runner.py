@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from emu_cog.engine.sequence import Draw, Feed, SequenceState
 from emu_cog.log import log
-from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
-from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span
-from emu_cog.ops.linear import CPU_ROWS
+from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, SlotState, Span
+from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
 from emu_cog.ops.reference import TorchOps, advance
 from emu_cog.prompt.tokens import body_length
 
@@ -183,24 +184,24 @@ class ModelRunner:
     # -- 3. in plain torch -----------------------------------------------------------------------------------
 
     def _eager(self, sequences: Sequence[SequenceState], drawing: Sequence[SequenceState]) -> Tensor:
-        """Passes of a fixed number of rows: then no result depends on the number of sequences."""
+        """Passes in which products have a fixed number of rows: no result depends on the number of sequences."""
         spans = [
             Span(2 * s.slot + stream, s.lengths[stream], 1)
             for s in sequences
             for stream in range(2 if isinstance(s.doing, Draw) or (s.doing and s.doing.both) else 1)
         ]
-        rows = CPU_ROWS if self.lm.device.type == "cpu" else MAX_ROWS
-        hidden = torch.cat([self._pass(spans[at : at + rows], rows) for at in range(0, len(spans), rows)])
+        most, block = (CPU_ROWS, CPU_BLOCK) if self.lm.device.type == "cpu" else (MAX_ROWS, MAX_ROWS)
+        hidden = torch.cat([self._pass(spans[at : at + most], block) for at in range(0, len(spans), most)])
         first = [i for i, span in enumerate(spans) if span.stream % 2 == 0]
         if drawing:
             pairs = [i + stream for i, s in zip(first, sequences, strict=True) if s in drawing for stream in range(2)]
             slots = torch.tensor([s.slot for s in drawing], device=self.lm.device)
-            self._choose(hidden[pairs], slots, drawing, rows)
+            self._choose(hidden[pairs], slots, drawing, block)
         return hidden[first]
 
-    def _pass(self, spans: Sequence[Span], rows: int) -> Tensor:
-        """One pass over a token of each stream, padded to `rows`."""
-        padding = [2 * self.state.padding] * (rows - len(spans))
+    def _pass(self, spans: Sequence[Span], block: int) -> Tensor:
+        """One pass over a token of each stream, padded to a multiple of `block` rows."""
+        padding = [2 * self.state.padding] * (-len(spans) % block)
         streams = torch.tensor([span.stream for span in spans] + padding, device=self.lm.device)
         batch = Batch(
             tokens=self.state.token[streams],
@@ -211,15 +212,14 @@ class ModelRunner:
         )
         return self.lm.forward(batch, self.cache)[: len(spans)]
 
-    def _choose(self, hidden: Tensor, slots: Tensor, drawing: Sequence[SequenceState], rows: int) -> None:
+    def _choose(self, hidden: Tensor, slots: Tensor, drawing: Sequence[SequenceState], block: int) -> None:
         """The pictures' next tokens. Where the grammar forces all of them, nothing is computed."""
         ids = self.lm.ids
         if all(_forced(s) for s in drawing):
             advance(self.state, slots, torch.zeros_like(slots), ids)
             return
-        padded = hidden.new_zeros((-(-len(hidden) // rows) * rows, hidden.shape[1]))
-        padded[: len(hidden)] = hidden
-        logits = torch.cat([self.lm.visual_logits(part) for part in padded.split(rows)])
+        padded = F.pad(hidden, (0, 0, 0, -len(hidden) % block))
+        logits = torch.cat([self.lm.visual_logits(part) for part in padded.split(block)])
         self.lm.ops.sample(logits[: len(hidden)], self.state, slots, ids, nucleus=True)
 
     def text_logits(self, hidden: Tensor) -> Tensor:

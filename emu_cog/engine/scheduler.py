@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from emu_cog.engine.sequence import SequenceState
-from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.kv_cache import KVCache
+from emu_cog.ops.interface import PAGE
 
 
 class Prompt:

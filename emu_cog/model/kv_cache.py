@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import Qwen3Config
 
-PAGE = 64
-"""Tokens per page: what the attention kernel reads at a time."""
+from emu_cog.ops.interface import PAGE
 
 
 class KVCache:
@@ -21,8 +23,8 @@ class KVCache:
 
     def __init__(self, config: Qwen3Config, *, pages: int, dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
         shape = (int(config.num_key_value_heads or 0), pages, PAGE, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
+        self.keys = [_zeros(shape, dtype, device) for device in devices]
+        self.values = [_zeros(shape, dtype, device) for device in devices]
         self.pages = pages
         self._users = [0] * pages
         self._free = list(range(pages - 1, 0, -1))
@@ -61,3 +63,10 @@ class KVCache:
         """Copy whole pages: for streams that go on from a shared page in their own ways."""
         for buffer in (*self.keys, *self.values):
             buffer[:, list(targets)] = buffer[:, list(sources)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, so that what is masked is a number; on a CPU NumPy's, which take no memory before they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -16,9 +16,10 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from emu_cog.errors import CheckpointError
-from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS, quantized
-from emu_cog.ops.interface import Batch, Layer, ModelWeights, Ops, Shape, Span, Weight
+from emu_cog.ops import linear
+from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops, Shape, Span, Weight
 from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokens import TokenIds
 
@@ -127,8 +128,8 @@ def empty_weights(
         return torch.empty(shape, dtype=dtype, device=place(key))
 
     def weight(key: str, n: int, k: int) -> Weight:
-        if quantize is None:
-            return Weight(empty(key, n, k))
+        if quantize is None or key == "lm_head":
+            return Weight(linear.empty(n, k, dtype=dtype, device=place(key)))
         data = torch.empty((n, k), dtype=FORMATS[quantize][0], device=place(key))
         return Weight(data, torch.empty(n, dtype=torch.float32, device=place(key)))
 
@@ -152,7 +153,7 @@ def empty_weights(
         embed=embed,
         layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
         norm=empty("model.norm", hidden),
-        head=embed if config.tie_word_embeddings else empty("lm_head", config.vocab_size, hidden),
+        head=embed if config.tie_word_embeddings else weight("lm_head", config.vocab_size, hidden).data,
         visual=slice(ids.visual, ids.vocab_size),
         rope=torch.stack(angles(embed[:0], positions[None]))[:, 0].contiguous(),
         shape=Shape(heads=heads, kv_heads=kv, head_dim=dim, eps=config.rms_norm_eps),

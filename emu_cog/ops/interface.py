@@ -7,7 +7,9 @@ norm, product and rotation), so that they differ by the order of sums alone.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from emu_cog.ops.linear import linear
 from emu_cog.prompt.tokens import TokenIds
 
+PAGE = 64
+"""Tokens per page of the cache: what the attention kernel reads at a time."""
 MAX_ROWS = 64
 """Tokens of the largest decode step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
@@ -105,7 +109,31 @@ class Batch:
     streams: Tensor  # (M,) int64: the stream's row of `tables`
     tables: Tensor  # (streams, pages) int32: the cache page of every PAGE positions
     spans: tuple[Span, ...] = ()
-    """The same, in the same order, for operations that work stream by stream. Rows beyond them are padding."""
+    """The same, in the same order, as the host knows them; captured steps need none. Rows beyond them are padding."""
+
+    @cached_property
+    def groups(self) -> list[tuple[slice | Tensor, Tensor, int]]:
+        """The spans, divided for attention: the rows, the tables (streams, pages) that they read, the tokens of each
+        stream. Streams of one new token go together where they have as many pages: that follows from each alone."""
+        alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        row = 0
+        for span in self.spans:
+            pages = -(-(span.start + span.count) // PAGE)
+            alike.setdefault((0, pages) if span.count == 1 else (row, pages), []).append((row, span.stream))
+            row += span.count
+        counts = dict(zip(itertools.accumulate((s.count for s in self.spans), initial=0), self.spans, strict=False))
+        groups: list[tuple[slice | Tensor, Tensor, int]] = []
+        for (_, pages), members in alike.items():
+            first, count = members[0][0], counts[members[0][0]].count
+            streams = torch.tensor([stream for _, stream in members], device=self.tables.device)
+            rows = torch.tensor([row for row, _ in members], device=self.tables.device)
+            groups.append((rows if count == 1 else slice(first, first + count), self.tables[streams, :pages], count))
+        return groups
+
+    @cached_property
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Page and place within it of every token, (M,) each."""
+        return self.tables[self.streams, self.positions // PAGE], self.positions % PAGE
 
     def to(self, device: torch.device) -> Batch:
         if self.tokens.device == device:

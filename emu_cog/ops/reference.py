@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from emu_cog.ops import linear
-from emu_cog.ops.interface import Batch, Layer, Shape, SlotState, Weight
+from emu_cog.ops.interface import PAGE, Batch, Layer, Shape, SlotState, Weight
 from emu_cog.ops.sampling import guide, keep_sorted, sample
 from emu_cog.prompt.tokens import TokenIds
 
@@ -39,21 +39,23 @@ class TorchOps:
         heads = summed(product, keys.dtype).view(len(batch.tokens), -1, shape.head_dim)
         q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
         cos, sin = rope[:, :, None]
-        size = keys.shape[2]
-        page, cell = batch.tables[batch.streams, batch.positions // size], batch.positions % size
+        page, cell = batch.cells
         keys[:, page, cell] = _rotate(_norm(k, layer.k_norm, shape.eps), cos, sin).transpose(0, 1)
         values[:, page, cell] = v.transpose(0, 1)
         return _rotate(_norm(q, layer.q_norm, shape.eps), cos, sin)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         m, heads, dim = q.shape
-        out, at = q.new_zeros((m, heads * dim)), 0
-        for span in batch.spans:
-            length = span.start + span.count
-            pages = batch.tables[span.stream, : -(-length // keys.shape[2])]
-            k, v = (x[:, pages].view(len(x), -1, dim)[:, :length] for x in (keys, values))
-            out[at : at + span.count] = _attention(q[at : at + span.count], k, v)
-            at += span.count
+        out = q.new_zeros((m, heads * dim))
+        for rows, tables, count in batch.groups:
+            streams, pages = tables.shape
+            # (streams, kv_heads, pages * PAGE, D)
+            k, v = (x[:, tables].view(len(x), streams, pages * PAGE, dim).transpose(0, 1) for x in (keys, values))
+            if count == 1:
+                out[rows] = _read(q[rows], k, v, batch.positions[rows])
+            else:
+                length = int(batch.positions[rows][-1]) + 1
+                out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length])
         return out
 
     def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
@@ -96,23 +98,27 @@ def summed(product: Tensor, dtype: torch.dtype) -> Tensor:
     return product.sum(0).to(dtype) if product.dim() == 3 else product
 
 
+def _read(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """Attention of one token each of R streams up to its position (R,): (R, heads, D) over (R, kv_heads, L, D) to
+    (R, heads * D). The heads that share keys become queries of one head, so that no key is copied or read twice."""
+    folded = q.view(len(q), k.shape[1], -1, q.shape[2])
+    mask = torch.arange(k.shape[2], device=q.device) <= position[:, None, None, None]
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(len(q), -1)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last T of L tokens: (T, heads, D) over (kv_heads, L, D) to (T, heads * D)."""
     (t, heads, dim), (kv, length, _) = q.shape, k.shape
-    if t > 1 and q.is_cuda and q.dtype != torch.float32:
-        q, k, v = q.transpose(0, 1)[None], k[None], v[None]
-        if t == length:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(t, length), enable_gqa=True)
+    if q.is_cuda and q.dtype != torch.float32:
+        lower_right = None if t == length else causal_lower_right(t, length)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], lower_right, is_causal=t == length, enable_gqa=True
+        )
         return out[0].transpose(0, 1).reshape(t, heads * dim)
-    # The heads that share keys become queries of one head, so that no key is copied or read twice.
     groups = heads // kv
     folded = q.view(t, kv, groups, dim).permute(1, 2, 0, 3).reshape(1, kv, groups * t, dim)
-    mask = None
-    if t > 1:
-        at = torch.arange(length, device=q.device)
-        mask = (at <= at[length - t :, None]).repeat(groups, 1)
+    at = torch.arange(length, device=q.device)
+    mask = (at <= at[length - t :, None]).repeat(groups, 1)
     out = F.scaled_dot_product_attention(folded, k[None], v[None], attn_mask=mask)
     return out.view(kv, groups, t, dim).permute(2, 0, 1, 3).reshape(t, heads * dim)
 

@@ -91,7 +91,7 @@ class TritonOps:
             raise ValueError(f"the kernels read contiguous rows, not strides {tuple(x.stride())}")
         m, eight_bits = len(x), w.scale is not None
         # Four 8-bit weights are one word along K.
-        data = w.data.view(torch.int32) if eight_bits else w.data
+        data = w.data.view(torch.int32) if eight_bits else w.data.contiguous()  # on a CPU it may lie along N
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
         chunk = _up(_up(k, config.splits), config.block_k) * config.block_k
         splits = _up(k, chunk)
