@@ -60,14 +60,13 @@ class _Captured:
 
 
 class ModelRunner:
-    """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams.
+    """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams."""
 
-    `captured` takes the kernels and CUDA graphs; KernelBuildError where the kernels can't be built.
-    """
-
-    def __init__(self, lm: LanguageModel, *, slots: int, tokens: int, captured: bool = False) -> None:
+    def __init__(self, lm: LanguageModel, *, slots: int, tokens: int) -> None:
         assert slots <= MAX_SEQUENCES
-        self.lm, self.slots, self.tokens, self.captured = lm, slots, tokens, captured
+        self.lm, self.slots, self.tokens = lm, slots, tokens
+        self.captured = False
+        """Whether steps are captured as CUDA graphs, over the kernels."""
         # Both streams end in a page that is not full, and so may their prompts.
         self.cache = KVCache(lm.config, pages=1 + 2 * (-(-tokens // PAGE) + 2), dtype=lm.dtype, devices=lm.devices)
         self.state = SlotState.empty(
@@ -81,22 +80,20 @@ class ModelRunner:
         self._graphs: dict[tuple[int, bool, bool], _Captured] = {}
         self._written: dict[int, tuple[int, ...]] = {}
         self._pool: Any = None
-        if captured:
-            self._build_kernels()
 
     @classmethod
     def best(cls, lm: LanguageModel, *, slots: int, tokens: int, compile: bool) -> ModelRunner:
         """With captured steps where they can be had; the log says why not."""
+        runner = cls(lm, slots=slots, tokens=tokens)
         if reason := why_eager(lm, compile=compile):
             log.info("steps run in plain PyTorch: %s", reason)
-            return cls(lm, slots=slots, tokens=tokens)
+            return runner
         started = time.perf_counter()
         try:
-            runner = cls(lm, slots=slots, tokens=tokens, captured=True)
+            runner.build_kernels()
+            log.info("kernels ready in %.1f s", time.perf_counter() - started)
         except KernelBuildError as error:
             log.warning("steps run in plain PyTorch: the kernels can't be built here: %s", error)
-            return cls(lm, slots=slots, tokens=tokens)
-        log.info("kernels ready in %.1f s", time.perf_counter() - started)
         return runner
 
     # -- 1. sequences come and go ----------------------------------------------------------------------------
@@ -239,22 +236,25 @@ class ModelRunner:
                 self._graph(size, drawing, False)
 
     @torch.inference_mode()
-    def _build_kernels(self) -> None:
-        """Autotune, and run each kernel once. KernelBuildError where one can't be built: no request is to find out."""
+    def build_kernels(self) -> None:
+        """Take the kernels: autotune, and run each once. KernelBuildError where one can't be built: no request is to
+        find out."""
         from emu_cog.ops.triton_ops import TritonOps, build_errors
 
         with self._current_device(), build_errors(self.lm.device):
             started = time.perf_counter()
-            self.lm.ops, found = TritonOps.autotuned(self.lm.weights, self.lm.device)
+            ops, found = TritonOps.autotuned(self.lm.weights, self.lm.device)
             log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
+            self.lm.ops = ops
             try:
                 slots = torch.full((1,), self.state.padding, device=self.lm.device)
-                self.text_logits(self._device_step(slots, True, False)[:1])
+                self.lm.text_logits(self._device_step(slots, True, False)[:1])
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
             except BaseException:
                 self.lm.ops = TorchOps()
                 raise
+        self.captured = True
 
     def _device_step(self, slots: Tensor, drawing: bool, nucleus: bool) -> Tensor:
         """A step that reads everything from the device: the hidden states (2 slots, hidden)."""
