@@ -1,6 +1,6 @@
 """Triton's kernels against plain torch: on a GPU, or else under Triton's interpreter (conftest.py).
 
-The interpreter takes 0.3 s per layer, so it gets smaller cases.
+The interpreter takes 0.1 s per token and layer, so it gets smaller cases.
 """
 
 from __future__ import annotations
@@ -9,46 +9,52 @@ import importlib.util
 import os
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from emu_cog.engine.runner import ModelRunner, build
+from emu_cog.engine.runner import ModelRunner
 from emu_cog.model import torch_settings
-from emu_cog.model.decode import forward, image_step, merge
-from emu_cog.model.quantize import quantize, quantized
-from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.autotune import Card, KernelBuildError, LinearConfig, default_config, shape
-from emu_cog.ops.interface import DecodeWeights, ImageState, Weight
+from emu_cog.model.quantize import FORMATS, quantized
+from emu_cog.model.qwen3 import LanguageModel, forward
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, default_config
+from emu_cog.ops.interface import MAX_ROWS, SlotState, Weight
 from emu_cog.ops.reference import TorchOps
 from emu_cog.ops.sampling import keep_top_k
 from emu_cog.pipeline import Pipeline
-from emu_cog.request import Request, Sampling
-from tests.test_runner import CASES, Checkpoints, copies, run_both, small_model
+from emu_cog.request import Request
+from tests.decoder_kit import IDS, paged, random_model
+from tests.test_runner import CASES, Checkpoints, ids_of, prepared, uncaptured
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-LAYERS, STEPS, ROWS = (1, 3, 2) if INTERPRETED else (3, 12, 4)
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
-FORMS = [None, "fp8", "int8"]
 
 
-def kernels(weights: DecodeWeights, dtype: torch.dtype):
+def small_model(dtype: torch.dtype = torch.float32, form: str | None = None, **config: object) -> LanguageModel:
+    return random_model(dtype, device=str(DEVICE), form=form, **({"num_hidden_layers": 1} | config))[0]
+
+
+def kernels(lm: LanguageModel, **changes: object):
     from emu_cog.ops.triton_ops import TritonOps
 
-    return TritonOps(default_config(weights, Card.of(DEVICE)), dtype)
+    return TritonOps(replace(default_config(lm.weights, Card.of(DEVICE)), **changes), lm.dtype)
 
 
-def merged(lm: LanguageModel) -> DecodeWeights:
-    return merge(lm.model, visual=100, vocabulary=200, context=256)
-
-
-def tensors(*values: list[int]) -> list[torch.Tensor]:
-    return [torch.tensor(value, device=DEVICE) for value in values]
+def differences(lm: LanguageModel, spans: list[tuple[int, int]], padding: int = 0) -> float:
+    """The largest between kernels and torch, of hidden states and of the cache, relative to the largest number."""
+    (batch, reference), (_, ours) = (paged(lm, spans, padding=padding) for _ in range(2))
+    count = len(batch.tokens) - padding
+    expected = forward(TorchOps(), lm.weights, batch, reference)[:count]
+    got = forward(kernels(lm), lm.weights, batch, ours)[:count]
+    pairs = [(expected, got)]
+    for a, b in zip(reference.keys + reference.values, ours.keys + ours.values, strict=True):
+        pairs.append((a[:, 1:], b[:, 1:]))
+    return max(float((a - b).float().abs().max() / a.float().abs().max()) for a, b in pairs)
 
 
 @torch.inference_mode()
@@ -57,144 +63,166 @@ def tensors(*values: list[int]) -> list[torch.Tensor]:
     [
         (torch.float32, None, 1e-5),
         (torch.float16, None, 5e-3),
-        *((torch.float32, form, 3e-3) for form in ("fp8", "int8")),
-        *((torch.float16, form, 5e-3) for form in ("fp8", "int8")),
-        *((torch.bfloat16, form, 3e-2) for form in FORMS),
+        *((torch.float32, form, 3e-3) for form in FORMATS),
+        *((torch.float16, form, 5e-3) for form in FORMATS),
+        *((torch.bfloat16, form, 3e-2) for form in (None, *FORMATS)),
     ],
     ids=str,
 )
-def test_a_step_is_the_references(dtype: torch.dtype, form: str | None, tolerance: float) -> None:
-    """Relative to the largest hidden state; 8-bit products take their inputs in fp16 whatever the model's dtype."""
+def test_a_pass_is_the_references(dtype: torch.dtype, form: str | None, tolerance: float) -> None:
+    """8-bit products take their inputs in fp16 whatever the model's dtype."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies no bfloat16")
-    lm = small_model(dtype, device=str(DEVICE), layers=2 if INTERPRETED else 3)
-    if form:
-        quantize(lm.model, form)
-    weights = merged(lm)
-    reference, ours = copies(lm, ROWS, 64, 2)
-    tokens, positions = tensors([3, 150, 7, 199][-ROWS:], [5, 40, 63, 0][-ROWS:])
-    expected = forward(TorchOps(64), weights, tokens, positions, reference.keys, reference.values).float()
-    got = forward(kernels(weights, dtype), weights, tokens, positions, ours.keys, ours.values).float()
-    scale = expected.abs().max()
-    assert (got - expected).abs().max() <= tolerance * scale
-    for a, b in zip(reference.keys + reference.values, ours.keys + ours.values, strict=True):
-        assert (a - b).float().abs().max() <= tolerance * a.float().abs().max()
+    lm = small_model(dtype, form, num_hidden_layers=2)
+    assert differences(lm, [(5, 1), (150, 1)]) <= tolerance
+
+
+SPANS = [
+    pytest.param([(0, 1)], 0, id="one token"),
+    pytest.param([(63, 1), (64, 1), (127, 1)], 3, id="a full page, one that begins, padding"),
+    pytest.param([(60, 9), (0, 3), (200, 5)], 0, id="several of one stream"),
+    pytest.param([(i * 7, 1) for i in range(17)], 1, id="32 rows"),
+    pytest.param([(i * 7, 1) for i in range(33)], 0, id="64 rows", marks=pytest.mark.slow),
+    pytest.param([(300, MAX_ROWS - 20), (0, 20)], 0, id="all 64 rows", marks=pytest.mark.slow),
+]
 
 
 @torch.inference_mode()
-def test_logits_of_every_other_row_are_those_rows() -> None:
-    """The engine asks for the conditional sequences' logits: rows 0, 2, ... of a step's hidden states."""
-    lm = small_model(torch.float32, device=str(DEVICE), layers=1)
-    weights = merged(lm)
-    hidden = torch.randn(6, 64, device=DEVICE)
-    got = kernels(weights, torch.float32).logits(hidden[::2], weights.text_head)
-    torch.testing.assert_close(got, TorchOps(0).logits(hidden[::2], weights.text_head), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(("spans", "padding"), SPANS)
+def test_any_streams_may_be_in_a_pass(spans: list[tuple[int, int]], padding: int) -> None:
+    """In fp32: pages in no order, streams of different lengths, with padding beside them."""
+    lm = small_model(num_attention_heads=2, num_key_value_heads=1)
+    assert differences(lm, spans, padding) <= 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_pass_beyond_the_kernels_is_the_references(form: str | None) -> None:
+    """Longer prompts read through PyTorch's products, and norms whose results those take."""
+    lm = small_model(form=form, num_attention_heads=2, num_key_value_heads=1)
+    assert differences(lm, [(0, MAX_ROWS + 1)]) <= 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_no_result_depends_on_the_rows_beside_it(form: str | None) -> None:
+    """To the last bit, whichever of ROWS the kernels run for: hidden states, both halves' logits and the cache."""
+    lm = small_model(form=form, num_attention_heads=2, num_key_value_heads=1)
+    ops, found = kernels(lm, key_splits=2), {}
+    spans = [(70, 1), (5, 1)] + [(3 * i, 1) for i in range(2, ROWS[-1])]
+    for count in (2, 16, 17, *([] if INTERPRETED else [33, 64])):
+        batch, cache = paged(lm, spans)
+        some = {name: getattr(batch, name)[:count] for name in ("tokens", "positions", "streams")}
+        hidden = forward(ops, lm.weights, replace(batch, **some), cache)
+        text, visual = (ops.logits(hidden, head)[:2] for head in (lm.weights.text_head, lm.weights.visual_head))
+        pages = batch.tables[:2].unique().long()
+        found[count] = (hidden[:2], text, visual, cache.keys[0][:, pages], cache.values[0][:, pages])
+    for count, results in found.items():
+        assert all(torch.equal(a, b) for a, b in zip(results, found[2], strict=True)), count
+
+
+@torch.inference_mode()
+def test_logits_of_any_rows_are_those_rows() -> None:
+    """Every other row of a step's hidden states, and more rows than one launch takes."""
+    lm = small_model()
+    hidden, head = torch.randn(2 * MAX_ROWS + 6, 64, device=DEVICE), lm.weights.text_head
+    ops = kernels(lm)
+    got = ops.logits(hidden[::2], head)
+    torch.testing.assert_close(got, TorchOps().logits(hidden[::2], head), atol=1e-4, rtol=1e-4)
+    assert torch.equal(got[-1:], ops.logits(hidden[-2:-1], head))
     with pytest.raises(ValueError, match="contiguous rows"):
-        kernels(weights, torch.float32).linear(hidden[::2], Weight(weights.text_head))
+        ops.linear(hidden[:6:2], Weight(head))
 
 
-def state(images: int, steps: int, vocabulary: int, *, top_k: int, seed: int) -> ImageState:
-    made = ImageState.empty(images, steps, vocabulary, DEVICE)
-    made.forced.fill_(-1)
-    made.advance.fill_(1)
-    generator = torch.Generator().manual_seed(seed)
-    made.uniform.copy_(torch.rand(made.uniform.shape, dtype=torch.float64, generator=generator))
-    made.cfg_scale.fill_(3.0)
-    made.temperature.fill_(0.8)
-    made.top_k.fill_(top_k)
-    return made
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("top_k", [1, 7, 500, 1000])
-def test_samples_are_the_references_ties_and_all(top_k: int) -> None:
-    weights = merged(small_model(torch.float32, device=str(DEVICE), layers=1))
-    logits = 3 * torch.randn(6, 1000, device=DEVICE)
-    logits[:, ::3] = logits[:, 1:2]  # a third of each row is one and the same number
-    fast, slow = (state(3, STEPS, 1000, top_k=top_k, seed=5) for _ in range(2))
-    fast.forced[2, 1] = slow.forced[2, 1] = 77
-    ops = kernels(weights, torch.float32)
-    for _ in range(STEPS):
-        ops.sample(logits, fast, 50, Sampling())
-        TorchOps(0).sample(logits, slow, 50, Sampling())
-    assert fast.out.tolist() == slow.out.tolist()
-    assert fast.out[2, 1] == 77
-    for name in ("token", "position", "step"):
-        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
-    torch.testing.assert_close(fast.scores, slow.scores)
-    kept = torch.isfinite(keep_top_k(fast.scores, top_k))
-    sampled = fast.out.clone()
-    sampled[2, 1] = fast.out[0, 1]
-    assert kept.gather(1, (sampled - 50).T).all()
+def pictures(vocabulary: int = 1000) -> SlotState:
+    """Slots 0 to 4 with parameters of their own; 3 has finished its picture, 4 has none."""
+    state = SlotState.empty(5, pages=2, steps=20, vocabulary=vocabulary, device=DEVICE)
+    generator = torch.Generator().manual_seed(5)
+    state.uniform.copy_(torch.rand(state.uniform.shape, dtype=torch.float64, generator=generator))
+    for name, values in {
+        "columns": [2, 1, 4, 2, 1],
+        "total": [6, 4, 15, 6, 0],
+        "step": [0, 0, 3, 6, 0],
+        "cfg_scale": [3.0, 1.0, 0.4, 2.0, 1.0],
+        "temperature": [0.8, 1.0, 1.5, 1.0, 1.0],
+        "top_k": [7, vocabulary, 500, 5, 1],
+        "top_p": [1.0, 0.7, 1.0, 0.5, 1.0],
+    }.items():
+        tensor = getattr(state, name)
+        tensor[:5] = torch.tensor(values, dtype=tensor.dtype)
+    state.position.copy_(torch.arange(12))
+    state.token.fill_(-7)
+    return state
 
 
 @torch.inference_mode()
-def test_steps_follow_each_other_as_the_references_do() -> None:
-    lm = small_model(torch.float32, device=str(DEVICE), layers=LAYERS)
-    weights = merged(lm)
-    out = []
-    reference, ours = copies(lm, ROWS, 64, 2)
-    for ops, cache in ((TorchOps(64), reference), (kernels(weights, torch.float32), ours)):
-        s = state(ROWS // 2, STEPS, 100, top_k=20, seed=1)
-        s.position.copy_(torch.tensor([1, 2, 3, 4][:ROWS]))
-        s.token.copy_(torch.tensor([3, 150, 7, 199][:ROWS]))
-        for _ in range(STEPS):
-            image_step(ops, weights, s, cache.keys, cache.values, Sampling())
-        out.append(s.out.tolist())
-    assert out[0] == out[1]
+@pytest.mark.parametrize("nucleus", [False, True])
+def test_samples_are_the_references_ties_and_all(nucleus: bool) -> None:
+    """Slots in any order, each with its own filters; EOL and EOI are forced, the finished and the padding stay."""
+    slow, fast = pictures(), pictures()
+    if not nucleus:
+        slow.top_p.fill_(1.0)
+        fast.top_p.fill_(1.0)
+    before = pictures()
+    slots = torch.tensor([2, 0, 3, 1, slow.padding, slow.padding], device=DEVICE)
+    ops = kernels(small_model())
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(7):
+        logits = 3 * torch.randn(12, 1000, generator=generator).to(DEVICE)
+        logits[:, ::3] = logits[:, 1:2]  # a third of each row is one and the same number
+        ops.sample(logits, fast, slots, IDS, nucleus=nucleus)
+        TorchOps().sample(logits, slow, slots, IDS, nucleus=nucleus)
+        kept = torch.isfinite(keep_top_k(fast.scores[1:2], 7))[0]
+        if fast.step[0] < 6 and fast.step[0] != 3:
+            code = int(fast.token[0]) - IDS.visual
+            assert code < 0 or kept[code]
+    for field in fields(SlotState):
+        torch.testing.assert_close(getattr(fast, field.name), getattr(slow, field.name), msg=field.name)
+    assert fast.step.tolist() == [6, 4, 10, 6, 0, 0]
+    assert [int(fast.out[0, i]) for i in (2, 5)] == [int(fast.out[1, i]) for i in (1, 3)] == [IDS.eol, IDS.eoi]
+    assert (fast.out[0, [0, 1, 3, 4]] >= IDS.visual).all()
+    for name, per_slot in (("out", 1), ("step", 1), ("token", 2), ("position", 2)):
+        idle = [slot * per_slot + i for slot in (3, 4, 5) for i in range(per_slot)]
+        assert torch.equal(getattr(fast, name)[idle], getattr(before, name)[idle]), name
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("rows", [2, 5, 33])
 @pytest.mark.parametrize("form", ["fp8", "int8"])
 @pytest.mark.parametrize(("n", "k"), [(128, 2048), (50, 96)])
 def test_8_bit_products_are_exact_in_the_stored_weights(n: int, k: int, form: str, rows: int) -> None:
     """Against fp64: what is left is fp16's rounding of the inputs and fp32's of the sum."""
     from emu_cog.ops.kernels.layers import INPUT_SCALE
 
-    ops = kernels(merged(small_model(torch.float32, device=str(DEVICE), layers=1)), torch.float32)
+    ops = kernels(small_model())
     weight = Weight(*quantized(torch.randn(n, k, device=DEVICE), form))
     x = torch.randn(rows, k, device=DEVICE)
     interleaved = (x / INPUT_SCALE.value).half().view(rows, k // 4, 4).transpose(1, 2).contiguous().view(rows, k)
     for splits in (1, 2):
-        config = LinearConfig(block_n=64, block_k=64, stages=2, splits=splits)
-        ops.config = replace(ops.config, linear={shape(weight): config})
-        got = ops.linear(interleaved, weight).sum(0)
+        got = ops.product(interleaved, weight, LinearConfig(block_n=64, block_k=64, stages=2, splits=splits)).sum(0)
         expected = x.double() @ (weight.data.double() * weight.scale[:, None]).T
         assert (got - expected).norm() / expected.norm() < 1e-3
 
 
-@pytest.fixture
-def any_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products are timed without a CUDA graph where there is no CUDA."""
-
-    def seconds(work):
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    if INTERPRETED:
-        monkeypatch.setattr("emu_cog.ops.triton_ops._replay_seconds", seconds)
+def no_graph(work) -> float:
+    """`_replay_seconds` without CUDA."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 @torch.inference_mode()
-@pytest.mark.usefixtures("any_clock")
 @pytest.mark.parametrize("form", [None, "int8"])
-def test_autotuning_changes_no_number(form: str | None) -> None:
-    from emu_cog.ops.triton_ops import TritonOps
+def test_autotuning_changes_no_number(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emu_cog.ops import triton_ops
 
-    dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    lm = small_model(dtype, device=str(DEVICE), layers=LAYERS)
-    if form:
-        quantize(lm.model, form)
-    weights = merged(lm)
-    tuned, found = TritonOps.autotuned(weights, DEVICE)
+    if INTERPRETED:
+        monkeypatch.setattr(triton_ops, "_replay_seconds", no_graph)
+    lm = small_model(torch.float16 if INTERPRETED else torch.bfloat16, form, intermediate_size=64)
+    tuned, found = triton_ops.TritonOps.autotuned(lm.weights, DEVICE)
     assert [line.split()[0] for line in found] == ["qkv", "o", "gate_up", "down", "head"]
-    one, two = copies(lm, ROWS, 64, 2)
-    tokens, positions = tensors([3, 150, 7, 199][-ROWS:], [5, 40, 63, 0][-ROWS:])
-    first = forward(kernels(weights, dtype), weights, tokens, positions, one.keys, one.values)
-    other = forward(tuned, weights, tokens, positions, two.keys, two.values)
-    assert torch.equal(first, other)
+    (batch, one), (_, two) = (paged(lm, [(5, 1), (40, 1)]) for _ in range(2))
+    assert torch.equal(forward(kernels(lm), lm.weights, batch, one), forward(tuned, lm.weights, batch, two))
 
 
 FAILURES = [
@@ -215,16 +243,16 @@ def test_a_configuration_that_cannot_be_built_is_skipped(failure: Exception, mon
 
     def seconds(work):
         calls.append(work)
-        if len(calls) % 8 != 3:  # one of the eight candidates for each product
+        if len(calls) % 3 != 1:  # a third of the candidates for each product and number of rows can be built
             raise failure
         return 1.0
 
     monkeypatch.setattr(triton_ops, "_replay_seconds", seconds)
-    weights = merged(small_model(torch.float32, device=str(DEVICE), layers=1))
-    ops, found = triton_ops.TritonOps.autotuned(weights, DEVICE)
+    lm = small_model()
+    ops, found = triton_ops.TritonOps.autotuned(lm.weights, DEVICE)
     assert len(found) == 5
-    assert len(calls) >= 5 * 7
-    assert ops.config.linear.keys() == kernels(weights, torch.float32).config.linear.keys()
+    assert len(calls) >= 5 * (7 + 3 + 3)
+    assert ops.config.linear.keys() == kernels(lm).config.linear.keys()
 
 
 @pytest.mark.parametrize(
@@ -239,93 +267,88 @@ def test_errors_of_cuda_are_not_skipped(failure: Exception, monkeypatch: pytest.
         raise failure
 
     monkeypatch.setattr(triton_ops, "_replay_seconds", seconds)
-    weights = merged(small_model(torch.float32, device=str(DEVICE), layers=1))
+    weights = small_model().weights
     with pytest.raises(type(failure), match=str(failure)):
         triton_ops.TritonOps.autotuned(weights, DEVICE)
     with pytest.raises(RuntimeError, match="CUDA error: misaligned"), triton_ops.build_errors(DEVICE):
         raise RuntimeError("CUDA error: misaligned address")
 
 
-def test_without_any_configuration_setup_goes_on_through_the_modules(
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ModelRunner take the kernels on any device, every configuration equally fast."""
+    monkeypatch.setattr("emu_cog.engine.runner.why_eager", lambda lm, *, compile: None)
+    monkeypatch.setattr("emu_cog.ops.triton_ops._replay_seconds", lambda work: 1.0)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_without_any_configuration_setup_goes_on_in_plain_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On a B300 under Triton 3.4 setup ended in `min() arg is an empty sequence`."""
-    from emu_cog.ops import triton_ops
 
     def seconds(work):
         raise RuntimeError("'sm_103a' is not a recognized\nprocessor for this target")
 
-    monkeypatch.setattr(triton_ops, "_replay_seconds", seconds)
-    monkeypatch.setattr("emu_cog.engine.runner.why_eager", lambda lm, *, compile: None)
-    lm = small_model(torch.float32, device=str(DEVICE), layers=1)
+    monkeypatch.setattr("emu_cog.ops.triton_ops._replay_seconds", seconds)
+    lm = small_model()
     with pytest.raises(KernelBuildError, match=r"no configuration of the qkv product \(320x64\) can be built on"):
-        ModelRunner(lm).build_kernels()
+        ModelRunner(lm, slots=1, tokens=128, captured=True)
     with caplog.at_level("WARNING", logger="emu_cog"):
-        assert build(lm, compile=True) is None
-    for part in ("through the modules", "qkv product (320x64)", Card.of(DEVICE).name, "'sm_103a' is not a recognized"):
+        assert not ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
+    for part in ("plain PyTorch", "qkv product (320x64)", Card.of(DEVICE).name, "'sm_103a' is not a recognized"):
         assert part in caplog.text
-    cache = lm.new_cache(rows=1, capacity=16)  # the modules, whose weights are views of the merged ones by now
-    tokens, start = tensors([[3, 150]], [0])
-    with torch.inference_mode():
-        hidden = lm.forward(tokens, start, cache, rows=slice(None), filled=2)
-    assert hidden.isfinite().all()
+    assert isinstance(lm.ops, TorchOps)
 
 
-@pytest.mark.usefixtures("any_clock")
-def test_other_kernels_are_built_during_setup_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("anywhere")
+def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that failed was found by the first request."""
     from emu_cog.ops.kernels import layers, sampling
+    from emu_cog.ops.triton_ops import TritonOps
 
-    lm = small_model(torch.float32, device=str(DEVICE), layers=1)
-    monkeypatch.setattr("emu_cog.engine.runner.why_eager", lambda lm, *, compile: None)
-    launched: set[str] = set()
-    for module, name in [
-        (layers, "add_norm_kernel"),
-        (layers, "rope_store_kernel"),
-        (layers, "attend_kernel"),
-        (layers, "combine_kernel"),
-        (sampling, "guide_kernel"),
-        (sampling, "count_kernel"),
-        (sampling, "mass_kernel"),
-        (sampling, "sample_kernel"),
-    ]:
-        monkeypatch.setattr(module, name, _Recorded(getattr(module, name), name, launched))
-    assert build(lm, compile=True)
-    assert len(launched) == 8
+    lm, launched = small_model(), []
+
+    class Recorded:
+        def __init__(self, name: str, kernel) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    names = {name: module for module in (layers, sampling) for name in vars(module) if name.endswith("_kernel")}
+    for name, module in names.items():
+        monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
+    assert ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
+    assert isinstance(lm.ops, TritonOps)
+    assert set(launched) == names.keys()
+    assert len(names) == 9
     monkeypatch.setattr(sampling, "sample_kernel", None)
     with pytest.raises(TypeError):
-        build(lm, compile=True)
-
-
-class _Recorded:
-    """A kernel whose launches are noted."""
-
-    def __init__(self, kernel, name: str, launched: set[str]) -> None:
-        self.kernel, self.name, self.launched = kernel, name, launched
-
-    def __getitem__(self, grid):
-        self.launched.add(self.name)
-        return self.kernel[grid]
+        ModelRunner.best(lm, slots=1, tokens=128, compile=True)
+    assert isinstance(lm.ops, TorchOps), "nothing runs through kernels that failed"
 
 
 INTERPRETED_REQUESTS = {
-    "text": ("storyteller", 2, replace(CASES["story"][2], max_new_tokens=3)),
-    "image": ("picture", 1, Request(prompt="a boat", seed=3, size=(1, 2))),
+    "story": ("storyteller", 2, replace(CASES["story"][2], max_new_tokens=3)),
+    "picture": ("picture", 1, Request(prompt="a boat", seed=3, size=(1, 2), image_top_p=0.9)),
 }
-REQUESTS = INTERPRETED_REQUESTS if INTERPRETED else {"story": CASES["story"], "image": CASES["four"]}
+REQUESTS = INTERPRETED_REQUESTS if INTERPRETED else CASES
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_engine_writes_the_same_with_the_kernels(
     name: str, make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without captured graphs, so that it runs interpreted, too."""
+    """The steps of captured graphs, but not captured, so that they run interpreted, too."""
     model, count, request = REQUESTS[name]
     folders = make_checkpoint(model)
     pipeline = Pipeline.load(folders.model, folders.vision, device=str(DEVICE), dtype="float32", compile=False)
     torch_settings.exact()  # without TF32, which Pipeline.load turns on for a GPU
-    runner = ModelRunner(pipeline.lm, twin=True)
-    ops = kernels(runner.weights, torch.float32)
-    monkeypatch.setattr(runner, "_operations", lambda cache=None: ops)
-    slow, fast = run_both(pipeline, runner, count, request)
-    assert fast == slow
+    requests, config = prepared(pipeline, request, count)
+    expected = ids_of(pipeline.engine, requests, config)
+    engine = uncaptured(pipeline.lm, kernels, monkeypatch)
+    if INTERPRETED:
+        engine.lm = pipeline.lm  # reads the prompts, in plain torch
+    assert ids_of(engine, requests, config) == expected

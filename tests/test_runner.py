@@ -1,103 +1,31 @@
-"""Captured steps: the same steps in plain torch against the modules, and on a GPU the captured graphs themselves."""
+"""Steps: eager ones whatever their company, captured ones against them, and on a GPU the captured graphs themselves."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import MAX_STEPS, ModelRunner, build, why_eager
-from emu_cog.engine.sequence import EngineRequest, GenerationConfig, Tokens
+from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, _Captured, _sizes, why_eager
+from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState, Tokens
 from emu_cog.model import torch_settings
-from emu_cog.model.decode import forward, merge
-from emu_cog.model.quantize import FORMATS, quantize
-from emu_cog.model.qwen3 import LanguageModel, choose_attention
-from emu_cog.ops.interface import ImageState
+from emu_cog.model.kv_cache import PAGE
+from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops.interface import Ops
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
+from tests.decoder_kit import IDS, TokenwiseOps, random_model
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
-
-
-class Ids:
-    visual, vocab_size, visual_count = 100, 200, 100
-
-
-def small_model(dtype: torch.dtype, *, seed: int = 0, device: str = "cpu", layers: int = 3) -> LanguageModel:
-    """Six query heads over two kv heads; norms that differ from one."""
-    config = Qwen3Config(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "emu_sdpa"
-    choose_attention(torch.device("cpu"), dtype)
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).eval()
-    for name, weight in model.named_parameters():
-        weight.data = 1 + 0.3 * torch.randn_like(weight) if "norm" in name else 3 * weight.data
-    return LanguageModel(model.to(device, dtype), Ids)  # type: ignore[arg-type]
-
-
-def copies(lm: LanguageModel, rows: int, capacity: int, count: int) -> list:
-    """`count` equal caches full of noise."""
-    made = [lm.new_cache(rows=rows, capacity=capacity) for _ in range(count)]
-    for buffers in zip(*[(*cache.keys, *cache.values) for cache in made], strict=True):
-        buffers[0].normal_()
-        for other in buffers[1:]:
-            other.copy_(buffers[0])
-    return made
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_the_modules_own(dtype: torch.dtype) -> None:
-    """Bit by bit in bfloat16; in fp32 on a CPU the modules sum in another order (cpu_linear.py)."""
-    apart = 0.0 if dtype == torch.bfloat16 else 1e-5
-    lm = small_model(dtype)
-    plain, ours = copies(lm, 4, 64, 2)
-    tokens, positions = torch.tensor([3, 150, 7, 199]), torch.tensor([5, 40, 63, 0])
-    expected = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=64)[:, 0]
-    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
-    got = forward(TorchOps(64), weights, tokens, positions, ours.keys, ours.values)
-    torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
-    for a, b in zip(plain.keys + plain.values, ours.keys + ours.values, strict=True):
-        torch.testing.assert_close(a, b, rtol=apart, atol=apart)
-
-
-@torch.inference_mode()
-def test_merged_weights_are_the_modules_own_memory() -> None:
-    lm = small_model(torch.float32)
-    before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
-    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
-    for name, weight in lm.model.named_parameters():
-        assert torch.equal(weight, before[name]), name
-    attention, mlp, layer = lm.model.model.layers[1].self_attn, lm.model.model.layers[1].mlp, weights.layers[1]
-    for whole, parts in (
-        (layer.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
-        (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
-    ):
-        assert {p.weight.untyped_storage().data_ptr() for p in parts} == {whole.data.untyped_storage().data_ptr()}
-        assert sum(p.weight.shape[0] for p in parts) == whole.data.shape[0]
-    linear = sum(w.numel() for name, w in before.items() if "proj" in name)
-    assert weights.bytes_read == 4 * (linear + 100 * 64)
-
-
 CASES = {
     "one": ("picture", 1, Request(prompt="a red boat", seed=2, size=(3, 4), guidance_scale=5.0, image_top_k=9)),
     "four": ("picture", 4, Request(prompt="a boat", seed=3, size=(4, 3), image_temperature=0.7)),
@@ -122,24 +50,105 @@ def ids_of(engine: Engine, requests: Sequence[EngineRequest], config: Generation
     return ids
 
 
-def run_both(pipeline: Pipeline, runner: ModelRunner, count: int, request: Request) -> tuple[dict, dict]:
-    """The ids through the modules and through the runner."""
-    requests, config = prepared(pipeline, request, count)
-    return ids_of(Engine(pipeline.lm), requests, config), ids_of(Engine(pipeline.lm, runner), requests, config)
+def uncaptured(lm: LanguageModel, ops: Callable[[LanguageModel], Ops], monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine over the weights of `lm` whose captured steps are run instead of captured."""
+    lm = copy.copy(lm)
+    lm.ops = ops(lm)
+
+    def capture(self: ModelRunner, size: int, drawing: bool, nucleus: bool) -> _Captured:
+        slots = torch.full((size,), self.state.padding, device=lm.device)
+        hidden = torch.zeros((2 * size, lm.config.hidden_size), dtype=lm.dtype, device=lm.device)
+
+        def replay() -> None:
+            hidden.copy_(self._device_step(slots, drawing, nucleus))
+
+        return _Captured(slots, hidden, replay)
+
+    monkeypatch.setattr(ModelRunner, "_capture", capture)
+    monkeypatch.setattr(ModelRunner, "_build_kernels", lambda self: None)
+    return Engine(ModelRunner(lm, slots=4, tokens=4 * lm.context, captured=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
+def test_steps_that_read_the_device_give_the_eager_tokens(
+    name: str, pipelines: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, count, request = CASES[name]
-    folders = make_checkpoint(model)
-    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
-    slow, fast = run_both(pipeline, ModelRunner(pipeline.lm, twin=True), count, request)
-    assert fast == slow
-    assert len(slow) == count
+    pipeline = pipelines(model)
+    requests, config = prepared(pipeline, request, count)
+    engine = uncaptured(pipeline.lm, lambda lm: TokenwiseOps(), monkeypatch)
+    expected = ids_of(pipeline.engine, requests, config)
+    assert len(expected) == count
+    assert ids_of(engine, requests, config) == expected
+    assert max(key[0] for key in engine.runner._graphs) == {1: 1, 2: 2, 3: 4, 4: 4}[count]
+    assert {key[2] for key in engine.runner._graphs} >= {name == "top-p"}
 
 
-def test_inside_an_image_the_host_reads_nothing(make_checkpoint: Checkpoints) -> None:
-    """No tensor is read by the host between two image rows: counted at the dispatcher."""
+def sequence(runner: ModelRunner, slot: int, *, length: int = 5, **config: object) -> SequenceState:
+    """A sequence whose streams hold `length` tokens and one less, with pages for 40 more."""
+    sampling = Sampling(**config)  # type: ignore[arg-type]
+    s = SequenceState(
+        index=slot,
+        request=EngineRequest(conditional=(1,), unconditional=(1,), seed=slot),
+        config=GenerationConfig(
+            cfg_scale=3.0, image=sampling, text=sampling, size=None, max_new_tokens=None, single_image=False
+        ),
+        emit=lambda event: None,
+    )
+    s.slot, s.lengths = slot, [length, length - 1]
+    for pages in s.pages:
+        pages.extend(runner.cache.take(-(-(length + 40) // PAGE)))
+    runner.begin(s)
+    runner.place(s)
+    return s
+
+
+def noise(runner: ModelRunner, s: SequenceState) -> None:
+    """Keys and values in the pages of `s` that depend on its slot alone."""
+    generator = torch.Generator().manual_seed(s.slot)
+    for buffer in (*runner.cache.keys, *runner.cache.values):
+        for pages in s.pages:
+            shape = (buffer.shape[0], len(pages), *buffer.shape[2:])
+            buffer[:, pages] = torch.randn(shape, generator=generator).to(buffer)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_an_eager_step_does_not_depend_on_its_company(form: str | None) -> None:
+    """To the last bit: hidden states, scores and tokens of a picture and of a text, alone and among up to eleven."""
+    found = []
+    for company in ((), (3,), (0, 3, 4, 5, 6, 7, 8, 9, 10)):
+        runner = ModelRunner(random_model(form=form)[0], slots=12, tokens=2000)
+        runner.cache.take(len(company))  # other pages, too
+        everyone = {slot: sequence(runner, slot, length=3 + 9 * slot, top_k=50) for slot in (*company, 2, 1)}
+        for s in everyone.values():
+            noise(runner, s)
+            s.doing = Feed(7 + s.slot, both=s.slot % 2 == 0, read=True) if s.slot % 2 else Draw((2, 3))
+            if isinstance(s.doing, Draw):
+                runner.open(s, s.doing)
+        text, picture = everyone[1], everyone[2]
+        rows, order = [], list(everyone.values())
+        for _ in range(3):
+            hidden = runner.step(order)
+            rows += [hidden[order.index(text)], hidden[order.index(picture)]]
+            rows.append(runner.text_logits(hidden)[order.index(text)])
+            rows.append(runner.scores([s for s in order if isinstance(s.doing, Draw)].index(picture))[0].clone())
+            for s in order:
+                s.lengths = [n + 1 for n in s.lengths]
+                s.made += isinstance(s.doing, Draw)
+        rows.append(torch.tensor(runner.read([(picture, 0)])[0]))
+        found.append(rows)
+    assert len(found[0][-1]) == 3
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor is read by the host before the image is complete: counted at the dispatcher."""
+
+    class Blind(TokenwiseOps):
+        def attend(self, q, keys, values, batch, into):
+            return q.flatten(1)  # this reads spans from the device, which kernels need not
 
     class Reads(TorchDispatchMode):
         count = 0
@@ -149,104 +158,87 @@ def test_inside_an_image_the_host_reads_nothing(make_checkpoint: Checkpoints) ->
                 Reads.count += 1
             return func(*args, **(kwargs or {}))
 
-    folders = make_checkpoint("picture")
-    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
-    steps = ModelRunner(pipeline.lm, twin=True)
-    forced = torch.full((12, 2), -1)
-    state, replay = steps.image(
-        pipeline.lm.new_cache(rows=4, capacity=32),
-        forced=forced,
-        uniform=torch.rand(12, 2, dtype=torch.float64),
-        advance=torch.ones(12, 4, dtype=torch.long),
-        lengths=[3, 2, 5, 2],
-        cfg_scale=3.0,
-        sampling=Sampling(top_k=9),
-    )
-    with torch.inference_mode(), Reads():
-        for _ in range(12):
-            replay()
-        assert Reads.count == 0
-        assert state.step.tolist() == [12, 12]
-    assert state.position.tolist() == [15, 14, 17, 14]
-    assert (state.out[:12] >= pipeline.lm.ids.visual).all()
+    runner = uncaptured(random_model()[0], lambda lm: Blind(), monkeypatch).runner
+    with torch.inference_mode():
+        pair = [sequence(runner, slot, length=3 + slot, top_k=9, top_p=0.9) for slot in range(2)]
+        for s in pair:
+            s.doing = Draw((3, 3))
+            runner.open(s, s.doing)
+        with Reads():
+            for _ in range(12):
+                runner.step(pair)
+            assert Reads.count == 0
+        assert runner.state.step[:2].tolist() == [12, 12]
+        assert runner.state.position[:4].tolist() == [15, 14, 16, 15]
+        for s in pair:
+            s.made = 12
+        for ids in runner.read([(s, 0) for s in pair]):
+            assert [i for i, token in enumerate(ids) if token < IDS.visual] == [3, 7, 11]
 
 
-def test_a_cache_whose_growth_failed_half_way_counts_as_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some buffers have moved by then: what was captured over the old ones must not be replayed."""
-    cache = small_model(torch.float32).new_cache(rows=2, capacity=16)
-    before, allocate, calls = cache.version, torch.Tensor.new_zeros, []
-
-    def fails(self: torch.Tensor, *shape: object) -> torch.Tensor:
-        calls.append(shape)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("full")
-        return allocate(self, *shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_zeros", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        cache.grow(32)
-    assert cache.version is not before
-    assert cache.capacity == 16
-
-
-def image_tables(steps: ModelRunner, count: int, **sampling: float) -> ImageState:
-    return steps.image(
-        steps.lm.new_cache(rows=2, capacity=32),
-        forced=torch.full((count, 1), 5),
-        uniform=torch.zeros((count, 1), dtype=torch.float64),
-        advance=torch.ones((count, 2), dtype=torch.long),
-        lengths=[1, 1],
-        cfg_scale=3.0,
-        sampling=Sampling(**sampling),  # type: ignore[arg-type]
-    )[0]
+def test_larger_images_than_the_model_can_choose_replace_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_written` kept what had been written to the graphs of old: one that got the address of an old one stepped the
+    padding for ever."""
+    runner = uncaptured(random_model()[0], lambda lm: TokenwiseOps(), monkeypatch).runner
+    s = sequence(runner, 1)
+    s.doing = Draw((1, 2))
+    with torch.inference_mode():
+        runner.open(s, s.doing)
+        runner.step([s])
+        assert runner.state.out.shape[1] == MAX_STEPS
+        first = runner.state.out[1, 0].clone()
+        s.doing = Draw((1, MAX_STEPS))
+        runner.open(s, s.doing)
+        assert runner.state.out.shape[1] == MAX_STEPS + 1
+        assert runner.state.out[1, 0] == first
+        assert not runner._graphs
+        assert not runner._written
+        runner.step([s])
+    assert runner.state.step[1] == 1
 
 
-def test_tables_grow_for_images_beyond_the_largest_that_the_model_can_ask_for(
-    make_checkpoint: Checkpoints,
+def test_an_ended_sequence_writes_to_nobodys_page() -> None:
+    runner = ModelRunner(random_model()[0], slots=2, tokens=300)
+    s = sequence(runner, 1, length=70)
+    assert runner.state.tables[2:4, :2].all()
+    runner.end(s)
+    assert not runner.state.tables.any()
+    assert not runner.state.position.any()
+    assert not runner.state.total.any()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 32])
+def test_any_number_of_sequences_has_a_captured_size(slots: int) -> None:
+    sizes = _sizes(slots)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == slots <= MAX_SEQUENCES
+
+
+def test_the_log_says_why_steps_are_not_captured(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = make_checkpoint("picture")
-    steps = ModelRunner(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
-    small = image_tables(steps, 12)
-    assert len(small.forced) == MAX_STEPS
-    assert image_tables(steps, MAX_STEPS) is small
-    steps._replays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
-    assert (image_tables(steps, MAX_STEPS + 700).forced[: MAX_STEPS + 700] == 5).all()
-    assert list(steps._replays) == ["text"], "what was captured over the replaced tables"
-
-
-def test_one_capture_is_kept_of_filters_that_users_choose(make_checkpoint: Checkpoints) -> None:
-    folders = make_checkpoint("picture")
-    steps = ModelRunner(Pipeline.load(folders.model, folders.vision, device="cpu").lm, twin=True)
-    image_tables(steps, 12)
-    steps._replays = {"image": print, "image, top-k 3, top-p 0.5": print, "text": print}
-    image_tables(steps, 12, top_k=3, top_p=0.5)
-    assert len(steps._replays) == 3
-    image_tables(steps, 12, top_k=4, top_p=0.5)
-    assert list(steps._replays) == ["image", "text"]
-
-
-def test_the_log_says_why_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
-    lm = small_model(torch.float32)
+    lm = random_model()[0]
     assert why_eager(lm, compile=False) == "EMU_COMPILE=0"
     assert why_eager(lm, compile=True) == "the device is cpu"
     with caplog.at_level("INFO", logger="emu_cog"):
-        assert build(lm, compile=False) is None
-    assert "step by step: EMU_COMPILE=0" in caplog.text
+        assert not ModelRunner.best(lm, slots=1, tokens=128, compile=False).captured
+    assert "plain PyTorch: EMU_COMPILE=0" in caplog.text
+    assert isinstance(lm.ops, TorchOps)
+
+    def gpu(*devices: int, dim: int = 128) -> str | None:
+        places = [torch.device("cuda", i) for i in devices]
+        lm = SimpleNamespace(device=places[0], devices=places, config=SimpleNamespace(head_dim=dim))
+        return why_eager(lm, compile=True)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert gpu(0, 0) is None
+    assert gpu(0, 1) == "the layers are spread over several devices"
+    assert gpu(0, dim=96) == "heads of 96 channels: the kernels need a power of two from 16"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gpu(0) == "triton is not installed"
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("name", FORMATS)
-def test_quantized_steps_are_the_quantized_modules(name: str) -> None:
-    lm = small_model(torch.float32)
-    quantize(lm.model, name)
-    plain, ours = copies(lm, 2, 16, 2)
-    tokens, positions = torch.tensor([3, 150]), torch.tensor([5, 9])
-    expected = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=16)[:, 0]
-    weights = merge(lm.model, visual=100, vocabulary=200, context=256)
-    again = lm.forward(tokens[:, None], positions, plain, rows=slice(None), filled=16)[:, 0]
-    got = forward(TorchOps(16), weights, tokens, positions, ours.keys, ours.values)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(again, expected)
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -258,79 +250,90 @@ def no_synchronizing() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def on_gpu(folders: tiny.TinyFolders, **settings: object) -> Pipeline:
+    return Pipeline.load(folders.model, folders.vision, **({"device": "cuda", "max_outputs": 8} | settings))  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def no_tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The modules without TF32, whose ten bits of mantissa would be the largest difference to the kernels."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps without TF32, whose ten bits of mantissa would be the largest difference to the kernels."""
     monkeypatch.setattr(torch_settings, "apply", lambda device: torch_settings.exact())
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_tf32")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("name", CASES)
-def test_captured_steps_give_the_modules_tokens(name: str, make_checkpoint: Checkpoints) -> None:
+def test_captured_steps_give_the_eager_tokens(name: str, device: str, make_checkpoint: Checkpoints) -> None:
+    """Also on a device that is not the current one, where each kernel and stream has to be told its own."""
+    if device == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     model, count, request = CASES[name]
-    folders = make_checkpoint(model)
-    pipeline = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32")
-    assert pipeline.engine.runner
-    slow, fast = run_both(pipeline, pipeline.engine.runner, count, request)
-    assert fast == slow
+    found = []
+    for compile in (False, True):
+        pipeline = on_gpu(make_checkpoint(model), device=device, dtype="float32", compile=compile)
+        assert pipeline.runner.captured == compile
+        requests, config = prepared(pipeline, request, count)
+        found.append(ids_of(pipeline.engine, requests, config))
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu
-def test_a_second_request_replays_the_same_graph_without_synchronizing(make_checkpoint: Checkpoints) -> None:
-    folders = make_checkpoint("picture")
-    lm = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="float32").lm
-    steps, cache = ModelRunner(lm), lm.new_cache(rows=2, capacity=64)
-    replays = []
-    with torch.inference_mode():
+@pytest.mark.usefixtures("no_tf32")
+def test_layers_on_two_gpus_give_the_same_tokens(make_checkpoint: Checkpoints) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model, count, request = CASES["story"]
+    found = []
+    for device_map in (None, "auto"):
+        pipeline = on_gpu(make_checkpoint(model), dtype="float32", device_map=device_map, compile=False)
+        assert len(set(pipeline.lm.devices)) == (2 if device_map else 1)
+        requests, config = prepared(pipeline, request, count)
+        found.append(ids_of(pipeline.engine, requests, config))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["one", "top-p"])
+def test_captured_pictures_replay_one_graph_without_synchronizing(name: str, make_checkpoint: Checkpoints) -> None:
+    """Whatever the guidance, filters and positions: only the first step of a company writes its slots."""
+    pipeline = on_gpu(make_checkpoint("picture"), dtype="bfloat16")
+    runner, graphs = pipeline.runner, []
+
+    def steps() -> None:
         for guidance, top_k, length in ((3.0, 9, 5), (1.0, 0, 7)):
-            _, replay = steps.image(
-                cache,
-                forced=torch.full((12, 1), -1),
-                uniform=torch.rand(12, 1, dtype=torch.float64),
-                advance=torch.ones(12, 2, dtype=torch.long),
-                lengths=[length, 2],
-                cfg_scale=guidance,
-                sampling=Sampling(top_k=top_k, temperature=0.9),
-            )
-            replays.append(replay)
+            s = sequence(runner, 0, length=length, top_k=top_k, top_p=0.5 if name == "top-p" else 1.0)
+            s.config = replace(s.config, cfg_scale=guidance)
+            runner.begin(s)
+            s.doing = Draw((3, 3))
+            runner.open(s, s.doing)
+            runner.step([s])
             with no_synchronizing():
-                for _ in range(12):
-                    replay()
-    assert replays[0] == replays[1]
+                for _ in range(11):
+                    runner.step([s])
+            s.made = 12
+            assert len(runner.read([(s, 0)])[0]) == runner.state.step[0] == 12
+            graphs.append(dict(runner._graphs))
+            runner.end(s)
+
+    with torch.inference_mode():
+        steps()
+    assert graphs[0].keys() == graphs[1].keys() == {(1, True, name == "top-p")}
+    assert all(graphs[0][key] is graphs[1][key] for key in graphs[0])
 
 
 @pytest.mark.gpu
-def test_four_outputs_are_four_runs_bit_by_bit(make_checkpoint: Checkpoints) -> None:
-    """In bfloat16, where another order of sums would show: no sum depends on the number of batch rows."""
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_outputs_are_the_same_in_any_company(quantize: str | None, compile: bool, make_checkpoint: Checkpoints) -> None:
+    """In bfloat16, where another order of sums would show; eight sequences are 16 rows, 32 with text beside them."""
     for model, request in (
-        ("picture", Request(prompt="a red boat", seed=40, size=(12, 16))),
+        ("picture", Request(prompt="a red boat", seed=40, size=(12, 16), image_top_p=0.9)),
         ("storyteller", Request(prompt="a fox", task="story", size=(3, 4), seed=40, max_new_tokens=120)),
     ):
-        folders = make_checkpoint(model)
-        pipeline = Pipeline.load(folders.model, folders.vision, device="cuda", dtype="bfloat16")
-        requests, config = prepared(pipeline, request, 4)
+        pipeline = on_gpu(make_checkpoint(model), dtype="bfloat16", quantize=quantize, compile=compile, max_outputs=20)
+        requests, config = prepared(pipeline, request, 20)
         together = ids_of(pipeline.engine, requests, config)
-        alone = {i: ids_of(pipeline.engine, [single], config)[0] for i, single in enumerate(requests)}
-        assert together == alone
-        assert len({tuple(ids) for ids in alone.values()}) == 4
-
-
-def test_a_batch_too_large_for_the_kernels_goes_through_the_modules(
-    make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from emu_cog.ops.autotune import MAX_ROWS
-
-    assert ModelRunner.MAX_ROWS == MAX_ROWS
-    folders = make_checkpoint("picture")
-    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
-    steps = ModelRunner(pipeline.lm, twin=True)
-    monkeypatch.setattr(steps, "image", None)
-    monkeypatch.setattr(steps, "text", None)
-    slow, fast = run_both(pipeline, steps, 9, Request(prompt="a boat", seed=3, size=(2, 2)))
-    assert fast == slow
-    assert len(fast) == 9
+        alone = {i: ids_of(pipeline.engine, [requests[i]], config)[0] for i in (0, 7, 19)}
+        assert {i: together[i] for i in alone} == alone
+        assert len({tuple(ids) for ids in alone.values()}) == 3

@@ -172,6 +172,7 @@ class ModelRunner:
     def _widen(self, steps: int) -> None:
         """Room for larger images than sizes of two digits allow: library callers may ask for them."""
         self._graphs.clear()  # those hold the addresses of the tables being replaced
+        self._written.clear()
         for name in ("uniform", "out"):
             old = getattr(self.state, name)
             new = old.new_zeros((len(old), steps))

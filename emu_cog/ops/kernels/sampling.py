@@ -169,7 +169,6 @@ def sample_kernel(
     image = tl.program_id(0)
     slot = tl.load(slots_ptr + image)
     step, columns, length = tl.load(step_ptr + slot), tl.load(columns_ptr + slot), tl.load(total_ptr + slot)
-    active = step < length
     place = step % (columns + 1)
     number = tl.minimum(step // (columns + 1) * columns + place, steps - 1)
     b = tl.arange(0, BLOCKS)
@@ -189,11 +188,12 @@ def sample_kernel(
     token = tl.where(chosen < 0, sampled.to(tl.int64), chosen) + visual
     token = tl.where(place == columns, eol, token)
     token = tl.where(step == length - 1, eoi, token)
-    tl.store(out_ptr + slot * steps + step, token, mask=active)
-    pair = 2 * slot + tl.arange(0, 2)
-    tl.store(token_ptr + pair, token, mask=active)
-    tl.store(position_ptr + pair, tl.load(position_ptr + pair) + 1, mask=active)
-    tl.store(step_ptr + slot, step + 1, mask=active)
+    if step < length:  # a branch: Triton's interpreter takes no scalar as the mask of a block
+        tl.store(out_ptr + slot * steps + step, token)
+        pair = 2 * slot + tl.arange(0, 2)
+        tl.store(token_ptr + pair, token)
+        tl.store(position_ptr + pair, tl.load(position_ptr + pair) + 1)
+        tl.store(step_ptr + slot, step + 1)
     # Reset for the next step: nothing reads these after this kernel.
     bins = tl.arange(0, 1024)
     tl.store(counts_ptr + image * 1024 + bins, tl.zeros((1024,), tl.int32))
