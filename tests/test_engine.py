@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from _models import tiny
 
 from emu_cog.engine.sequence import Ended, EngineRequest, Event, GenerationConfig, Opened, Stats, Tokens
 from emu_cog.pipeline import Pipeline
@@ -260,3 +263,149 @@ def test_stopping_early_leaves_the_engine_usable(pipelines: Pipelines) -> None:
         next(run)
     run.close()
     assert answers(list(pipeline.engine.generate([output], config))) == expected
+
+
+# -- several at once -------------------------------------------------------------------------------------------
+
+
+COMPANY = [
+    ("picture", Request(prompt="a red boat", seed=1, size=(4, 5))),
+    ("picture", Request(prompt="boat", seed=2, size=(7, 3), guidance_scale=2.0, image_top_k=20, num_outputs=3)),
+    ("picture", Request(prompt="boat " * 80, seed=3, size=(3, 3), image_top_p=0.6, image_temperature=0.7)),
+    ("picture", Request(prompt="boat", seed=4, aspect_ratio="model", image_top_k=20)),
+    ("picture", Request(prompt="red", seed=5, task="x2i", images=(photo(1),), image_area=64 * 64)),
+    ("picture", Request(prompt="a fox", task="story", size=(3, 4), seed=16, max_new_tokens=60)),
+    ("picture", Request(prompt="a red boat", seed=7, size=(2, 9), guidance_scale=1.0)),
+]
+
+
+def alone(pipeline: Pipeline, request: Request) -> dict[int, list[int]]:
+    prepared = pipeline.prepare(request)
+    return answers(list(pipeline.engine.generate(prepared.outputs, prepared.config)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_answer_depends_on_the_company(seed: int, pipelines: Pipelines) -> None:
+    """Requests join at random moments, some are cancelled at random moments; the others' tokens stay the same."""
+    pipeline = pipelines("picture")
+    rng = random.Random(seed)
+    expected = [alone(pipeline, request) for _, request in COMPANY]
+    order = [i % len(COMPANY) for i in range(16)]
+    rng.shuffle(order)
+    submissions = []
+    for i in order:
+        prepared = pipeline.prepare(COMPANY[i][1])
+        submissions.append(pipeline.engine.submit(prepared.outputs, prepared.config))
+        time.sleep(rng.random() * 0.03)
+        if rng.random() < 0.2:
+            submissions[-1].cancel()
+    for i, submission in zip(order, submissions, strict=True):
+        if not submission.cancelled:
+            assert answers(list(submission.events())) == expected[i]
+    pipeline.engine.call(lambda: None)  # a round later everything cancelled is gone, too
+    assert pipeline.runner.cache.free == pipeline.runner.cache.pages - 1
+
+
+def test_few_pages_only_make_it_slower(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:
+    """A cache of two pictures for twelve of them, and for stories that may each fill it."""
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=2, max_context=600)
+    assert pipeline.runner.slots == 2
+    prepared = [pipeline.prepare(COMPANY[i % len(COMPANY)][1]) for i in range(12)]
+    expected = [answers(list(pipeline.engine.generate(one.outputs, one.config))) for one in prepared]
+    submissions = [pipeline.engine.submit(one.outputs, one.config) for one in prepared]
+    assert [answers(list(submission.events())) for submission in submissions] == expected
+
+
+def test_a_cancelled_submission_frees_its_pages(pipelines: Pipelines) -> None:
+    pipeline = pipelines("talker")
+    output, config = prepare(pipeline, Request(prompt="walk", task="story", max_new_tokens=30_000))
+    submission = pipeline.engine.submit([output], config)
+    next(submission.events())  # leaving closes it
+    deadline = time.monotonic() + 20
+    while pipeline.runner.cache.free < pipeline.runner.cache.pages - 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_fails_fails_alone(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    output, config = prepare(pipeline, COMPANY[0][1])
+    expected = answers(list(pipeline.engine.generate([output], config)))
+
+    def fail(kind: str, probs: torch.Tensor) -> None:
+        raise ValueError("no more")
+
+    first = pipeline.engine.submit([output], config)
+    bad = pipeline.engine.submit([output], config, trace=fail)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.engine.call(lambda: 1 // 0)
+    with pytest.raises(ValueError, match="no more"):
+        list(bad.events())
+    assert answers(list(first.events())) == expected
+
+
+@pytest.mark.parametrize("where", ["prompt", "step"])
+def test_out_of_memory_costs_one_request(where: str, pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipelines("picture")
+    output, config = prepare(pipeline, COMPANY[0][1])
+    expected = answers(list(pipeline.engine.generate([output], config)))
+    owner, name = (pipeline.lm, "feed") if where == "prompt" else (pipeline.runner, "step")
+    whole, calls = getattr(owner, name), iter(range(10_000))
+
+    def short(*args: object) -> object:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, short)
+    submissions = [pipeline.engine.submit([output], config) for _ in range(4)]
+    ended: list[object] = []
+    for submission in submissions:
+        try:
+            ended.append(answers(list(submission.events())))
+        except RuntimeError as error:
+            ended.append(str(error)[:20])
+    assert ended.count("memory ran out while") == 1
+    assert ended.count(expected) == 3
+
+
+def test_an_unexpected_error_reaches_everyone_and_the_engine_goes_on(
+    pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipelines("picture")
+    output, config = prepare(pipeline, COMPANY[0][1])
+    expected = answers(list(pipeline.engine.generate([output], config)))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.runner, "step", lambda sequences: 1 / 0)
+        submissions = [pipeline.engine.submit([output], config) for _ in range(3)]
+        for submission in submissions:
+            with pytest.raises(ZeroDivisionError):
+                list(submission.events())
+    assert answers(list(pipeline.engine.generate([output], config))) == expected
+
+
+def test_a_closed_engine_says_so(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:
+    folders = make_checkpoint("talker")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    output, config = prepare(pipeline, Request(prompt="walk", task="story", max_new_tokens=30_000))
+    submission = pipeline.engine.submit([output], config)
+    pipeline.engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(submission.events())
+    with pytest.raises(RuntimeError, match="closed"):
+        pipeline.engine.submit([output], config)
+
+
+def test_prompts_that_begin_alike_are_computed_once(pipelines: Pipelines, plain_models: Models) -> None:
+    pipeline = pipelines("picture")
+    output, config = prepare(pipeline, Request(prompt="boat " * 120, size=(2, 3), seed=3))
+    alike = output.conditional[:200]
+    output = replace(output, unconditional=(*alike, *output.unconditional))
+    traced: list[torch.Tensor] = []
+    events = list(pipeline.engine.generate([output], config, trace=lambda _, probs: traced.append(probs.clone())))
+    ids = pipeline.lm.ids
+    steps = judge(plain_models("picture"), ids, output.conditional, output.unconditional, answers(events)[0], config)
+    sampled = [step.probs for step in steps if step.kind == "visual"]
+    visual = [probs[0] for probs in traced if probs.shape[1] == ids.visual_count]
+    torch.testing.assert_close(torch.stack(visual), torch.stack(sampled)[:, ids.visual :], atol=TOLERANCE, rtol=1e-3)

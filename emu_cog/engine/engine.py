@@ -52,8 +52,7 @@ T = TypeVar("T")
 class Submission:
     """Outputs of one request in the engine. `events` may be read by one thread, `cancel` called by any."""
 
-    def __init__(self, engine: Engine, sequences: int) -> None:
-        self._engine = engine
+    def __init__(self, sequences: int) -> None:
         self._queue: SimpleQueue[Event | BaseException] = SimpleQueue()
         self.cancelled = False
         self.left = sequences
@@ -83,7 +82,6 @@ class Submission:
     def cancel(self) -> None:
         """Let its sequences go at the next look; nothing happens where they have ended."""
         self.cancelled = True
-        self._engine._wake()
 
     def put(self, event: Event | BaseException) -> None:
         self._queue.put(event)
@@ -100,7 +98,6 @@ class Engine:
         self._calls: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
-        self._changed = threading.Event()
         self._thread: threading.Thread | None = None
         self._closing = False
         # A thread that still computes while the interpreter ends can crash it.
@@ -117,7 +114,7 @@ class Engine:
         `trace(kind, probs)` is called with each sampled distribution, in the engine's thread: kind "text", "digit" or
         "visual", probs (1, V) over the ids legal there (or the ten digits).
         """
-        submission = Submission(self, len(requests))
+        submission = Submission(len(requests))
         prompts: dict[tuple[tuple[int, ...], tuple[int, ...]], Prompt] = {}
         entries = []
         for index, request in enumerate(requests):
@@ -154,16 +151,12 @@ class Engine:
             thread.join()
 
     def _start(self) -> None:
-        """Start the thread if there is none, or wake it."""
+        """Start the thread if there is none."""
         if self._closing:
             raise RuntimeError("the engine is closed: the process is about to end")
-        self._changed.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="emu-engine", daemon=True)
             self._thread.start()
-
-    def _wake(self) -> None:
-        self._changed.set()
 
     # -- 2. the engine's thread ------------------------------------------------------------------------------
 
@@ -225,14 +218,10 @@ class Engine:
                 [Chunk(prompt.streams[i][begin:end], begin, prompt.pages[i]) for i, begin, end in chunk],
             )
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             tokens = sum(map(len, prompt.streams))
-            self._fail_prompt(
-                prompt,
-                RuntimeError(
-                    f"the GPU's memory ran out while a prompt of {tokens} tokens was read beside "
-                    f"{len(self.scheduler.running) - 1} other output(s): try again, or set EMU_MAX_OUTPUTS lower"
-                ),
+            self._out_of_memory(
+                next(entry.submission for entry in self._entries if entry.prompt is prompt),
+                f"a prompt of {tokens} tokens was read",
             )
             return
         prompt.read += 1
@@ -274,7 +263,11 @@ class Engine:
         if not ready:
             return False
         sequences = [entry.state for entry in ready]
-        hidden = self.runner.step(sequences)
+        try:
+            hidden = self.runner.step(sequences)
+        except torch.OutOfMemoryError:  # before the state was moved on: the others can go on
+            self._out_of_memory(ready[-1].submission, f"{len(ready)} outputs were generated side by side")
+            return False
         for submission in {entry.submission for entry in ready}:
             submission.stats.steps += 1
         done = False
@@ -368,9 +361,16 @@ class Engine:
         self._drop(submission)
         submission.put(error)
 
-    def _fail_prompt(self, prompt: Prompt, error: BaseException) -> None:
-        for submission in {entry.submission for entry in self._entries if entry.prompt is prompt}:
-            self._fail(submission, error)
+    def _out_of_memory(self, submission: Submission, when: str) -> None:
+        """Let the submission that did not fit go, so that the others can go on."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._fail(
+            submission,
+            RuntimeError(
+                f"memory ran out while {when}: try again later, or set EMU_MAX_OUTPUTS or EMU_MAX_CONTEXT lower"
+            ),
+        )
 
 
 class _Entry:

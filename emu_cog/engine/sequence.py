@@ -132,7 +132,7 @@ class Draw:
         return 1 + self.total
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class SequenceState:
     """One output in progress. `lengths` are the tokens in its streams, conditional and unconditional; `pages` theirs in
     the cache."""
