@@ -174,9 +174,9 @@ def rope_store_kernel(
     page = _page(tables_ptr, tl.load(stream_ptr + row), position, table_stride, PAGE)
     cell = (page * PAGE + position % PAGE) * D + i
     if head >= HEADS + KV:
-        cell += v_ptr + (head - HEADS - KV).to(tl.int64) * head_stride
-        tl.store(cell, low.to(kind))
-        tl.store(cell + HALF, high.to(kind))
+        stored = v_ptr + (head - HEADS - KV).to(tl.int64) * head_stride + cell
+        tl.store(stored, low.to(kind))
+        tl.store(stored + HALF, high.to(kind))
     else:
         low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
         scale = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
