@@ -1,8 +1,8 @@
 """The kernels compiled ahead of time, without a GPU: the project's own launches on tensors without memory.
 
-`python -m tests.kernels_kit 80 16` prints a JSON object for compute capability 8.0 and passes of 16 rows: bytes of shared
-memory by weight format and kernel. With "all" for 16 it does so for all of ROWS, and adds what autotuning makes of all
-candidates. It needs a process of its own, where TRITON_INTERPRET is not set.
+`python -m tests.kernels_kit 80 16` prints a JSON object for compute capability 8.0 and passes of 16 rows: bytes of
+shared memory by weight format and kernel. With "all" for 16 it does so for all of ROWS, and adds what autotuning makes
+of all candidates. It needs a process of its own, where TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
