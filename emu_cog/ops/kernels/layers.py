@@ -1,8 +1,8 @@
-"""The decode step's kernels, in Triton: up to 64 tokens through weights that are read once, at memory bandwidth.
+"""A step's kernels, in Triton: up to 64 tokens through weights that are read once, at memory bandwidth.
 
-Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
-kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
-predecessor still runs, and waits there before it touches anything that the predecessor wrote.
+Only ModelRunner's captured steps need this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests.
+Every kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while
+its predecessor still runs, and waits there before it touches anything that the predecessor wrote.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def combine_kernel(
     PDL: tl.constexpr,
 ):
     """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND.
-    Program (batch row, head)."""
+    Program (token, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     cell = row * HEADS + head
