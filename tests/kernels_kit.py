@@ -1,8 +1,8 @@
 """The kernels compiled ahead of time, without a GPU: the project's own launches on tensors without memory.
 
-`python -m tests.kernels_kit 80 [all]` prints a JSON object for compute capability 8.0: bytes of shared memory by weight
-format and kernel; with "all" also for 16 batch rows, and what autotuning makes of all candidates. It needs a process of
-its own, where TRITON_INTERPRET is not set.
+`python -m tests.kernels_kit 80 16` prints a JSON object for compute capability 8.0 and passes of 16 rows: bytes of
+shared memory by weight format and kernel. With "all" for 16 it does so for all of ROWS, and adds what autotuning makes
+of all candidates. It needs a process of its own, where TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 from transformers import Qwen3Config
 
-from emu_cog.model.decode import image_step
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS
-from emu_cog.ops.autotune import Card, KernelBuildError, LinearConfig, autotune, default_config, shape
-from emu_cog.ops.interface import DecodeWeights, ImageState, Layer, Shape, Weight
-from emu_cog.request import Sampling
+from emu_cog.model.qwen3 import forward
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, default_config, shape
+from emu_cog.ops.interface import Batch, Layer, ModelWeights, Shape, SlotState, Weight
+from tests.decoder_kit import IDS
 
 META = torch.device("meta")
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -28,7 +28,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TEXT, VISUAL, HIDDEN = 151854, 131072, 5120
 
 
-def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> DecodeWeights:
+def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> ModelWeights:
     """The released model's shapes, without its numbers."""
 
     def weight(n: int, k: int) -> Weight:
@@ -49,13 +49,12 @@ def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> Dec
         k_norm=half(128),
     )
     head = half(TEXT + VISUAL, HIDDEN)
-    return DecodeWeights(
+    return ModelWeights(
         embed=head,
         layers=(layer,) * layers,
         norm=half(HIDDEN),
-        visual_head=head[TEXT:],
-        text_head=head[:TEXT],
-        visual=TEXT,
+        head=head,
+        visual=slice(TEXT, TEXT + VISUAL),
         rope=half(2, 32768, 128),
         shape=Shape(heads=64, kv_heads=8, head_dim=128, eps=1e-6),
     )
@@ -105,39 +104,40 @@ def card(capability: int) -> Card:
     return Card(name=f"sm_{capability}", shared=SHARED[capability] * 1024, pdl=capability >= 90)
 
 
-def steps(capability: int, weight_dtype: torch.dtype, batch_rows: Sequence[int]) -> dict[str, list[int]]:
-    """Compile all kernels of an image step and of text logits in their default configuration."""
+def steps(capability: int, weight_dtype: torch.dtype, row_counts: Sequence[int]) -> dict[str, list[int]]:
+    """Compile all kernels of passes, of text logits and of sampling in their default configuration."""
     from emu_cog.ops.triton_ops import TritonOps
 
     weights = released(weight_dtype)
     ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
     config = Qwen3Config(num_hidden_layers=1, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+    cache = KVCache(config, pages=64, dtype=torch.bfloat16, devices=[META])
+    state = SlotState.empty(32, pages=64, steps=16, vocabulary=VISUAL, device=META)
     with compiled(capability) as found:
-        for rows in batch_rows:
-            cache = KVCache(config, rows=rows, capacity=4096, dtype=torch.bfloat16, devices=[META])
-            state = ImageState.empty(rows // 2, 16, VISUAL, META)
-            image_step(ops, weights, state, cache.keys, cache.values, Sampling())
-            hidden = torch.empty((rows, HIDDEN), dtype=torch.bfloat16, device=META)
+        for rows in row_counts:
+            at = torch.empty(rows, dtype=torch.int64, device=META)
+            hidden = forward(ops, weights, Batch(tokens=at, positions=at, streams=at, tables=state.tables), cache)
             ops.logits(hidden[::2], weights.text_head)
+            ops.sample(ops.logits(hidden, weights.visual_head), state, at[::2], IDS, nucleus=False)
     return found
 
 
 def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, list]]:
-    """Autotune over all candidates, each one as fast as it has stages. By weight shape: "tried", a list of (block_n,
-    stages, bytes of shared memory), the default first, and "chosen", (block_n, stages)."""
+    """Autotune over all candidates, each one as fast as it has stages. By rows and weight shape: "tried", a list of
+    (block_n, stages, bytes of shared memory), the default first, and "chosen", (block_n, stages)."""
     from emu_cog.ops.triton_ops import TritonOps
 
     weights, limits = released(weight_dtype), card(capability)
     ops = TritonOps(default_config(weights, limits), torch.bfloat16)
-    tried: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    tried: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
 
-    def seconds(some: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
-        eight_bits = some[0].scale is not None
-        x = torch.empty((2, some[0].data.shape[1]), dtype=torch.float16 if eight_bits else torch.bfloat16, device=META)
+    def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
+        kind = torch.bfloat16 if some[0].scale is None else torch.float16
+        x = torch.empty((rows, some[0].data.shape[1]), dtype=kind, device=META)
         with compiled(capability) as found:
             ops.product(x, some[0], config, swiglu=swiglu)
         ((needed,),) = found.values()
-        tried.setdefault(shape(some[0]), []).append((config.block_n, config.stages, needed))
+        tried.setdefault((rows, *shape(some[0])), []).append((config.block_n, config.stages, needed))
         if needed > limits.shared:  # as Triton refuses to load it
             raise KernelBuildError(f"out of resource: shared memory, Required: {needed}")
         return 1.0 / config.stages
@@ -147,14 +147,14 @@ def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, lis
 
 
 def main() -> None:
-    capability, everything = int(sys.argv[1]), sys.argv[2:] == ["all"]
+    capability, everything = int(sys.argv[1]), sys.argv[2] == "all"
     import triton
 
     formats = {"bfloat16": torch.bfloat16} | {name: dtype for name, (dtype, _) in FORMATS.items()}
     document: dict[str, object] = {}
     for name, dtype in formats.items():
         try:
-            found = steps(capability, dtype, (2, 16) if everything else (2,))
+            found = steps(capability, dtype, ROWS if everything else (int(sys.argv[2]),))
             document[name] = {kernel: max(shared) for kernel, shared in found.items()}
             if everything:
                 document[f"{name} candidates"] = tuned(capability, dtype)

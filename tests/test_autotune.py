@@ -8,71 +8,80 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emu_cog.ops.autotune import Card, KernelBuildError, LinearConfig, autotune, candidates, default_config, shape
-from emu_cog.ops.interface import Weight
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, candidates, default_config, shape
+from emu_cog.ops.interface import MAX_ROWS, Weight
 from tests.kernels_kit import released
 
 CARD = Card(name="a card")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_defaults_divide_every_weight_evenly(dtype: torch.dtype) -> None:
+def test_defaults_divide_every_weight_evenly_and_sum_alike_for_all_rows(dtype: torch.dtype) -> None:
+    """A row's sums are the same beside 1 and beside 63 others: only the stages may follow the number of rows."""
     weights = released(dtype)
-    config = default_config(weights, CARD)
-    layer = weights.layers[0]
+    linear, layer = default_config(weights, CARD).linear, weights.layers[0]
+    assert ROWS[-1] == MAX_ROWS
     for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, Weight(weights.visual_head)):
-        linear = config.linear[shape(weight)]
+        configs = [linear[rows, *shape(weight)] for rows in ROWS]
+        assert {replace(config, stages=1) for config in configs} == {replace(configs[0], stages=1)}
         k = weight.data.shape[1] // (4 if weight.scale is not None else 1)
-        assert k % (linear.splits * linear.block_k) == 0
-        assert weight.data.shape[0] % linear.block_n == 0
-    assert config.linear[shape(layer.gate_up)].splits == config.linear[shape(Weight(weights.text_head))].splits == 1
-    assert [config.linear[shape(w)].splits for w in (layer.qkv, layer.o, layer.down)] == [2, 4, 5]
+        assert k % (configs[0].splits * configs[0].block_k) == 0
+        assert weight.data.shape[0] % configs[0].block_n == 0
+    heads = Weight(weights.text_head), Weight(weights.visual_head)
+    splits = {"qkv": 2, "o": 4, "down": 5, "gate_up": 1} | dict.fromkeys(heads, 1)
+    for name, count in splits.items():
+        weight = getattr(layer, name) if isinstance(name, str) else name
+        assert {linear[rows, *shape(weight)].splits for rows in ROWS} == {count}
 
 
 def test_autotuning_takes_the_fastest_and_never_changes_the_order_of_a_sum() -> None:
     weights = released(layers=3)
     first = default_config(weights, CARD)
-    asked: list[tuple[tuple[int, int], LinearConfig, int, bool]] = []
+    asked: dict[tuple[int, ...], set[tuple[int, bool]]] = {}
 
-    def seconds(some: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
-        asked.append((shape(some[0]), config, len(some), swiglu))
+    def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
+        asked.setdefault((rows, *shape(some[0])), set()).add((len(some), swiglu))
         if config.block_n == 128:
             raise KernelBuildError("out of resource: shared memory")
-        return 1.0 if config.stages == 3 else 2.0
+        return 1.0 if config.stages == 2 + (rows == 64) * 2 else 2.0
 
     tuned, found = autotune(first, weights, seconds, CARD)
     assert len(found) == 5
-    assert "gate_up 64x128, 3 stages, 4 warps: 0.00 TB/s" in found[2]
+    line = "gate_up 64x128, 2 stages, 4 warps: 0.00 TB/s | 64x128, 2 stages, 4 warps: 0.00 TB/s | 64x128, 4 stages"
+    assert line in found[2]
     for at, config in tuned.linear.items():
-        before = first.linear[at]
-        assert (config.splits, config.block_k) == (before.splits, before.block_k)
-        assert config.stages == 3 or at == (151854, 5120)  # the text head is not timed
-    assert {swiglu for at, _, _, swiglu in asked if at == (51200, 5120)} == {True}
-    assert {count for at, _, count, _ in asked if at != (131072, 5120)} == {3}
+        assert replace(config, stages=1, warps=4) == replace(first.linear[at], stages=1, warps=4)
+        if at[1] == 151854:  # the text head is not timed
+            assert config == first.linear[at]
+        else:
+            assert config.stages == (4 if at[0] == 64 else 2)
+            assert asked[at] == {(1 if at[1] == 131072 else 3, at[1] == 51200)}
 
 
 def test_where_nothing_can_be_built_the_error_names_weight_card_and_reason() -> None:
     """It was `min() arg is an empty sequence`."""
     weights, built = released(), []
 
-    def seconds(some: Sequence[Weight], config: LinearConfig, swiglu: bool) -> float:
-        if swiglu:
-            raise KernelBuildError(f"PassManager::run failed, {config.stages} stages")
+    def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
+        if swiglu and rows == 32:
+            raise KernelBuildError(f"PassManager::run failed, {config.warps} warps")
         built.append(config)
         return 1.0
 
-    says = r"the gate_up product \(51200x5120\) can be built on a card: PassManager::run failed, 4 stages"
+    says = r"the gate_up product \(51200x5120\) can be built on a card: PassManager::run failed, 8 warps"
     with pytest.raises(KernelBuildError, match=says):
         autotune(default_config(weights, CARD), weights, seconds, CARD)
     assert built
 
 
-def test_candidates_are_different_and_sum_alike() -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_candidates_are_different_and_sum_alike(rows: int) -> None:
     first = LinearConfig(block_n=64, block_k=128, stages=4, splits=5)
-    others = candidates(first)
+    others = candidates(first, rows)
     assert others[0] == first
-    assert len(set(others)) == len(others) > 3
+    assert len(set(others)) == len(others) >= 3
     assert {replace(config, block_n=64, stages=4, warps=4) for config in others} == {first}
+    assert min(config.block_n for config in others) == 64
 
 
 def test_other_devices_than_cuda_get_the_least_shared_memory() -> None:

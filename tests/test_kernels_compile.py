@@ -18,20 +18,22 @@ import torch
 
 from emu_cog.errors import InputError
 from emu_cog.model.quantize import FORMATS, check_format
+from emu_cog.ops.autotune import ROWS
 from tests.conftest import ROOT
 from tests.kernels_kit import SHARED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 OTHERS = {"add_norm", "linear", "rope_store", "attend", "combine", "guide", "count", "mass", "sample"}
-QUICK = (80, 90)
+QUICK = {90: ROWS[0], 80: ROWS[-1]}
+"""Capability to rows of a pass; all of ROWS are compiled by the slow test."""
 
 
-def compile_for(capability: int, cache: Path, *more: str) -> dict[str, Any]:
+def compile_for(capability: int, cache: Path, rows: int | str) -> dict[str, Any]:
     """In a process of its own: kernels that were imported for the interpreter can't be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_kit", str(capability), *more],
+        [sys.executable, "-m", "tests.kernels_kit", str(capability), str(rows)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -60,13 +62,13 @@ def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("capability", QUICK)
 def test_the_default_configurations_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(compile_for(capability, tmp_path), capability, monkeypatch)
+    check(compile_for(capability, tmp_path, QUICK[capability]), capability, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_autotuning_skips_what_does_not_fit(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Defaults always fit; the largest candidates need more shared memory than most cards have."""
+    """For all of ROWS: defaults always fit; the largest candidates need more shared memory than most cards have."""
     found = compile_for(capability, tmp_path, "all")
     check(found, capability, monkeypatch)
     limit, too_large = SHARED[capability] * 1024, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -12,14 +11,12 @@ from _models import tiny
 from transformers import Qwen3Config
 
 from emu_cog.errors import InputError
-from emu_cog.events import Picture, RunStats
 from emu_cog.memory import GIB, Budget
-from emu_cog.model.kv_cache import KVCache
+from emu_cog.model.kv_cache import PAGE, KVCache
 from emu_cog.pipeline import Pipeline
-from emu_cog.request import Request
 from emu_cog.settings import Settings
 
-Pipelines = Callable[[str], Pipeline]
+Checkpoints = Callable[[str], tiny.TinyFolders]
 
 
 def a100(**changes: float) -> Budget:
@@ -33,13 +30,12 @@ def test_a_cached_token_takes_what_the_facts_say() -> None:
     assert KVCache.bytes_per_token(config, torch.bfloat16) == 256 * 1024
     cache = KVCache(
         Qwen3Config(num_hidden_layers=2, num_key_value_heads=3, head_dim=4, num_attention_heads=3),
-        rows=5,
-        capacity=7,
+        pages=5,
         dtype=torch.float32,
         devices=[torch.device("cpu")] * 2,
     )
     held = sum(buffer.numel() * 4 for buffer in (*cache.keys, *cache.values))
-    assert held == 5 * 7 * KVCache.bytes_per_token(
+    assert held == 5 * PAGE * KVCache.bytes_per_token(
         Qwen3Config(num_hidden_layers=2, num_key_value_heads=3, head_dim=4, num_attention_heads=3), torch.float32
     )
 
@@ -61,39 +57,32 @@ def test_a_model_larger_than_the_device_is_refused_with_the_numbers() -> None:
     assert a100(available=24 * GIB).tokens() == 0
 
 
-def test_the_estimate_is_logged_before_loading(
-    make_checkpoint: Callable[[str], tiny.TinyFolders], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_estimate_is_logged_before_loading(make_checkpoint: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     folders = make_checkpoint("picture")
     with caplog.at_level(logging.INFO, logger="emu_cog"):
         Pipeline.load(folders.model, folders.vision, device="cpu", max_context=2000, max_outputs=3)
     assert "(3 output(s) of 2000 tokens)" in caplog.text
-    assert "a sequence may hold 2000 tokens" in caplog.text
+    assert "3 picture(s) of 1653 tokens at once; a sequence may hold 2000, prompt and pictures" in caplog.text
     with pytest.raises(InputError, match="not enough memory"):
         Pipeline.load(folders.model, folders.vision, device="cpu", max_context=10**10)
 
 
-def test_outputs_that_do_not_fit_side_by_side_are_made_in_turn(
-    pipelines: Pipelines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipeline = pipelines("picture")
-    request = Request(prompt="a boat", size=(3, 4), seed=5, num_outputs=4)
+def test_as_many_pictures_run_at_once_as_fit() -> None:
+    budget = a100(picture=6000)
+    assert budget.outputs(6000) == 2
+    assert [budget.slots(most=most) for most in (1, 2, 32)] == [1, 2, 2]
+    assert a100(picture=6000, weights=34.1e9).slots(most=32) == 13
+    assert a100(picture=6000, available=70 * GIB).slots(most=32) == 1, "a tight one still begins"
 
-    def make() -> tuple[list[Picture], int]:
-        events = list(pipeline.stream(request))
-        assert isinstance(events[-1], RunStats)
-        return [event for event in events if isinstance(event, Picture)], events[-1].tokens
 
-    together, cost = make()
-    budget = pipeline.budget
-    room = budget.per_token * 1200 * 2  # two outputs of prompt, text and picture
-    short = dataclasses.replace(budget, available=budget.available - budget.cache + room)
-    monkeypatch.setattr(pipeline, "budget", short)
-    with caplog.at_level(logging.INFO, logger="emu_cog"):
-        in_turn, cost_in_turn = make()
-    assert "memory holds 2 output(s) side by side: the 4 are made in turn" in caplog.text
-    assert [(p.output, p.number, p.codes) for p in in_turn] == [(p.output, p.number, p.codes) for p in together]
-    assert cost_in_turn == cost
+@pytest.mark.parametrize(("max_outputs", "slots"), [(None, 8), (3, 3), (100, 32)])
+def test_slots_of_the_runner(max_outputs: int | None, slots: int, make_checkpoint: Checkpoints) -> None:
+    """Eight outputs are a pass of a CPU; 32 of the kernels."""
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=max_outputs, max_context=500)
+    assert pipeline.runner.slots == slots
+    assert pipeline.runner.tokens == slots * 500
+    assert pipeline.budget.picture == 500
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +11,7 @@ from _models import tiny
 from emu_cog.errors import InputError
 from emu_cog.memory import plan_memory
 from emu_cog.model.headers import read_headers
-from emu_cog.model.quantize import FORMATS, QuantizedLinear, check_format, quantizable, quantize, quantized
+from emu_cog.model.quantize import FORMATS, check_format, quantizable, quantized
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
 from emu_cog.settings import Settings
@@ -51,33 +50,16 @@ def test_a_checkpoint_is_quantized_as_it_is_read(name: str, make_checkpoint: Che
     folders = make_checkpoint("picture")
     plain = Pipeline.load(folders.model, folders.vision, device="cpu")
     small = Pipeline.load(folders.model, folders.vision, device="cpu", quantize=name)
-    layers = dict(quantizable(plain.lm.model))
-    assert len(layers) == 7 * plain.lm.config.num_hidden_layers
-    for path, linear in layers.items():
-        module = small.lm.model.get_submodule(path)
-        assert isinstance(module, QuantizedLinear)
-        data, scale = quantized(linear.weight, name)
-        assert torch.equal(module.weight.float(), data.float())
-        assert torch.equal(module.scale, scale)
-    assert torch.equal(small.lm.model.lm_head.weight, plain.lm.model.lm_head.weight)
+    for full, layer in zip(plain.lm.weights.layers, small.lm.weights.layers, strict=True):
+        for part in ("qkv", "o", "gate_up", "down"):
+            data, scale = quantized(getattr(full, part).data, name)
+            assert torch.equal(getattr(layer, part).data.float(), data.float())
+            assert torch.equal(getattr(layer, part).scale, scale)
+        assert torch.equal(layer.q_norm, full.q_norm)
+    assert torch.equal(small.lm.weights.head, plain.lm.weights.head)
+    assert len(list(quantizable(read_headers(folders.model)))) == 7 * plain.lm.config.num_hidden_layers
     pictures = [e for e in small.stream(Request(prompt="boat", size=(2, 3), seed=1)) if hasattr(e, "image")]
     assert [p.image.size for p in pictures] == [(48, 32)]
-
-
-def test_in_place_each_full_weight_is_freed_before_the_next_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Module()
-    model.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(4))
-    holder = torch.nn.Module()
-    holder.model = model
-    held = [weakref.ref(linear.weight) for _, linear in quantizable(holder)]
-    alive: list[int] = []
-    fill = QuantizedLinear.fill
-    monkeypatch.setattr(
-        QuantizedLinear, "fill", lambda self, w: (alive.append(sum(r() is not None for r in held)), fill(self, w))[1]
-    )
-    quantize(holder, "int8")
-    assert len(held) == 4
-    assert alive == [4, 3, 2, 1]
 
 
 def test_the_budget_counts_8_bit_weights(make_checkpoint: Checkpoints) -> None:

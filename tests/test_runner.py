@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,34 +114,43 @@ def noise(runner: ModelRunner, s: SequenceState) -> None:
 
 
 @torch.inference_mode()
+def traces(slots: Sequence[int], form: str | None) -> dict[int, list[torch.Tensor]]:
+    """Three eager steps of the sequences in `slots`, even ones in a picture: what each has computed."""
+    runner = ModelRunner(random_model(form=form)[0], slots=12, tokens=2000)
+    runner.cache.take(len(slots))  # other pages in other company
+    order = [sequence(runner, slot, length=3 + 9 * slot, top_k=50) for slot in slots]
+    for s in order:
+        noise(runner, s)
+        s.doing = Feed(7 + s.slot, both=s.slot % 3 == 0, read=True) if s.slot % 2 else Draw((2, 3))
+        if isinstance(s.doing, Draw):
+            runner.open(s, s.doing)
+    found: dict[int, list[torch.Tensor]] = {slot: [] for slot in slots}
+    for _ in range(3):
+        hidden = runner.step(order)
+        text, picture = runner.text_logits(hidden), 0
+        for row, s in enumerate(order):
+            found[s.slot] += [hidden[row], text[row]]
+            drawing = isinstance(s.doing, Draw)
+            if drawing:
+                found[s.slot].append(runner.scores(picture).clone())
+                picture += 1
+            s.lengths = [s.lengths[0] + 1, s.lengths[1] + (drawing or s.doing.both)]
+            s.made += drawing
+    for s in order:
+        if s.made:
+            found[s.slot].append(torch.tensor(runner.read([(s, 0)])[0]))
+    return found
+
+
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_an_eager_step_does_not_depend_on_its_company(form: str | None) -> None:
-    """To the last bit: hidden states, scores and tokens of a picture and of a text, alone and among up to eleven."""
-    found = []
-    for company in ((), (3,), (0, 3, 4, 5, 6, 7, 8, 9, 10)):
-        runner = ModelRunner(random_model(form=form)[0], slots=12, tokens=2000)
-        runner.cache.take(len(company))  # other pages, too
-        everyone = {slot: sequence(runner, slot, length=3 + 9 * slot, top_k=50) for slot in (*company, 2, 1)}
-        for s in everyone.values():
-            noise(runner, s)
-            s.doing = Feed(7 + s.slot, both=s.slot % 2 == 0, read=True) if s.slot % 2 else Draw((2, 3))
-            if isinstance(s.doing, Draw):
-                runner.open(s, s.doing)
-        text, picture = everyone[1], everyone[2]
-        rows, order = [], list(everyone.values())
-        for _ in range(3):
-            hidden = runner.step(order)
-            rows += [hidden[order.index(text)], hidden[order.index(picture)]]
-            rows.append(runner.text_logits(hidden)[order.index(text)])
-            rows.append(runner.scores([s for s in order if isinstance(s.doing, Draw)].index(picture))[0].clone())
-            for s in order:
-                s.lengths = [n + 1 for n in s.lengths]
-                s.made += isinstance(s.doing, Draw)
-        rows.append(torch.tensor(runner.read([(picture, 0)])[0]))
-        found.append(rows)
-    assert len(found[0][-1]) == 3
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    """To the last bit: hidden states, logits, scores and tokens of each sequence, alone and beside up to ten others."""
+    together = [traces(slots, form) for slots in ([3, 2], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0])]
+    for slot in (1, 2, 3, 4):
+        alone = traces([slot], form)[slot]
+        assert len(alone) == (10 if slot % 2 == 0 else 6)
+        for found in together:
+            assert all(torch.equal(a, b) for a, b in zip(alone, found.get(slot, alone), strict=True)), slot
 
 
 def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,20 +170,34 @@ def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch)
 
     runner = uncaptured(random_model()[0], lambda lm: Blind(), monkeypatch).runner
     with torch.inference_mode():
-        pair = [sequence(runner, slot, length=3 + slot, top_k=9, top_p=0.9) for slot in range(2)]
-        for s in pair:
+        three = [sequence(runner, slot, length=3 + slot, top_k=9, top_p=0.9) for slot in range(3)]
+        for s in three:
             s.doing = Draw((3, 3))
             runner.open(s, s.doing)
         with Reads():
             for _ in range(12):
-                runner.step(pair)
+                runner.step(three)
             assert Reads.count == 0
-        assert runner.state.step[:2].tolist() == [12, 12]
-        assert runner.state.position[:4].tolist() == [15, 14, 16, 15]
-        for s in pair:
+        assert runner.state.step.tolist() == [12, 12, 12, 0, 0]
+        assert runner.state.position.tolist() == [15, 14, 16, 15, 17, 16, 0, 0, 0, 0]
+        assert runner._graphs[4, True, True].slots.tolist() == [0, 1, 2, runner.state.padding]
+        for s in three:
             s.made = 12
-        for ids in runner.read([(s, 0) for s in pair]):
+        for ids in runner.read([(s, 0) for s in three]):
             assert [i for i, token in enumerate(ids) if token < IDS.visual] == [3, 7, 11]
+
+
+@torch.inference_mode()
+def test_one_graph_steps_any_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = uncaptured(random_model()[0], lambda lm: TokenwiseOps(), monkeypatch).runner
+    one, two, three = (sequence(runner, slot) for slot in range(3))
+    for s in (one, two, three):
+        s.doing = Draw((1, 9))
+        runner.open(s, s.doing)
+    for company in ([one], [two], [two, three], [three, one], [three, one]):
+        runner.step(company)
+    assert runner.state.step[:3].tolist() == [3, 2, 3]
+    assert len(runner._graphs) == 2
 
 
 def test_larger_images_than_the_model_can_choose_replace_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,13 +304,14 @@ def test_captured_steps_give_the_eager_tokens(name: str, device: str, make_check
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_tf32")
-def test_layers_on_two_gpus_give_the_same_tokens(make_checkpoint: Checkpoints) -> None:
+def test_layers_on_two_gpus_give_the_same_tokens(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    model, count, request = CASES["story"]
+    folders = tiny.make_tiny(tmp_path, layers=8, logit_bias=tiny.STORYTELLER, defaults=tiny.small_defaults())
+    _, count, request = CASES["story"]
     found = []
     for device_map in (None, "auto"):
-        pipeline = on_gpu(make_checkpoint(model), dtype="float32", device_map=device_map, compile=False)
+        pipeline = on_gpu(folders, dtype="float32", device_map=device_map, compile=False)
         assert len(set(pipeline.lm.devices)) == (2 if device_map else 1)
         requests, config = prepared(pipeline, request, count)
         found.append(ids_of(pipeline.engine, requests, config))

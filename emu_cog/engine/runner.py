@@ -134,7 +134,8 @@ class ModelRunner:
     def step(self, sequences: Sequence[SequenceState]) -> Tensor:
         """Feed each sequence what it is doing: a Feed's token, or the last token of its image, whose next is chosen.
 
-        Returns the conditional stream's hidden states (sequences, hidden). Synchronizes with no device.
+        Returns the conditional stream's hidden states (sequences, hidden). Captured steps that go on with the same
+        images synchronize with no device.
         """
         fed = [(s, s.doing.token) for s in sequences if isinstance(s.doing, Feed)]
         if fed:

@@ -1,4 +1,4 @@
-"""The language model: Qwen3, layer by layer and key by key, over its merged weights and a paged cache.
+"""The language model: Qwen3, layer by layer, over a paged cache; and where each key of a checkpoint belongs.
 
 transformers gives the configuration and the rotary angles, and in the tests the logits to agree with. Where two
 products read the same input, their weights are one matrix: queries, keys and values; gate and up.

@@ -1,6 +1,6 @@
 """What one forward pass is made of: the weights, the tokens it is given, the pictures in progress, its operations.
 
-M is the number of tokens of a pass, of any streams: two per picture in a decode step, thousands when a prompt is read.
+M is the number of tokens of a pass, of any streams: two per picture in a step, thousands when a prompt is read.
 reference.py holds the operations in plain torch, triton_ops.py in kernels. Both round where the layers do (after each
 norm, product and rotation), so that they differ by the order of sums alone.
 """
@@ -21,7 +21,7 @@ from emu_cog.prompt.tokens import TokenIds
 PAGE = 64
 """Tokens per page of the cache: what the attention kernel reads at a time."""
 MAX_ROWS = 64
-"""Tokens of the largest decode step. Up to here no token's result depends on the tokens beside it, to the last bit."""
+"""Tokens of the largest step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class SlotState:
     slot is never a sequence's: steps of fewer sequences than they were captured for are padded with it. A picture of
     `columns` columns and `total` tokens after IMG makes token `step` next; it is active while step < total.
 
-    Row i of `scores` is what the i-th sequence of the last step was sampled from: guided, divided by the temperature.
+    Row i of `scores` is what the i-th picture of the last `Ops.sample` was sampled from: guided, divided by the
+    temperature.
     """
 
     token: Tensor  # (2 slots,) int64: fed next
@@ -165,10 +166,7 @@ class SlotState:
     temperature: Tensor  # (slots,) fp32
     top_k: Tensor  # (slots,) int32, at least 1
     top_p: Tensor  # (slots,) fp32
-    scores: (
-        Tensor  # (slots, V) fp32, written: row i is what the i-th sequence of the last step sampled from, guided and
-    )
-    # divided by the temperature
+    scores: Tensor  # (slots, V) fp32, written
 
     @classmethod
     def empty(cls, slots: int, *, pages: int, steps: int, vocabulary: int, device: torch.device) -> SlotState:

@@ -1,4 +1,4 @@
-"""Guidance, filters and sampling: pure tensor functions over fp32 logits, one batch row per sequence.
+"""Guidance, filters and sampling: pure tensor functions over fp32 logits, one row per sequence.
 
 The order is upstream's (`apply_differential_topk` in logits_processor.py): guidance, temperature, top-k with
 ties at the threshold kept, top-p, softmax.

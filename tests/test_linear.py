@@ -1,0 +1,48 @@
+"""Products in plain torch: few rows on a CPU, and the head's, never rounded back to half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from emu_cog.ops import linear
+from tests.decoder_kit import IDS, random_model
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("rows", [1, 2, linear.CPU_ROWS, linear.CPU_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_f_linears(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    out = linear.linear(x, weight)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_logits_are_the_sums_themselves(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded ones would be off by more than 2e-3."""
+    monkeypatch.setattr(linear, "HEAD_SLICE", 64 * 70)  # five slices, the last one smaller
+    torch.manual_seed(1)
+    hidden, head = torch.randn(4, 64).to(device, dtype)[::2], torch.randn(300, 64).to(device, dtype)
+    exact = hidden.double() @ head.double().T
+    got = linear.logits(hidden, head)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, atol=2e-4, rtol=0)
+    if dtype in HALVES:
+        assert (got.to(dtype).double() - exact).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_model_does_not_round_logits(device: str) -> None:
+    lm, _ = random_model(torch.bfloat16, device=device)
+    hidden = torch.randn(3, 64, device=device).bfloat16()
+    exact = hidden.double() @ lm.weights.head.double().T
+    got = torch.cat([lm.text_logits(hidden), lm.visual_logits(hidden)], dim=1)
+    assert lm.visual_logits(hidden).shape == (3, IDS.visual_count)
+    torch.testing.assert_close(got.double(), exact, atol=1e-4 * float(exact.abs().max()), rtol=0)
