@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _models.tiny import TinyFolders
 
 from emu_cog import pipeline as pipeline_module
+from emu_cog.engine import engine as engine_module
 from emu_cog.errors import InputError
 from emu_cog.events import Finished, Picture, Progress, RunStats
 from emu_cog.log import log
@@ -23,6 +25,7 @@ from emu_cog.service import Service
 from tests.conftest import photo
 
 Pipelines = Callable[[str], Pipeline]
+Checkpoints = Callable[[str], TinyFolders]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -94,16 +97,20 @@ def progress(pipeline: Pipeline, request: Request) -> list[float]:
     return [progress.done for progress in reported]
 
 
-def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines) -> None:
+def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "ROUND", 1)
     done = progress(pipelines("picture"), Request(prompt="a boat", size=(5, 3), seed=1))
     assert done == pytest.approx([0, 0.02, 0.216, 0.412, 0.608, 0.804, 1])
 
 
 @pytest.mark.parametrize("side_by_side", [3, 1])
-def test_progress_covers_all_outputs(side_by_side: int, pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_covers_all_outputs(
+    side_by_side: int, make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It began anew for every batch where memory holds only some of the outputs at a time."""
-    pipeline = pipelines("picture")
-    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    monkeypatch.setattr(engine_module, "ROUND", 1)
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=side_by_side)
     done = progress(pipeline, Request(prompt="a boat", size=(5, 3), seed=1, num_outputs=3))
     assert done == sorted(set(done))
     assert (done[0], done[-1]) == (0, 1)
@@ -152,13 +159,13 @@ def test_replicates_clients_read_the_progress_of_the_whole_prediction(
     name: str,
     side_by_side: int,
     inputs: dict[str, Any],
-    pipelines: Pipelines,
+    make_checkpoint: Checkpoints,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Lines began with "picture 1:", ended in a carriage return and started anew with every picture."""
-    pipeline = pipelines(name)
-    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    folders = make_checkpoint(name)
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=side_by_side)
     stderr = capture(monkeypatch, io.StringIO())
     photo(1).save(tmp_path / "photo.png")
     references = {"reference_image": tmp_path / "photo.png" if inputs["task"] == "x2i" else None}
