@@ -15,6 +15,7 @@ from _models.tiny import TinyFolders
 
 from emu_cog import pipeline as pipeline_module
 from emu_cog.engine import engine as engine_module
+from emu_cog.engine.sequence import Ended
 from emu_cog.errors import InputError
 from emu_cog.events import Finished, Picture, Progress, RunStats
 from emu_cog.log import log
@@ -91,6 +92,18 @@ def test_settings_are_those_that_made_the_picture(pipelines: Pipelines) -> None:
     }
 
 
+def test_with_one_slot_outputs_follow_one_another(make_checkpoint: Checkpoints) -> None:
+    """When the only running output ended with the last step of a round, those that waited got RuntimeError ("a sequence
+    waits for memory that nobody uses") instead of the slot. Sizes around a round's 8 steps, so that one of them does."""
+    folders = make_checkpoint("picture")
+    narrow = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=1)
+    for columns in range(1, 10):
+        prepared = narrow.prepare(Request(prompt="a boat", size=(2, columns), seed=3, num_outputs=2))
+        events = list(narrow.engine.generate(prepared.outputs, prepared.config))
+        assert [event.index for event in events if isinstance(event, Ended)] == [0, 1]
+    assert narrow.runner.cache.free == narrow.runner.cache.pages - 1
+
+
 def progress(pipeline: Pipeline, request: Request) -> list[float]:
     reported: list[Progress] = []
     list(pipeline.stream(request, on_progress=reported.append))
@@ -100,7 +113,10 @@ def progress(pipeline: Pipeline, request: Request) -> list[float]:
 def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "ROUND", 1)
     done = progress(pipelines("picture"), Request(prompt="a boat", size=(5, 3), seed=1))
-    assert done == pytest.approx([0, 0.02, 0.216, 0.412, 0.608, 0.804, 1])
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, 1)
+    rows = [0.02, 0.216, 0.412, 0.608, 0.804]
+    assert [found for found in done if any(found == pytest.approx(row) for row in rows)] == pytest.approx(rows)
 
 
 @pytest.mark.parametrize("side_by_side", [3, 1])

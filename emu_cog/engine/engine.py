@@ -199,6 +199,8 @@ class Engine:
             self._drop(submission)
         self.scheduler.round()
         admitted = {id(s) for s, _ in self.scheduler.admit()}
+        if self._entries and not self.scheduler.running:
+            raise RuntimeError("a sequence waits for memory that nobody uses")  # can't happen: submit checks
         for entry in self._entries:
             if id(entry.state) in admitted:
                 self.runner.begin(entry.state)
@@ -212,8 +214,6 @@ class Engine:
             if not self._step():
                 break
         self._look()
-        if not self.scheduler.running and not self._new and not self._calls and self._entries:
-            raise RuntimeError("a sequence waits for memory that nobody uses")  # can't happen: submit checks
 
     def _read(self, prompt: Prompt) -> None:
         """Read the next chunk of a prompt; after the last, its outputs begin."""
