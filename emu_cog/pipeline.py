@@ -309,11 +309,23 @@ class Running:
         self._submission.cancel()
 
     def events(self) -> Iterator[Event]:
-        """The events, RunStats last; leaving early cancels."""
+        """The events, output by output, RunStats last; leaving early cancels. Outputs end in any order, and a caller
+        knows the seed of a picture by its place: what comes before its turn is kept until then."""
+        kept: list[list[Event]] = [[] for _ in self._readers]
+        ended, turn = set[int](), 0
         with closing(self._submission.events(waiting=self._meter.repeat)) as events:
             for event in events:
-                yield from self._read(event)
+                for made in self._read(event):
+                    if isinstance(event, Stats) or event.index == turn:
+                        yield made
+                    else:
+                        kept[event.index].append(made)
                 self._measure(event)
+                if isinstance(event, Ended):
+                    ended.add(event.index)
+                while turn in ended:
+                    turn += 1
+                    yield from kept[turn] if turn < len(kept) else ()
 
     def _read(self, event: EngineEvent) -> Iterator[Event]:
         """The texts and pictures that `event` completes."""

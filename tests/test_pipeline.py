@@ -65,6 +65,16 @@ def test_four_pictures_are_those_of_four_seeds(pipelines: Pipelines) -> None:
         np.testing.assert_array_equal(np.asarray(together.image), np.asarray(single.image))
 
 
+def test_pictures_come_in_the_order_of_their_seeds(pipelines: Pipelines) -> None:
+    """The first to be finished came first, whatever its seed: here the sizes differ, for the model chooses them."""
+    pipeline = pipelines("picture")
+    request = Request(prompt="a boat", aspect_ratio="model", seed=0, num_outputs=4)
+    pictures = [event for event in pipeline.stream(request) if isinstance(event, Picture)]
+    assert [picture.settings["seed"] for picture in pictures] == [0, 1, 2, 3]
+    lengths = [len(picture.codes) * (len(picture.codes[0]) + 1) for picture in pictures]
+    assert lengths != sorted(lengths)  # else the first to be finished would be the first anyway
+
+
 def test_without_a_seed_each_run_differs_and_reports_its_seed(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     first, second = (
