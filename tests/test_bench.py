@@ -40,7 +40,7 @@ def test_made_models_have_the_size_they_claim(name: str) -> None:
         counted = sum(shape[0] * shape[1] for shape in loading.shapes(SIZES[name]).values() if len(shape) == 2)
     else:
         lm = models.language_model(SIZES[name], device=torch.device("cpu"), dtype=torch.float32)
-        counted = sum(value.numel() for value in lm.model.parameters() if value.dim() == 2)
+        counted = sum(value.numel() for value in models.tensors(lm.weights) if value.dim() == 2)
     assert counted == SIZES[name].parameters
 
 
@@ -126,7 +126,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
 
 
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
-    parts = "step,images,upstream,sync,prefill,int8,loading"
+    parts = "step,many,images,upstream,sync,prefill,int8,loading"
     output, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
     rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
     step = rows["step, 1 image, 128 tokens"]
@@ -136,6 +136,9 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert rows["four images against one"]["value"] == pytest.approx(
         rows["step, 4 images, 128 tokens"]["value"] / step["value"]
     )
+    many = rows["step in plain PyTorch, 4 pictures, streams of 300 tokens"]
+    assert float(many["against"].split(" x the floor")[0]) > 1
+    assert "x the tokens/s of one" in many["note"]
     assert rows["int8: the same likeliest token"]["value"] > 50
     assert rows["prefill, text"]["value"] > 0
     assert any(what.startswith("loading ") for what in rows)
