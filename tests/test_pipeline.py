@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,50 @@ def test_a_size_that_the_model_chose_and_does_not_fit_is_an_error(pipelines: Pip
 
     with pytest.raises(RuntimeError, match="1 of 1 pictures could not be made"):
         until_one_does_not_fit()
+
+
+def pictures_of(events: Iterable[Any]) -> list[Any]:
+    return [event.codes for event in events if isinstance(event, Picture)]
+
+
+def test_a_cancel_ends_the_iteration(pipelines: Pipelines) -> None:
+    """Whoever iterated over a request that another thread cancelled waited for ever."""
+    pipeline, events = pipelines("picture"), list[Any]()
+    run = pipeline.submit(Request(prompt="a boat", size=(60, 60), seed=1))
+    reader = threading.Thread(target=lambda: events.extend(run), daemon=True)
+    reader.start()
+    run.cancel()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert events == []
+    pipeline.engine.call(lambda: None)
+    assert pipeline.runner.cache.free == pipeline.runner.cache.pages - 1
+
+
+def test_requests_from_several_threads_are_those_made_alone(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    requests = [Request(prompt="boat " * (1 + i % 3), size=(3 + i, 5), seed=i, num_outputs=1 + i % 2) for i in range(6)]
+    alone = [pictures_of(pipeline.stream(request)) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(lambda request: pictures_of(pipeline.stream(request)), requests))
+    assert together == alone
+
+
+def test_a_batch_is_yielded_request_by_request(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    requests = [Request(prompt="a boat", size=(rows, 5), seed=1) for rows in (6, 3, 4)]
+    events = list(pipeline.stream_batch(requests))
+    assert [index for index, _ in events] == sorted(index for index, _ in events)
+    for i, request in enumerate(requests):
+        assert pictures_of(event for index, event in events if index == i) == pictures_of(pipeline.stream(request))
+    with pytest.raises(InputError, match="takes .* tokens"):
+        next(pipeline.stream_batch([requests[0], Request(prompt="boat " * 5000)]))
+
+
+def test_a_submitted_request_runs_beside_others_before_it_is_read(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    first, second = (pipeline.submit(Request(prompt="a boat", size=(4, 4), seed=seed)) for seed in (1, 2))
+    made = pictures_of(second), pictures_of(first)
+    assert made == tuple(
+        pictures_of(pipeline.stream(Request(prompt="a boat", size=(4, 4), seed=seed))) for seed in (2, 1)
+    )

@@ -62,8 +62,9 @@ class Submission:
         self.decoding_since: float | None = None
 
     def events(self, *, waiting: Callable[[], None] | None = None) -> Generator[Event, None, None]:
-        """Yield the events as they happen, Stats last. Raises what kept the engine from going on with this submission;
-        leaving early cancels it. `waiting` is called every TICK seconds in which nothing happens."""
+        """Yield the events as they happen, Stats last; without Stats where it was cancelled. Raises what kept the engine
+        from going on with this submission; leaving early cancels it. `waiting` is called every TICK seconds in which
+        nothing happens."""
         try:
             while True:
                 try:
@@ -71,6 +72,8 @@ class Submission:
                 except Empty:
                     if waiting:
                         waiting()
+                    if self.cancelled:
+                        return
                     continue
                 if isinstance(event, BaseException):
                     raise event
