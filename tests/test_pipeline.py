@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def test_settings_are_those_that_made_the_picture(pipelines: Pipelines) -> None:
 
 def test_with_one_slot_outputs_follow_one_another(make_checkpoint: Checkpoints) -> None:
     """When the only running output ended with the last step of a round, those that waited got RuntimeError ("a sequence
-    waits for memory that nobody uses") instead of the slot. Sizes around a round's 8 steps, so that one of them does."""
+    waits for memory that nobody uses") instead of the slot. Sizes around a round's 8 steps: one of them ends so."""
     folders = make_checkpoint("picture")
     narrow = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=1)
     for columns in range(1, 10):
@@ -326,3 +328,35 @@ def test_a_submitted_request_runs_beside_others_before_it_is_read(pipelines: Pip
     assert made == tuple(
         pictures_of(pipeline.stream(Request(prompt="a boat", size=(4, 4), seed=seed))) for seed in (2, 1)
     )
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_a_trace_that_raises_ends_its_own_request_alone(after: int, pipelines: Pipelines) -> None:
+    """One that raised at a visual token ended every request in progress, with its error. At the first tokens it fails
+    with the other output of its request in the same step."""
+    pipeline, calls = pipelines("picture"), itertools.count()
+
+    def trace(kind: str, probs: Any) -> None:
+        if next(calls) >= after:
+            raise KeyError("the trace's")
+
+    other = pipeline.submit(Request(prompt="a boat", size=(8, 8), seed=1))
+    traced = pipeline.submit(Request(prompt="a ship", size=(8, 8), seed=1, num_outputs=2), trace=trace)
+    with pytest.raises(KeyError, match="the trace's"):
+        list(traced)
+    assert len(pictures_of(other)) == 1
+    assert pipeline.runner.cache.free == pipeline.runner.cache.pages - 1
+
+
+def test_an_output_that_ends_at_once_does_not_hide_the_next(pipelines: Pipelines) -> None:
+    """Of equal prompts, one that ended with its first token was removed from the list of outputs under a loop over it,
+    and the next never began."""
+    pipeline = pipelines("silent")
+    prepared = pipeline.prepare(Request(prompt="walk", task="story", seed=1))
+    outputs = [replace(prepared.outputs[0], seed=seed) for seed in range(4)]
+    events, reader = list[Any](), pipeline.engine.submit(outputs, prepared.config)
+    timer = threading.Timer(20, reader.cancel)
+    timer.start()
+    events.extend(reader.events())
+    timer.cancel()
+    assert sorted(event.index for event in events if isinstance(event, Ended)) == [0, 1, 2, 3]
