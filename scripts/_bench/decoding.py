@@ -44,8 +44,8 @@ PROMPT = 128
 """Tokens of each prompt of the picture that is drawn while another request's prompts are read."""
 PICTURE = (64, 64)
 START, MIDDLE, BODY = 300, 2300, 320
-"""Tokens of a stream at the start of a picture and in its middle, and of what is made beyond it; the cache holds as many
-pictures as are in progress at most."""
+"""Tokens of a stream at the start of a picture and in its middle, and of what is made beyond it: the cache holds
+as many pictures as are in progress at most."""
 WARM, GROUP = 4, 8
 STEPS = WARM + 6 * GROUP
 """Steps that are timed at one point."""
@@ -108,7 +108,7 @@ def engine_for(bench: Bench, *, tokens: int | None = None) -> Engine:
     if tokens is None:
         spare = 0.9 * machine.free_bytes(bench.device) - WORKSPACE
         room = int(spare // (2 * KVCache.bytes_per_token(lm.config, lm.dtype)))
-        tokens = min(bench.pictures * (MIDDLE + BODY), 2 * bench.size.context, room)
+        tokens = min(max(bench.pictures * (MIDDLE + BODY), bench.size.context), room)
     lm.context = min(bench.size.context, tokens)
     slots = min(bench.pictures, MAX_SEQUENCES)
     return Engine(ModelRunner.best(lm, slots=slots, tokens=tokens, compile=bench.compile))

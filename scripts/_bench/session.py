@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from _bench import company, decoding, loading, machine, miniature, models, pictures, quality, reference
+from _bench import arrivals, company, decoding, loading, machine, miniature, models, pictures, quality, reference, soak
 from _bench.decoding import Bench
 from _bench.report import Part, Report, Row, run_parts
 from _bench.sizes import SIZES, choose
@@ -153,7 +153,10 @@ class _Session:
             "mini": (self.mini, 60 if self.pace is GPU else 150),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
+            "company": (self.company, 60),
             "loading": (self.loading, 40),
+            "arrivals": (self.arrivals, 60),
+            "soak": (self.soak, 60),
         }
         # On a device the seconds are for the large models; a CPU's small ones and the tiny one need less.
         share = 1.0 if self.pace is GPU else 0.3
@@ -268,6 +271,14 @@ class _Session:
 
     def company(self) -> None:
         company.measure(self.bench.report, self.bench.device, compile=self.bench.compile)
+
+    def soak(self) -> None:
+        soak.measure(self.bench.report, self.bench.device, compile=self.bench.compile, requests=self.wanted.requests)
+
+    def arrivals(self) -> None:
+        arrivals.measure(
+            self.bench.report, self.bench.device, shape=self.wanted.shape, concurrency=self.wanted.concurrency
+        )
 
     def small(self, form: str) -> None:
         """8-bit weights. The full ones are freed before, and made again from their seed afterwards."""
