@@ -62,8 +62,8 @@ class Submission:
         self.decoding_since: float | None = None
 
     def events(self, *, waiting: Callable[[], None] | None = None) -> Generator[Event, None, None]:
-        """Yield the events as they happen, Stats last; no Stats where it was cancelled. Raises what kept the engine from
-        going on with this submission; leaving early cancels it. `waiting` is called every TICK seconds in which
+        """Yield the events as they happen, Stats last, or none where it was cancelled. Raises what kept the engine
+        from going on with this submission; leaving early cancels it. `waiting` is called every TICK seconds in which
         nothing happens."""
         try:
             while True:

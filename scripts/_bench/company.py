@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ import torch
 from _bench.miniature import PROMPTS
 from _bench.report import Report, Row
 from emu_cog.events import Picture
+from emu_cog.log import log
 from emu_cog.pipeline import Pipeline, Running
 from emu_cog.request import Request
 from emu_cog.weights.store import MINIATURE
 
-REPEATS = 5
+REPEATS = 3
 
 
 def measure(report: Report, device: torch.device, *, compile: bool, repeats: int = REPEATS) -> None:
@@ -28,9 +30,10 @@ def measure(report: Report, device: torch.device, *, compile: bool, repeats: int
         MINIATURE / "model", MINIATURE / "vision", device=str(device), compile=compile, max_outputs=len(PROMPTS)
     )
     pipeline.warm_up()
+    log.setLevel(logging.WARNING)  # a line per request would bury the figures
     requests = [Request(prompt=words, seed=i) for i, words in enumerate(PROMPTS)]
     pictures(pipeline.submit(requests[0]))
-    alone, together, equal = [], [], True
+    alone, together, equal = list[float](), list[float](), True
     for _ in range(repeats):
         started = time.perf_counter()
         one_by_one = [pictures(pipeline.submit(request)) for request in requests]

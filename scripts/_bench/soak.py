@@ -7,6 +7,7 @@ request makes in this company must be what it makes alone, code for code.
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import threading
 import time
@@ -22,6 +23,7 @@ from PIL import Image
 from _bench.report import Report, Row
 from emu_cog.errors import InputError
 from emu_cog.events import Event, Picture
+from emu_cog.log import log
 from emu_cog.memory import GIB
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.segments import Text
@@ -230,6 +232,7 @@ def measure(report: Report, device: torch.device, *, compile: bool, requests: in
         return
     pipeline = Pipeline.load(MINIATURE / "model", MINIATURE / "vision", device=str(device), compile=compile)
     pipeline.warm_up()
+    log.setLevel(logging.WARNING)  # a line per request would bury the figures
     found = soak(pipeline, catalogue(photos()), count=requests)
     ended = ", ".join(f"{count} {kind}" for kind, count in sorted(found.ended.items()))
     note = f"{ended}; {found.pictures} pictures compared, {len(found.wrong)} failures"
