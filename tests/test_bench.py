@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import _openapi
 import pytest
 import torch
-from _bench import decoding, loading, models
+from _bench import arrivals, decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
@@ -188,3 +189,17 @@ def test_an_unknown_part_is_refused(bench_here: Bench, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="2"):
         bench_here("--only", "sped")
     assert "there is no part 'sped'" in capsys.readouterr().err
+
+
+def test_arrivals_are_inputs_that_the_predictor_takes() -> None:
+    """Sizes of 128 pixels, below the predictor's least, once ended the part with a refusal."""
+    accepted = _openapi.inputs(ROOT / "predict.py")
+    for trained in (True, False):
+        requests = arrivals.mixed(small=trained, trained=trained)
+        assert len(requests) == arrivals.REQUESTS
+        assert len({request["task_type"] for request in requests}) == (6 if trained else 2)
+        for name, value in (pair for request in requests for pair in request.items()):
+            rules = accepted[name].keywords
+            assert not isinstance(value, int) or rules.get("minimum", value) <= value <= rules.get("maximum", value)
+            assert name not in ("width", "height") or value % 16 == 0
+        assert accepted["width"].keywords["minimum"] > 128

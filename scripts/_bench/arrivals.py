@@ -55,13 +55,15 @@ def measure(report: Report, device: torch.device, *, shape: str, concurrency: in
 
 
 def mixed(*, small: bool, trained: bool) -> list[dict[str, Any]]:
-    """Inputs of REQUESTS requests of all tasks and several sizes. Random weights write no end and begin no image: they
-    are asked for t2i and x2i alone, which force one after `max_new_tokens`."""
+    """Inputs of REQUESTS requests of all tasks and several sizes. Random weights write text up to `max_new_tokens`, here
+    its least: they are asked for t2i and x2i alone, which make a picture after that."""
     buffer = io.BytesIO()
     soak.photos()[0].save(buffer, "PNG")
     photo = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     sizes = (
-        [(128, 128), (160, 96), (96, 192), (192, 192)] if small else [(512, 512), (768, 512), (512, 768), (1024, 1024)]
+        [(160, 160), (224, 160), (160, 192), (192, 192)]
+        if small
+        else [(512, 512), (768, 512), (512, 768), (1024, 1024)]
     )
     kinds: list[dict[str, Any]] = [
         {"task_type": "t2i", "prompt": "two small red stars above a blue circle"},
@@ -80,7 +82,7 @@ def mixed(*, small: bool, trained: bool) -> list[dict[str, Any]]:
         itertools.islice(zip(itertools.cycle(kinds), itertools.cycle(sizes)), REQUESTS)
     ):
         size = {"aspect_ratio": "custom", "width": width, "height": height}
-        limit = {} if trained else {"max_new_tokens": 1}
+        limit = {} if trained else {"max_new_tokens": 512}
         made.append(kind | size | limit | {"seed": i})
     return made
 
