@@ -55,8 +55,11 @@ def measure(report: Report, device: torch.device, *, shape: str, concurrency: in
 
 
 def mixed(*, small: bool, trained: bool) -> list[dict[str, Any]]:
-    """Inputs of REQUESTS requests of all tasks and several sizes. Random weights write text up to `max_new_tokens`, here
-    its least: they are asked for t2i and x2i alone, which make a picture after that."""
+    """Inputs of REQUESTS requests of all tasks and several sizes.
+
+    Random weights write text up to `max_new_tokens`, here the least that is accepted. They are asked for t2i and x2i
+    alone, which make a picture after that.
+    """
     buffer = io.BytesIO()
     soak.photos()[0].save(buffer, "PNG")
     photo = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
