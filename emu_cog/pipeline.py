@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -294,26 +294,43 @@ class Running:
             first_visual=pipeline.tokenizer.ids.visual,
         )
 
-    def __iter__(self) -> Iterator[Event]:
-        """The events, RunStats last; RuntimeError after them where pictures could not be made."""
-        yield from self.events()
+    def __iter__(self) -> Generator[Event, None, None]:
+        """The events, RunStats last; RuntimeError after them where pictures could not be made. A cancelled request has
+        no RunStats, and ends without an error."""
+        ended = False
+        with closing(self.events()) as events:
+            for event in events:
+                yield event
+                ended = isinstance(event, RunStats)
         wanted = len(self._prepared.outputs)
-        if not self._prepared.plan.task.interleaved and self._stats.pictures < wanted:
+        if ended and not self._prepared.plan.task.interleaved and self._stats.pictures < wanted:
             raise RuntimeError(
                 f"{wanted - self._stats.pictures} of {wanted} pictures could not be made: the size the model "
                 "chose does not fit its context; set aspect_ratio or a smaller resolution"
             )
 
     def cancel(self) -> None:
-        """Stop generating: what is in progress is given up within a few steps."""
+        """Stop generating: what is in progress is given up within a few steps, and whoever iterates gets no more."""
         self._submission.cancel()
 
-    def events(self) -> Iterator[Event]:
-        """The events, RunStats last; leaving early cancels."""
+    def events(self) -> Generator[Event, None, None]:
+        """The events, output by output, RunStats last; leaving early cancels. Outputs end in any order, and a caller
+        knows the seed of a picture by its place: what comes before its turn is kept until then."""
+        kept: list[list[Event]] = [[] for _ in self._readers]
+        ended, turn = set[int](), 0
         with closing(self._submission.events(waiting=self._meter.repeat)) as events:
             for event in events:
-                yield from self._read(event)
+                for made in self._read(event):
+                    if isinstance(event, Stats) or event.index == turn:
+                        yield made
+                    else:
+                        kept[event.index].append(made)
                 self._measure(event)
+                if isinstance(event, Ended):
+                    ended.add(event.index)
+                while turn in ended:
+                    turn += 1
+                    yield from kept[turn] if turn < len(kept) else ()
 
     def _read(self, event: EngineEvent) -> Iterator[Event]:
         """The texts and pictures that `event` completes."""

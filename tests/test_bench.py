@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import _openapi
 import pytest
 import torch
-from _bench import decoding, loading, models
+from _bench import arrivals, decoding, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
@@ -40,7 +41,7 @@ def test_made_models_have_the_size_they_claim(name: str) -> None:
         counted = sum(shape[0] * shape[1] for shape in loading.shapes(SIZES[name]).values() if len(shape) == 2)
     else:
         lm = models.language_model(SIZES[name], device=torch.device("cpu"), dtype=torch.float32)
-        counted = sum(value.numel() for value in lm.model.parameters() if value.dim() == 2)
+        counted = sum(value.numel() for value in models.tensors(lm.weights) if value.dim() == 2)
     assert counted == SIZES[name].parameters
 
 
@@ -126,7 +127,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:
 
 
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
-    parts = "step,images,upstream,sync,prefill,int8,loading"
+    parts = "step,many,images,upstream,sync,prefill,int8,loading"
     output, found = bench(tmp_path, "--only", parts, "--profile", "trace.json", "--clone", str(STANDIN))
     rows = {row["what"]: row for row in found["rows"]}  # type: ignore[union-attr,index]
     step = rows["step, 1 image, 128 tokens"]
@@ -136,6 +137,9 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert rows["four images against one"]["value"] == pytest.approx(
         rows["step, 4 images, 128 tokens"]["value"] / step["value"]
     )
+    many = rows["step in plain PyTorch, 4 pictures, streams of 300 tokens"]
+    assert float(many["against"].split(" x the floor")[0]) > 1
+    assert "x the tokens/s of one" in many["note"]
     assert rows["int8: the same likeliest token"]["value"] > 50
     assert rows["prefill, text"]["value"] > 0
     assert any(what.startswith("loading ") for what in rows)
@@ -185,3 +189,17 @@ def test_an_unknown_part_is_refused(bench_here: Bench, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="2"):
         bench_here("--only", "sped")
     assert "there is no part 'sped'" in capsys.readouterr().err
+
+
+def test_arrivals_are_inputs_that_the_predictor_takes() -> None:
+    """Sizes of 128 pixels, below the predictor's least, once ended the part with a refusal."""
+    accepted = _openapi.inputs(ROOT / "predict.py")
+    for trained in (True, False):
+        requests = arrivals.mixed(small=trained, trained=trained)
+        assert len(requests) == arrivals.REQUESTS
+        assert len({request["task_type"] for request in requests}) == (6 if trained else 2)
+        for name, value in (pair for request in requests for pair in request.items()):
+            rules = accepted[name].keywords
+            assert not isinstance(value, int) or rules.get("minimum", value) <= value <= rules.get("maximum", value)
+            assert name not in ("width", "height") or value % 16 == 0
+        assert accepted["width"].keywords["minimum"] > 128

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from emu_cog.model.kv_cache import PAGE
 from emu_cog.model.loader import load_language_model
+from emu_cog.model.qwen3 import Chunk
 from emu_cog.prompt.prompts import build
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tasks import TABLE, UNCONDITIONAL
@@ -203,10 +205,10 @@ def test_the_training_model_gives_the_logits_of_the_exported_one(words: Tokenize
 
     loaded = load_language_model(tmp_path, words.ids, device=torch.device("cpu"), dtype=torch.float32, device_map=None)
     tokens = torch.randint(0, words.ids.vocab_size, (2, 37))
-    cache = loaded.new_cache(rows=2, capacity=64)
-    hidden = loaded.forward(tokens, torch.zeros(2, dtype=torch.long), cache, rows=slice(None), filled=37)
+    cache = loaded.new_cache(2 * PAGE)
+    hidden = loaded.feed(cache, [Chunk(row, 0, cache.take(1)) for row in tokens.tolist()])
     x = model.hidden(tokens)
-    logits = torch.nn.functional.linear(_normed(x, model), model.head).view(2, 37, -1)
+    logits = torch.nn.functional.linear(_normed(x, model), model.head).view(2 * 37, -1)
     visual = words.ids.visual
     torch.testing.assert_close(loaded.text_logits(hidden), logits[..., :visual], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(loaded.visual_logits(hidden), logits[..., visual:], atol=2e-4, rtol=2e-4)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _models.tiny import TinyFolders
 
 from emu_cog import pipeline as pipeline_module
+from emu_cog.engine import engine as engine_module
+from emu_cog.engine.sequence import Ended
 from emu_cog.errors import InputError
 from emu_cog.events import Finished, Picture, Progress, RunStats
 from emu_cog.log import log
@@ -23,6 +30,7 @@ from emu_cog.service import Service
 from tests.conftest import photo
 
 Pipelines = Callable[[str], Pipeline]
+Checkpoints = Callable[[str], TinyFolders]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -61,6 +69,16 @@ def test_four_pictures_are_those_of_four_seeds(pipelines: Pipelines) -> None:
         np.testing.assert_array_equal(np.asarray(together.image), np.asarray(single.image))
 
 
+def test_pictures_come_in_the_order_of_their_seeds(pipelines: Pipelines) -> None:
+    """The first to be finished came first, whatever its seed: here the sizes differ, for the model chooses them."""
+    pipeline = pipelines("picture")
+    request = Request(prompt="a boat", aspect_ratio="model", seed=0, num_outputs=4)
+    pictures = [event for event in pipeline.stream(request) if isinstance(event, Picture)]
+    assert [picture.settings["seed"] for picture in pictures] == [0, 1, 2, 3]
+    lengths = [len(picture.codes) * (len(picture.codes[0]) + 1) for picture in pictures]
+    assert lengths != sorted(lengths)  # else the first to be finished would be the first anyway
+
+
 def test_without_a_seed_each_run_differs_and_reports_its_seed(pipelines: Pipelines) -> None:
     pipeline = pipelines("picture")
     first, second = (
@@ -88,22 +106,41 @@ def test_settings_are_those_that_made_the_picture(pipelines: Pipelines) -> None:
     }
 
 
+def test_with_one_slot_outputs_follow_one_another(make_checkpoint: Checkpoints) -> None:
+    """When the only running output ended with the last step of a round, those that waited got RuntimeError ("a sequence
+    waits for memory that nobody uses") instead of the slot. Sizes around a round's 8 steps: one of them ends so."""
+    folders = make_checkpoint("picture")
+    narrow = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=1)
+    for columns in range(1, 10):
+        prepared = narrow.prepare(Request(prompt="a boat", size=(2, columns), seed=3, num_outputs=2))
+        events = list(narrow.engine.generate(prepared.outputs, prepared.config))
+        assert [event.index for event in events if isinstance(event, Ended)] == [0, 1]
+    assert narrow.runner.cache.free == narrow.runner.cache.pages - 1
+
+
 def progress(pipeline: Pipeline, request: Request) -> list[float]:
     reported: list[Progress] = []
     list(pipeline.stream(request, on_progress=reported.append))
     return [progress.done for progress in reported]
 
 
-def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines) -> None:
+def test_progress_of_a_picture_grows_row_by_row(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "ROUND", 1)
     done = progress(pipelines("picture"), Request(prompt="a boat", size=(5, 3), seed=1))
-    assert done == pytest.approx([0, 0.02, 0.216, 0.412, 0.608, 0.804, 1])
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, 1)
+    rows = [0.02, 0.216, 0.412, 0.608, 0.804]
+    assert [found for found in done if any(found == pytest.approx(row) for row in rows)] == pytest.approx(rows)
 
 
 @pytest.mark.parametrize("side_by_side", [3, 1])
-def test_progress_covers_all_outputs(side_by_side: int, pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_covers_all_outputs(
+    side_by_side: int, make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It began anew for every batch where memory holds only some of the outputs at a time."""
-    pipeline = pipelines("picture")
-    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    monkeypatch.setattr(engine_module, "ROUND", 1)
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=side_by_side)
     done = progress(pipeline, Request(prompt="a boat", size=(5, 3), seed=1, num_outputs=3))
     assert done == sorted(set(done))
     assert (done[0], done[-1]) == (0, 1)
@@ -152,13 +189,13 @@ def test_replicates_clients_read_the_progress_of_the_whole_prediction(
     name: str,
     side_by_side: int,
     inputs: dict[str, Any],
-    pipelines: Pipelines,
+    make_checkpoint: Checkpoints,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Lines began with "picture 1:", ended in a carriage return and started anew with every picture."""
-    pipeline = pipelines(name)
-    monkeypatch.setattr(type(pipeline.budget), "outputs", lambda self, tokens: side_by_side)
+    folders = make_checkpoint(name)
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu", max_outputs=side_by_side)
     stderr = capture(monkeypatch, io.StringIO())
     photo(1).save(tmp_path / "photo.png")
     references = {"reference_image": tmp_path / "photo.png" if inputs["task"] == "x2i" else None}
@@ -244,3 +281,82 @@ def test_a_size_that_the_model_chose_and_does_not_fit_is_an_error(pipelines: Pip
 
     with pytest.raises(RuntimeError, match="1 of 1 pictures could not be made"):
         until_one_does_not_fit()
+
+
+def pictures_of(events: Iterable[Any]) -> list[Any]:
+    return [event.codes for event in events if isinstance(event, Picture)]
+
+
+def test_a_cancel_ends_the_iteration(pipelines: Pipelines) -> None:
+    """Whoever iterated over a request that another thread cancelled waited for ever."""
+    pipeline, events = pipelines("picture"), list[Any]()
+    run = pipeline.submit(Request(prompt="a boat", size=(60, 60), seed=1))
+    reader = threading.Thread(target=lambda: events.extend(run), daemon=True)
+    reader.start()
+    run.cancel()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert events == []
+    pipeline.engine.call(lambda: None)
+    assert pipeline.runner.cache.free == pipeline.runner.cache.pages - 1
+
+
+def test_requests_from_several_threads_are_those_made_alone(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    requests = [Request(prompt="boat " * (1 + i % 3), size=(3 + i, 5), seed=i, num_outputs=1 + i % 2) for i in range(6)]
+    alone = [pictures_of(pipeline.stream(request)) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(lambda request: pictures_of(pipeline.stream(request)), requests))
+    assert together == alone
+
+
+def test_a_batch_is_yielded_request_by_request(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    requests = [Request(prompt="a boat", size=(rows, 5), seed=1) for rows in (6, 3, 4)]
+    events = list(pipeline.stream_batch(requests))
+    assert [index for index, _ in events] == sorted(index for index, _ in events)
+    for i, request in enumerate(requests):
+        assert pictures_of(event for index, event in events if index == i) == pictures_of(pipeline.stream(request))
+    with pytest.raises(InputError, match="takes .* tokens"):
+        next(pipeline.stream_batch([requests[0], Request(prompt="boat " * 5000)]))
+
+
+def test_a_submitted_request_runs_beside_others_before_it_is_read(pipelines: Pipelines) -> None:
+    pipeline = pipelines("picture")
+    first, second = (pipeline.submit(Request(prompt="a boat", size=(4, 4), seed=seed)) for seed in (1, 2))
+    made = pictures_of(second), pictures_of(first)
+    assert made == tuple(
+        pictures_of(pipeline.stream(Request(prompt="a boat", size=(4, 4), seed=seed))) for seed in (2, 1)
+    )
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_a_trace_that_raises_ends_its_own_request_alone(after: int, pipelines: Pipelines) -> None:
+    """One that raised at a visual token ended every request in progress, with its error. At the first tokens it fails
+    with the other output of its request in the same step."""
+    pipeline, calls = pipelines("picture"), itertools.count()
+
+    def trace(kind: str, probs: Any) -> None:
+        if next(calls) >= after:
+            raise KeyError("the trace's")
+
+    other = pipeline.submit(Request(prompt="a boat", size=(8, 8), seed=1))
+    traced = pipeline.submit(Request(prompt="a ship", size=(8, 8), seed=1, num_outputs=2), trace=trace)
+    with pytest.raises(KeyError, match="the trace's"):
+        list(traced)
+    assert len(pictures_of(other)) == 1
+    assert pipeline.runner.cache.free == pipeline.runner.cache.pages - 1
+
+
+def test_an_output_that_ends_at_once_does_not_hide_the_next(pipelines: Pipelines) -> None:
+    """Of equal prompts, one that ended with its first token was removed from the list of outputs under a loop over it,
+    and the next never began."""
+    pipeline = pipelines("silent")
+    prepared = pipeline.prepare(Request(prompt="walk", task="story", seed=1))
+    outputs = [replace(prepared.outputs[0], seed=seed) for seed in range(4)]
+    events, reader = list[Any](), pipeline.engine.submit(outputs, prepared.config)
+    timer = threading.Timer(20, reader.cancel)
+    timer.start()
+    events.extend(reader.events())
+    timer.cancel()
+    assert sorted(event.index for event in events if isinstance(event, Ended)) == [0, 1, 2, 3]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _compare.decoding import FLOOR, by_modules, by_passes, by_steps, compare
+from _compare.decoding import FLOOR, by_chunks, by_passes, by_steps, compare
 from _models import tiny
 
 from emu_cog.engine.runner import ModelRunner
@@ -28,9 +28,9 @@ def test_batched_steps_agree_with_lone_passes(make_checkpoint: Checkpoints) -> N
     folders = make_checkpoint("picture")
     pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
     requests, lm = two_requests(pipeline), pipeline.lm
-    batched = list(by_steps(ModelRunner(lm, twin=True), requests, GRIDS, guidance=3.0))
+    batched = list(by_steps(ModelRunner(lm, slots=2, tokens=lm.context), requests, GRIDS, guidance=3.0))
     for i, request in enumerate(requests):
-        alone = list(by_modules(lm, request, GRIDS[i], guidance=3.0))
+        alone = list(by_chunks(lm, request, GRIDS[i], guidance=3.0))
         stepped = list(by_passes(lm, request, GRIDS[i], guidance=3.0))
         for ours, theirs, same in zip(batched, alone, stepped, strict=True):
             torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=1e-4)
@@ -48,14 +48,14 @@ def test_8_bit_weights_are_near_and_not_equal(name: str, make_checkpoint: Checkp
     small = Pipeline.load(folders.model, folders.vision, device="cpu", quantize=name)
     request = two_requests(plain)[0]
     agreement = compare(
-        by_modules(plain.lm, request, GRIDS[0], guidance=1.0),
-        by_modules(small.lm, request, GRIDS[0], guidance=1.0),
+        by_chunks(plain.lm, request, GRIDS[0], guidance=1.0),
+        by_chunks(small.lm, request, GRIDS[0], guidance=1.0),
         Sampling(),
     )
     assert 0 < agreement.kl_mean < 0.05
     other = compare(
-        by_modules(plain.lm, request, GRIDS[0], guidance=1.0),
-        by_modules(plain.lm, two_requests(plain)[1], GRIDS[1], guidance=1.0),
+        by_chunks(plain.lm, request, GRIDS[0], guidance=1.0),
+        by_chunks(plain.lm, two_requests(plain)[1], GRIDS[1], guidance=1.0),
         Sampling(),
     )
     assert other.kl_mean > 4 * agreement.kl_mean

@@ -61,8 +61,9 @@ class Submission:
         self.decoding_since: float | None = None
 
     def events(self, *, waiting: Callable[[], None] | None = None) -> Generator[Event, None, None]:
-        """Yield the events as they happen, Stats last. Raises what kept the engine from going on with this submission;
-        leaving early cancels it. `waiting` is called every TICK seconds in which nothing happens."""
+        """Yield the events as they happen, Stats last, or none where it was cancelled. Raises what kept the engine
+        from going on with this submission; leaving early cancels it. `waiting` is called every TICK seconds in which
+        nothing happens."""
         try:
             while True:
                 try:
@@ -70,6 +71,8 @@ class Submission:
                 except Empty:
                     if waiting:
                         waiting()
+                    if self.cancelled:
+                        return
                     continue
                 if isinstance(event, BaseException):
                     raise event
@@ -192,8 +195,10 @@ class Engine:
             self._drop(submission)
         self.scheduler.round()
         admitted = {id(s) for s, _ in self.scheduler.admit()}
-        for entry in self._entries:
-            if id(entry.state) in admitted:
+        if self._entries and not self.scheduler.running:
+            raise RuntimeError("a sequence waits for memory that nobody uses")  # can't happen: submit checks
+        for entry in list(self._entries):
+            if id(entry.state) in admitted and not entry.gone:
                 self.runner.begin(entry.state)
                 if not entry.prompt.unread:
                     self._begin(entry)
@@ -205,8 +210,6 @@ class Engine:
             if not self._step():
                 break
         self._look()
-        if not self.scheduler.running and not self._new and not self._calls and self._entries:
-            raise RuntimeError("a sequence waits for memory that nobody uses")  # can't happen: submit checks
 
     def _read(self, prompt: Prompt) -> None:
         """Read the next chunk of a prompt; after the last, its outputs begin."""
@@ -235,8 +238,8 @@ class Engine:
         prompt.seconds += time.perf_counter() - started
         if not prompt.unread:
             self.scheduler.prompts.remove(prompt)
-            for entry in self._entries:
-                if entry.prompt is prompt and entry.state.slot >= 0:
+            for entry in list(self._entries):
+                if entry.prompt is prompt and entry.state.slot >= 0 and not entry.gone:
                     self._begin(entry)
 
     def _begin(self, entry: _Entry) -> None:
@@ -272,27 +275,31 @@ class Engine:
             submission.stats.steps += 1
         done = False
         reading = [i for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read]
-        logits = iter(self.runner.text_logits(hidden[reading]).split(1)) if reading else iter(())
-        picture = 0
+        logits = dict(zip(reading, self.runner.text_logits(hidden[reading]).split(1) if reading else (), strict=True))
+        drawing = [i for i, s in enumerate(sequences) if isinstance(s.doing, Draw)]
         for i, entry in enumerate(ready):
             s = entry.state
+            if entry.gone:  # another output of its submission has failed
+                continue
             if isinstance(s.doing, Feed):
                 s.lengths[0] += 1
                 s.lengths[1] += s.doing.both
-                self._go_on(entry, next(logits) if s.doing.read else None)
+                self._go_on(entry, logits.get(i))
             elif isinstance(s.doing, Draw):
                 if s.trace and not _at_end_of_row(s):
-                    row = i if self.runner.captured else picture
-                    filters = s.config.image
-                    s.trace(
-                        "visual",
-                        probabilities(self.runner.scores(row), Sampling(top_k=filters.top_k, top_p=filters.top_p)),
-                    )
-                picture += 1
+                    try:
+                        self._trace_picture(s, s.trace, i if self.runner.captured else drawing.index(i))
+                    except Exception as error:
+                        self._fail(entry.submission, error)
+                        continue
                 s.lengths = [n + 1 for n in s.lengths]
                 s.made += 1
                 done = done or s.made == s.doing.total
         return not done
+
+    def _trace_picture(self, s: SequenceState, trace: Trace, row: int) -> None:
+        filters = s.config.image
+        trace("visual", probabilities(self.runner.scores(row), Sampling(top_k=filters.top_k, top_p=filters.top_p)))
 
     def _prepared(self, entry: _Entry) -> bool:
         """Whether the sequence has the pages for what it does next."""
@@ -316,6 +323,8 @@ class Engine:
             return
         for entry, ids in zip(drawing, self.runner.read([(e.state, e.seen) for e in drawing]), strict=True):
             s = entry.state
+            if entry.gone:
+                continue
             assert isinstance(s.doing, Draw)
             visual = sum(token >= self.ids.visual for token in ids)
             s.sampled += visual
@@ -352,6 +361,7 @@ class Engine:
             self.runner.end(entry.state)
         self.scheduler.remove(entry.state, entry.prompt)
         self._entries.remove(entry)
+        entry.gone = True
 
     def _drop(self, submission: Submission) -> None:
         for entry in [entry for entry in self._entries if entry.submission is submission]:
@@ -381,6 +391,8 @@ class _Entry:
         self.answer: Generator[Feed | Draw, Tensor | None, Any] | None = None
         self.seen = 0
         """Tokens of the image in progress that the host has read."""
+        self.gone = False
+        """Whether it has ended, in any way: loops over entries meet some that ended in the same loop."""
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -26,6 +26,7 @@ import json, os, sys, threading, time
 import psutil, torch
 from pathlib import Path
 from emu_cog.model.loader import load_language_model
+from _bench.models import held_bytes
 from _bench.sizes import Size
 folder, device, size = Path(sys.argv[1]), torch.device(sys.argv[2]), Size(**json.loads(sys.argv[3]))
 torch.zeros(1, device=device)  # the device's own start is not loading
@@ -45,7 +46,7 @@ if device.type == "cuda":
     torch.cuda.synchronize()
 seconds = time.perf_counter() - started
 done.set(); watcher.join()
-held = sum(p.nbytes for p in lm.model.parameters())
+held = held_bytes(lm.weights)
 print(json.dumps({"seconds": seconds, "bytes": held, "private": peak[0] - before}))
 """
 

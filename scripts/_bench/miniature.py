@@ -1,4 +1,4 @@
-"""How closely the fast ways of decoding agree with the modules on the trained miniature, in bfloat16 as on a GPU.
+"""How closely the fast ways of decoding agree with plain torch on the trained miniature, in bfloat16 as on a GPU.
 
 The scores of random weights are so close that rounding alone changes the likeliest token; a trained model is the fair
 test.
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from _bench import machine
 from _bench.report import Report, Row
-from emu_cog.engine.runner import ModelRunner
 from emu_cog.engine.sequence import EngineRequest, Tokens
 from emu_cog.errors import InputError
 from emu_cog.model.quantize import FORMATS, check_format
@@ -58,11 +57,10 @@ def measure(report: Report, device: torch.device, *, compile: bool) -> None:
         for generated in rounds
         for request, grid in tqdm(generated, desc="two passes per token", leave=False)
     ]
-    steps = plain.engine.runner
-    what = "captured steps" if steps else "the same steps in plain torch"
+    what = "captured steps" if plain.runner.captured else "steps side by side"
     _report(
         report,
-        f"emu-mini: {what} against two passes per token through the modules",
+        f"emu-mini: {what} against two passes per token in plain torch",
         exact,
         _batched(plain, rounds, plan),
         plan,
@@ -109,11 +107,13 @@ def _generated(pipeline: Pipeline, requests: list[EngineRequest], plan: tasks.Pl
 
 def _batched(pipeline: Pipeline, rounds: list[Generated], plan: tasks.Plan) -> list[list[Tensor]]:
     """Scores by request and image row, all requests of a round side by side through single steps."""
-    steps = pipeline.engine.runner or ModelRunner(pipeline.lm, twin=True)
     scores: list[list[Tensor]] = []
     for generated in rounds:
         rows = decoding.by_steps(
-            steps, [request for request, _ in generated], [grid for _, grid in generated], guidance=plan.guidance
+            pipeline.runner,
+            [request for request, _ in generated],
+            [grid for _, grid in generated],
+            guidance=plan.guidance,
         )
         scores += [list(request) for request in zip(*rows, strict=True)]
     return scores

@@ -9,31 +9,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import Qwen3Config
 
 from _bench.sizes import Size
 from emu_cog.model.loader import read_config
-from emu_cog.model.qwen3 import LanguageModel, choose_attention
+from emu_cog.model.quantize import quantized
+from emu_cog.model.qwen3 import LanguageModel, empty_weights
+from emu_cog.ops.interface import ModelWeights, Weight
 from emu_cog.vision.ibq import IBQ, VisionConfig
 
 
-def language_model(size: Size, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A decoder of `size`, its weights normal with a variance that keeps activations level, on `device` in `dtype`."""
-    config = config_of(size)
-    config._attn_implementation = choose_attention(device, dtype)
-    with init_empty_weights(include_buffers=False):
-        model = Qwen3ForCausalLM(config)
+def language_model(
+    size: Size, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> LanguageModel:
+    """A decoder of `size`, its weights normal with a variance that keeps activations level, on `device` in `dtype`;
+    with `quantize` the same weights in 8 bits, one tensor at a time."""
+    config, ids = config_of(size), size.ids()
+    weights = empty_weights(config, ids, dtype=dtype, place=lambda _: device, quantize=quantize)
     generator = torch.Generator(device).manual_seed(0)
-    for module, name, shape in list(_parameters(model)):
-        value = torch.empty(shape, dtype=dtype, device=device)
-        value.fill_(1.0) if len(shape) == 1 else value.normal_(std=shape[1] ** -0.5, generator=generator)
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    def fill(weight: Weight) -> None:
+        full = weight.data if weight.scale is None else torch.empty_like(weight.data, dtype=dtype)
+        full.normal_(std=full.shape[1] ** -0.5, generator=generator)
+        if weight.scale is not None and quantize:
+            data, scale = quantized(full, quantize)
+            weight.data.copy_(data)
+            weight.scale.copy_(scale)
+
+    for layer in weights.layers:
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            fill(weight)
+        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
+            norm.fill_(1.0)
+    weights.norm.fill_(1.0)
+    fill(Weight(weights.embed))
+    fill(Weight(weights.head))
     # Logits with a standard deviation of about 2, as sharp as a trained model's, so that top-k matters.
-    model.lm_head.weight.mul_(2.0)
-    model.model.rotary_emb.to(device)
-    return LanguageModel(model.eval(), size.ids())
+    weights.head.mul_(2.0)
+    return LanguageModel(config, weights, ids)
+
+
+def tensors(weights: ModelWeights) -> Iterator[Tensor]:
+    """Every tensor of a model, the rotary angles left out."""
+    yield from (weights.embed, weights.norm, *(() if weights.head is weights.embed else (weights.head,)))
+    for layer in weights.layers:
+        yield from (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            yield weight.data
+            if weight.scale is not None:
+                yield weight.scale
+
+
+def held_bytes(weights: ModelWeights) -> int:
+    """Bytes of all `tensors`."""
+    return sum(tensor.nbytes for tensor in tensors(weights))
 
 
 def config_of(size: Size) -> Qwen3Config:
@@ -41,12 +71,6 @@ def config_of(size: Size) -> Qwen3Config:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(size.config())), encoding="utf-8")
         return read_config(Path(folder))
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size]]:
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            yield module, name, value.shape
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,19 @@
-"""How closely captured steps and 8-bit weights agree with the modules in full precision, and what 8 bits gain."""
+"""How closely captured steps and 8-bit weights agree with plain torch in full precision, and what 8 bits gain."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import replace
 
 from _compare import decoding as ways
 from torch import Tensor
 
-from _bench import decoding, machine
+from _bench import decoding
 from _bench.decoding import GUIDANCE, IMAGE, Bench
+from _bench.models import held_bytes
 from _bench.report import Row
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import ModelRunner, build
+from emu_cog.engine.runner import ModelRunner
 from emu_cog.engine.sequence import EngineRequest
 from emu_cog.memory import GIB
-from emu_cog.model.quantize import check_format, quantize
-from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.model.quantize import check_format
 
 __all__ = ["agreement", "check_format", "eight_bits", "exact_scores"]
 
@@ -32,21 +29,16 @@ def _request(bench: Bench) -> tuple[EngineRequest, list[list[int]]]:
 
 
 def exact_scores(bench: Bench) -> list[Tensor]:
-    """Guided scores along one fixed piece of an image, through the modules: one tensor per image row, on the host."""
+    """Guided scores along one fixed piece of an image, in plain torch: one tensor per image row, on the host."""
     request, grid = _request(bench)
-    return [row.cpu() for row in ways.by_modules(bench.lm, request, grid, guidance=GUIDANCE)]
+    return [row.cpu() for row in ways.by_chunks(bench.lm, request, grid, guidance=GUIDANCE)]
 
 
-def _scores(bench: Bench, lm: LanguageModel, steps: ModelRunner | None) -> Iterator[Tensor]:
+def agreement(bench: Bench, exact: list[Tensor], steps: ModelRunner, what: str) -> None:
+    """Compare the steps of `steps` with `exact` and report."""
     request, grid = _request(bench)
-    if steps is None:
-        return (row.cpu() for row in ways.by_modules(lm, request, grid, guidance=GUIDANCE))
-    return (rows[0].cpu() for rows in ways.by_steps(steps, [request], [grid], guidance=GUIDANCE))
-
-
-def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: ModelRunner | None, what: str) -> None:
-    """Compare with `exact` and report."""
-    found = ways.compare(exact, _scores(bench, lm, steps), IMAGE)
+    scores = (rows[0].cpu() for rows in ways.by_steps(steps, [request], [grid], guidance=GUIDANCE))
+    found = ways.compare(exact, scores, IMAGE)
     bench.report.add(
         Row(
             part="agreement",
@@ -58,20 +50,15 @@ def agreement(bench: Bench, exact: list[Tensor], lm: LanguageModel, steps: Model
     )
 
 
-def eight_bits(bench: Bench, name: str, exact: list[Tensor], *, short: int, step: float | None) -> None:
-    """Convert the model's layers to format `name`, for good, and measure. `step`: seconds with full weights."""
-    lm = bench.lm
-    quantize(lm.model, name)
-    machine.free_bytes(bench.device)
-    steps = build(lm, compile=bench.compile)
-    held = sum(v.nbytes for v in (*lm.model.parameters(), *lm.model.buffers()))
-    caches = bench.size.cache_bytes(tokens=CONTEXT, rows=2, item=lm.dtype.itemsize)
+def eight_bits(bench: Bench, name: str, engine: Engine, exact: list[Tensor], *, short: int, step: float | None) -> None:
+    """Measure `engine`, over a model in format `name`. `step`: seconds of a step with full weights."""
+    held = held_bytes(bench.lm.weights)
+    caches = bench.size.cache_bytes(tokens=CONTEXT, rows=2, item=bench.lm.dtype.itemsize)
     note = f"{(held + caches) / GIB:.1f} GiB with one output of {CONTEXT} tokens"
     bench.report.add(Row(part=name, what=f"{name}: weights", value=held / GIB, unit="GiB", note=note))
-    small = replace(bench, item=1.0)
-    timed = decoding.time_image(small, Engine(lm, steps), context=short, images=1)
-    decoding.add_step(small, f"{name}: step, 1 image, {short} tokens", timed, 1, name)
+    timed = decoding.time_image(bench, engine, context=short, images=1)
+    decoding.add_step(bench, f"{name}: step, 1 image, {short} tokens", timed, 1, name)
     if step:
-        what = f"{name} against {str(lm.dtype).removeprefix('torch.')}"
+        what = f"{name} against {str(bench.lm.dtype).removeprefix('torch.')}"
         bench.report.add(Row(part=name, what=what, value=step / timed.step, unit="x as fast"))
-    agreement(bench, exact, lm, steps, name)
+    agreement(bench, exact, engine.runner, name)

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
-from transformers import LogitsProcessor
+from torch import Tensor, nn
+from transformers import LogitsProcessor, Qwen3Config
 from transformers.generation.streamers import BaseStreamer
 
 from _bench.decoding import GUIDANCE, IMAGE, TEXT, Bench, prompt
+from _bench.models import tensors
 from _bench.report import Row
+from emu_cog.ops.interface import ModelWeights
 from emu_cog.prompt.tokens import ROLES, TokenIds
 from emu_cog.upstream.adapter import Upstream, adopt_vocabulary
 from emu_cog.upstream.clone import ensure_clone, find_clone
@@ -80,25 +82,47 @@ class _Clock(BaseStreamer):
 
 
 def on_the_same_weights(bench: Bench, clone: Path) -> Upstream:
-    """Upstream's functions over a model whose parameters are the native one's tensors."""
-    native = bench.lm.model
-    code = import_code(clone, dtype=bench.lm.dtype, attention="sdpa")
-    adopt_vocabulary(code, bench.lm.ids)
+    """Upstream's functions over a model whose parameters are views of the native one's tensors."""
+    native = bench.lm
+    code = import_code(clone, dtype=native.dtype, attention="sdpa")
+    adopt_vocabulary(code, native.ids)
     theirs: Any = code.model_utils.Emu3ForCausalLM
     config = type(native.config).from_dict(native.config.to_dict())
     config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
         model = theirs(config)
-    for name, value in native.named_parameters():
+    for name, value in _parameters(native.weights, config).items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, value)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb.to(bench.device)
-    model.generation_config.eos_token_id = bench.lm.ids.eos
-    words: Any = _Words(bench.lm.ids)
-    shared = {id(value) for value in native.parameters()}
-    if {id(value) for value in model.parameters()} != shared:
+    model.generation_config.eos_token_id = native.ids.eos
+    words: Any = _Words(native.ids)
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors(native.weights)}
+    if any(value.is_meta or value.untyped_storage().data_ptr() not in held for value in model.parameters()):
         raise RuntimeError("upstream's model does not share the native one's weights")
     return Upstream(code, words, model.eval(), words, None)
+
+
+def _parameters(w: ModelWeights, config: Qwen3Config) -> dict[str, Tensor]:
+    """The checkpoint's keys, as views of the merged weights."""
+    query, kv = w.shape.heads * w.shape.head_dim, w.shape.kv_heads * w.shape.head_dim
+    found = {"model.embed_tokens.weight": w.embed, "model.norm.weight": w.norm, "lm_head.weight": w.head}
+    for i, layer in enumerate(w.layers):
+        at, mlp, qkv, both = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp", layer.qkv.data, layer.gate_up.data
+        found |= {
+            f"{at}.q_proj.weight": qkv[:query],
+            f"{at}.k_proj.weight": qkv[query : query + kv],
+            f"{at}.v_proj.weight": qkv[query + kv :],
+            f"{at}.o_proj.weight": layer.o.data,
+            f"{at}.q_norm.weight": layer.q_norm,
+            f"{at}.k_norm.weight": layer.k_norm,
+            f"{mlp}.gate_proj.weight": both[: config.intermediate_size],
+            f"{mlp}.up_proj.weight": both[config.intermediate_size :],
+            f"{mlp}.down_proj.weight": layer.down.data,
+            f"model.layers.{i}.input_layernorm.weight": layer.input_norm,
+            f"model.layers.{i}.post_attention_layernorm.weight": layer.post_norm,
+        }
+    return found
 
 
 def time_token(bench: Bench, up: Upstream, *, context: int, tokens: int) -> float:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from _bench import decoding, loading, machine, miniature, models, pictures, quality, reference
+from _bench import arrivals, company, decoding, loading, machine, miniature, models, pictures, quality, reference, soak
 from _bench.decoding import Bench
 from _bench.report import Part, Report, Row, run_parts
 from _bench.sizes import SIZES, choose
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import build
 from emu_cog.memory import GIB
 from emu_cog.model import torch_settings
 from emu_cog.model.device import choose_device, choose_dtype
+from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.settings import Settings
 
 PARTS = (
     "step",
+    "many",
     "upstream",
     "images",
     "sync",
@@ -35,16 +36,20 @@ PARTS = (
     "fp8",
     "int8",
     "mini",
+    "company",
     "loading",
 )
 """The order of the run: by importance, but 8-bit weights after everything that needs the full ones. On 80 GB the full
 weights have no room beside what 8-bit weights leave allocated."""
-WITHOUT_MODEL = {"vq", "mini", "loading"}
+ON_REQUEST = ("many-fp8", "many-int8", "arrivals", "soak")
+"""Parts that run only where --only names them."""
+WITHOUT_MODEL = {"vq", "mini", "company", "loading", "arrivals", "soak"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The command line. `deadline` on time.monotonic's clock; an empty `only` means all parts."""
+    """The command line. `deadline` on time.monotonic's clock; an empty `only` means all of PARTS. `requests` and
+    `shape`: see the parts soak and arrivals."""
 
     size: str | None
     device: str | None
@@ -55,21 +60,28 @@ class Wanted:
     folder: Path | None
     json: Path | None
     deadline: float
+    requests: int = 500
+    shape: str = "mini"
+    concurrency: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What suits a device: contexts in tokens, the part of an image that is timed, tokens that upstream makes."""
+    """What suits a device: contexts in tokens, the part of an image that is timed, tokens that upstream makes, numbers
+    of pictures at once."""
 
     short: int
     contexts: list[int]
     columns: int
     rows: int
     upstream_tokens: int
+    pictures: tuple[int, ...]
 
 
-GPU = Pace(short=512, contexts=[2048, 8192, 16384], columns=64, rows=5, upstream_tokens=24)
-CPU = Pace(short=128, contexts=[1024], columns=12, rows=4, upstream_tokens=12)
+GPU = Pace(
+    short=512, contexts=[2048, 8192, 16384], columns=64, rows=5, upstream_tokens=24, pictures=(1, 2, 4, 8, 16, 32)
+)
+CPU = Pace(short=128, contexts=[1024], columns=12, rows=4, upstream_tokens=12, pictures=(1, 2, 4, 8))
 
 
 def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
@@ -100,6 +112,7 @@ def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
         columns=pace.columns,
         rows=pace.rows,
         compile=settings.compile,
+        pictures=max(pace.pictures),
     )
     try:
         _Session(bench, pace, wanted, settings).run()
@@ -126,6 +139,9 @@ class _Session:
     def run(self) -> None:
         work: dict[str, tuple[Callable[[], None], float]] = {
             "step": (self.step, 0),
+            "many": (self.many, 30),
+            "many-fp8": (lambda: self.many_small("fp8"), 60),
+            "many-int8": (lambda: self.many_small("int8"), 60),
             "upstream": (self.upstream, 30),
             "images": (self.images, 20),
             "sync": (self.sync, 15),
@@ -137,11 +153,15 @@ class _Session:
             "mini": (self.mini, 60 if self.pace is GPU else 150),
             "fp8": (lambda: self.small("fp8"), 30),
             "int8": (lambda: self.small("int8"), 30),
+            "company": (self.company, 60),
             "loading": (self.loading, 40),
+            "arrivals": (self.arrivals, 60),
+            "soak": (self.soak, 60),
         }
         # On a device the seconds are for the large models; a CPU's small ones and the tiny one need less.
         share = 1.0 if self.pace is GPU else 0.3
         order = [name for name in PARTS if not self.wanted.only or name in self.wanted.only]
+        order += [name for name in ON_REQUEST if name in self.wanted.only]
         parts = [Part(name=name, run=work[name][0], seconds=share * work[name][1]) for name in order]
         if self.wanted.profile:
             parts.insert(1, Part(name="profile", run=self.profile))
@@ -151,11 +171,20 @@ class _Session:
         """The engine as Pipeline builds it, made at its first use; the seconds are reported."""
         self._full_weights()
         if self.engine is None:
-            began = time.perf_counter()
-            self.engine = Engine(self.bench.lm, build(self.bench.lm, compile=self.bench.compile))
-            machine.wait(self.bench.device)
-            self._setup("weights merged, kernels built", time.perf_counter() - began)
+            self.engine = self._engine()
         return self.engine
+
+    def _engine(self) -> Engine:
+        bench = self.bench
+        began = time.perf_counter()
+        engine = decoding.engine_for(bench)
+        machine.wait(bench.device)
+        built = time.perf_counter()
+        self._setup("cache, kernels autotuned and built", built - began)
+        if engine.runner.captured:
+            engine.call(engine.runner.warm_up)
+            self._setup("steps captured for every number of pictures", time.perf_counter() - built)
+        return engine
 
     def _setup(self, what: str, seconds: float) -> None:
         self.bench.report.add(Row(part="setup", what=f"setup: {what}", value=seconds, unit="s"))
@@ -165,8 +194,6 @@ class _Session:
     def step(self) -> None:
         engine, short = self.native(), self.pace.short
         timed = decoding.time_image(self.bench, engine, context=short, images=1)
-        row = timed.step * (self.bench.columns + 1)
-        self._setup("capture and the first row, less one row", max(timed.first - row, 0.0))
         self.steps[1] = timed.step
         decoding.add_step(self.bench, f"step, 1 image, {short} tokens", timed, 1, "step")
         self._device_memory("weights and one image")
@@ -194,27 +221,36 @@ class _Session:
         reference.compare(self.bench, clone, context=self.pace.short, tokens=self.pace.upstream_tokens, native=native)
 
     def eager(self) -> None:
-        """Steps through the modules, as with EMU_COMPILE=0."""
-        if self.engine is not None and self.engine.runner is None:
+        """Steps in plain PyTorch, as with EMU_COMPILE=0."""
+        if not self.native().runner.captured:
             self.bench.report.not_measured("eager", "it is what was measured above: nothing is captured here")
             return
-        self._full_weights()
-        timed = decoding.time_image(self.bench, Engine(self.bench.lm), context=self.pace.short, images=1)
-        what = f"step through the modules (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
-        decoding.add_step(self.bench, what, timed, 1, "eager")
+        lm = self.bench.lm
+        plain = replace(self.bench, lm=LanguageModel(lm.config, lm.weights, lm.ids), compile=False)
+        engine = decoding.engine_for(plain, tokens=2048)
+        timed = decoding.time_image(plain, engine, context=self.pace.short, images=1)
+        what = f"step in plain PyTorch (EMU_COMPILE=0), 1 image, {self.pace.short} tokens"
+        decoding.add_step(plain, what, timed, 1, "eager")
+
+    def many(self) -> None:
+        decoding.many(self.bench, self.native(), self.pace.pictures, self.bench.streams, part="many")
+
+    def many_small(self, form: str) -> None:
+        quality.check_format(form, self.bench.device)
+        small = self._small_weights(form)
+        decoding.many(small, self._engine(), self.pace.pictures, small.streams, part=f"many-{form}")
 
     def sync(self) -> None:
         decoding.synchronisations(self.bench, self.native())
 
     def prefill(self) -> None:
-        references = (1, 2, 3) if self.pace is GPU else ()
+        references = (1, 3) if self.pace is GPU else (1,) if self.bench.size.context > 8192 else ()
         decoding.prefill(self.bench, self.native(), references)
 
     def profile(self) -> None:
         decoding.write_trace(self.bench, self.native(), str(self.wanted.profile))
 
     def vq(self) -> None:
-        self._free_caches()
         full = self.pace is GPU
         vision = models.vision_tokenizer(models.VISION_SIZES["full" if full else "tiny"], device=self.bench.device)
         sizes = pictures.SIZES if full else pictures.SMALL_SIZES
@@ -222,17 +258,27 @@ class _Session:
         pictures.decode(self.bench.report, vision, sizes, compile=self.bench.compile)
 
     def agreement(self) -> None:
-        """Captured steps against the modules: the same sums in another order."""
+        """Captured steps against plain torch: the same sums in another order."""
         runner = self.native().runner
-        if runner is None:
-            self.bench.report.not_measured("agreement", "nothing is captured here: steps go through the modules")
+        if not runner.captured:
+            self.bench.report.not_measured("agreement", "nothing is captured here: steps run in plain PyTorch")
             return
-        quality.agreement(self.bench, self._exact(), self.bench.lm, runner, "captured steps against the modules")
+        quality.agreement(self.bench, self._exact(), runner, "captured steps against plain PyTorch")
 
     def mini(self) -> None:
         """The same on the trained miniature, and what 8 bits cost there."""
-        self._free_caches()
         miniature.measure(self.bench.report, self.bench.device, compile=self.bench.compile)
+
+    def company(self) -> None:
+        company.measure(self.bench.report, self.bench.device, compile=self.bench.compile)
+
+    def soak(self) -> None:
+        soak.measure(self.bench.report, self.bench.device, compile=self.bench.compile, requests=self.wanted.requests)
+
+    def arrivals(self) -> None:
+        arrivals.measure(
+            self.bench.report, self.bench.device, shape=self.wanted.shape, concurrency=self.wanted.concurrency
+        )
 
     def small(self, form: str) -> None:
         """8-bit weights. The full ones are freed before, and made again from their seed afterwards."""
@@ -240,21 +286,26 @@ class _Session:
         self._full_weights()
         if 1 not in self.steps:
             self.step()  # what 8 bits are compared with
-            self._free_caches()
         exact = self._exact()
-        self.engine, self.full = None, False
-        machine.free_bytes(self.bench.device)  # the merged weights go first, or both would be in memory
-        quality.eight_bits(self.bench, form, exact, short=self.pace.short, step=self.steps.get(1))
+        small = self._small_weights(form)
+        quality.eight_bits(small, form, self._engine(), exact, short=self.pace.short, step=self.steps.get(1))
+
+    def _small_weights(self, form: str) -> Bench:
+        """Free the model, and make the same one in 8 bits: two would not fit. `self.bench` holds it, too."""
+        self._make(form)
+        return replace(self.bench, item=1.0)
 
     def _full_weights(self) -> None:
-        """After 8-bit weights, make the model again. The old one is freed first: two would not fit."""
+        """After 8-bit weights, make the full ones again."""
         if not self.full:
-            device, dtype = self.bench.device, self.bench.lm.dtype
-            del self.bench.lm
-            machine.free_bytes(device)
-            self.bench.lm = models.language_model(self.bench.size, device=device, dtype=dtype)
-            self.full = True
-        self._free_caches()
+            self._make(None)
+
+    def _make(self, form: str | None) -> None:
+        bench, device, dtype = self.bench, self.bench.device, self.bench.lm.dtype
+        self.engine, self.full = None, form is None
+        del bench.lm
+        machine.free_bytes(device)
+        bench.lm = models.language_model(bench.size, device=device, dtype=dtype, quantize=form)
 
     def _exact(self) -> list[Tensor]:
         if self.exact is None:
@@ -276,8 +327,3 @@ class _Session:
                 folder=self.wanted.folder or Path(temporary),
                 limit=6e9 if full else 2.5e9,
             )
-
-    def _free_caches(self) -> None:
-        if self.engine is not None:
-            self.engine.free()
-        machine.free_bytes(self.bench.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emu_cog.engine.sequence import Opened, Tokens
 from emu_cog.log import log
+from emu_cog.model.qwen3 import Chunk
 from emu_cog.pipeline import Pipeline, Prepared
 from emu_cog.prompt import geometry, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
@@ -156,9 +157,8 @@ def _resized(pipeline: Pipeline) -> tuple[int, int] | None:
 def _last_logits(pipeline: Pipeline, stream: list[int]) -> Tensor:
     """(vocabulary,) fp32 logits after the last token of `stream`."""
     lm = pipeline.lm
-    cache = lm.new_cache(rows=1, capacity=len(stream))
-    tokens, start = torch.tensor([stream], device=lm.device), torch.zeros(1, dtype=torch.int64, device=lm.device)
-    hidden = lm.forward(tokens, start, cache, rows=slice(0, 1), filled=len(stream))[:, -1]
+    cache = lm.new_cache(len(stream))
+    hidden = lm.feed(cache, [Chunk(stream, 0, cache.take(cache.free))])[-1:]
     return torch.cat([lm.text_logits(hidden), lm.visual_logits(hidden)], dim=-1)[0].cpu()
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emu_cog.engine import image_schedule
-from emu_cog.engine.prefill import PREFILL_CHUNK, prefill
+from emu_cog.engine.engine import PREFILL_CHUNK
 from emu_cog.engine.runner import ModelRunner
-from emu_cog.engine.sequence import EngineRequest
-from emu_cog.model.kv_cache import KVCache
-from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.sampling import Uniforms, guide, probabilities
+from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState
+from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.qwen3 import Chunk, LanguageModel
+from emu_cog.ops.sampling import guide, probabilities
+from emu_cog.prompt.tokens import block_length
 from emu_cog.request import Sampling
 
 Codes = Sequence[Sequence[int]]
@@ -38,86 +38,124 @@ class Agreement:
 
 
 @torch.inference_mode()
-def by_modules(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
-    """(columns, V) scores per image row, through the modules: each sequence by itself, in passes of many tokens."""
-    header, body = _block(lm, codes)
+def by_chunks(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
+    """(columns, V) scores per image row, in plain torch: each stream by itself, in passes of many tokens."""
+    plain, (header, body) = _plain(lm), _block(lm, codes)
     columns = len(codes[0])
-    sequences = []
+    streams = []
     for prompt in (request.conditional, request.unconditional):
         ids = [*prompt, *header, *body]
-        cache = lm.new_cache(rows=1, capacity=len(ids))
-        parts = []
-        for begin in range(0, len(ids), PREFILL_CHUNK):
-            tokens = torch.tensor([ids[begin : begin + PREFILL_CHUNK]], device=lm.device)
-            start = torch.tensor([begin], device=lm.device)
-            parts.append(lm.forward(tokens, start, cache, rows=slice(None), filled=begin + tokens.shape[1])[0])
+        cache = plain.new_cache(len(ids))
+        hidden = _feed(plain, cache, ids, cache.take(cache.free))
         first = len(prompt) + len(header) - 1  # IMG's hidden state predicts the first code
-        sequences.append(torch.cat(parts)[first : first + len(body) + 1])
+        streams.append(hidden[first : first + len(body) + 1])
     for row in range(len(codes)):
         at = slice(row * (columns + 1), row * (columns + 1) + columns)
-        conditional, unconditional = (lm.visual_logits(hidden[at]) for hidden in sequences)
+        conditional, unconditional = (plain.visual_logits(hidden[at]) for hidden in streams)
         yield guide(conditional, unconditional, guidance)
 
 
 @torch.inference_mode()
 def by_passes(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidance: float) -> Iterator[Tensor]:
-    """(columns, V) scores per image row, through the modules as upstream steps: two passes per token, one per sequence.
+    """(columns, V) scores per image row, in plain torch, as upstream steps: two passes per token, one per stream.
 
-    Prompts are prefilled as in `by_steps`, so that only the steps are compared.
+    Prompts are read as in `by_steps`, so that only the steps are compared.
     """
-    header, body = _block(lm, codes)
-    sequences = request.conditional, request.unconditional
-    cache = lm.new_cache(rows=2, capacity=max(map(len, sequences)) + len(header) + len(body) + 1)
-    starts = _begin(lm, cache, [request], header)
-    columns, fed = len(codes[0]), [header[-1], *body]
+    plain, (header, body) = _plain(lm), _block(lm, codes)
+    prompts = (request.conditional, request.unconditional)
+    columns, fed = len(codes[0]), [*header, *body]
+    cache = plain.new_cache(sum(len(prompt) + len(fed) + PAGE for prompt in prompts))
+    pages = [cache.take(-(-(len(prompt) + len(fed)) // PAGE)) for prompt in prompts]
+    for prompt, own in zip(prompts, pages, strict=True):
+        _feed(plain, cache, prompt, own)
+
+    def step(t: int) -> list[Tensor]:
+        """The hidden states that follow token t of the image."""
+        return [
+            plain.feed(cache, [Chunk([fed[t]], len(prompt) + t, own)])
+            for prompt, own in zip(prompts, pages, strict=True)
+        ]
+
+    for t in range(len(header) - 1):
+        step(t)
     for row in range(len(codes)):
         seen = []
-        for t in range(row * (columns + 1), (row + 1) * (columns + 1)):
-            if t == len(fed):
-                break
-            token = torch.tensor([[fed[t]]], device=lm.device)
-            scores = []
-            for i, start in enumerate(starts):
-                at = torch.tensor([start + t], device=lm.device)
-                hidden = lm.forward(token, at, cache, rows=slice(i, i + 1), filled=start + t + 1)
-                scores.append(lm.visual_logits(hidden[:, -1]))
-            conditional, unconditional = scores
-            seen.append(guide(conditional, unconditional, guidance)[0])
-        yield torch.stack(seen[:columns])  # the last token is forced: EOL or EOI
+        for column in range(columns):
+            hidden = step(len(header) - 1 + row * (columns + 1) + column)
+            seen.append(guide(*map(plain.visual_logits, hidden), guidance)[0])
+        if row + 1 < len(codes):
+            step(len(header) - 1 + row * (columns + 1) + columns)  # EOL is forced: what is fed there is not compared
+        yield torch.stack(seen)
 
 
 @torch.inference_mode()
 def by_steps(
     runner: ModelRunner, requests: Sequence[EngineRequest], codes: Sequence[Codes], *, guidance: float
 ) -> Iterator[Sequence[Tensor]]:
-    """(columns, V) scores per image row for every request, through `runner`: all in one batch, token by token.
+    """(columns, V) scores per image row for every request, through the steps of `runner`: all side by side.
 
-    All images must have the same size.
+    All images must have the same size, and nothing else may be in progress: slots and pages are taken here.
     """
-    lm = runner.lm
-    header, body = _block(lm, codes[0])
-    rows, columns = len(codes[0]), len(codes[0][0])
-    longest = max(len(sequence) for request in requests for sequence in (request.conditional, request.unconditional))
-    cache = lm.new_cache(rows=2 * len(requests), capacity=longest + len(header) + len(body) + 1)
-    starts = _begin(lm, cache, requests, header)
-    plan = image_schedule.schedule([(rows, columns)] * len(requests), [(Uniforms(0), 0)] * len(requests), lm.ids)
-    forced = torch.tensor([[*_block(lm, grid)[1], lm.ids.eoi] for grid in codes]).T
-    state, replay = runner.image(
-        cache,
-        forced=forced,
-        uniform=plan.uniform,
-        advance=plan.advance,
-        lengths=starts,
-        cfg_scale=guidance,
-        sampling=Sampling(),
+    lm, state, cache = runner.lm, runner.state, runner.cache
+    size = len(codes[0]), len(codes[0][0])
+    sequences = begin(runner, requests, size=size, guidance=guidance)
+    try:
+        forced = torch.tensor([[*_block(lm, grid)[1], lm.ids.eoi] for grid in codes], device=lm.device)
+        slots = torch.tensor([s.slot for s in sequences], device=lm.device)
+        for _ in range(size[0]):
+            seen = []
+            for column in range(size[1] + 1):
+                draw_step(runner, sequences)
+                made = sequences[0].made - 1
+                state.out[slots, made] = forced[:, made]
+                state.token[2 * slots] = state.token[2 * slots + 1] = forced[:, made]
+                if column < size[1]:
+                    seen.append(torch.cat([runner.scores(i) for i in range(len(sequences))]))
+            yield torch.stack(seen, dim=1).unbind()
+    finally:
+        for s in sequences:
+            runner.end(s)
+            for pages in s.pages:
+                cache.release(pages)
+
+
+def begin(
+    runner: ModelRunner, requests: Sequence[EngineRequest], *, size: tuple[int, int], guidance: float
+) -> list[SequenceState]:
+    """Sequences in slots 0, 1, ... of `runner`, without an engine: prompts read, and an image of `size` (rows, columns)
+    begun up to its header. `draw_step` takes its steps; whoever called this releases pages and slots."""
+    lm, cache = runner.lm, runner.cache
+    config = GenerationConfig(
+        cfg_scale=guidance, image=Sampling(), text=Sampling(), size=size, max_new_tokens=0, single_image=True
     )
-    for _ in range(rows):
-        seen = []
-        for _ in range(columns):
-            replay()
-            seen.append(state.scores.clone())
-        replay()  # EOL or EOI
-        yield torch.stack(seen, dim=1).unbind()
+    sequences = []
+    for i, request in enumerate(requests):
+        s = SequenceState(index=i, request=request, config=config, emit=lambda _: None, slot=i)
+        for stream, prompt in enumerate((request.conditional, request.unconditional)):
+            s.pages[stream].extend(cache.take(-(-(len(prompt) + block_length(*size)) // PAGE)))
+            _feed(lm, cache, prompt, s.pages[stream])
+            s.lengths[stream] = len(prompt)
+        runner.begin(s)
+        runner.place(s)
+        sequences.append(s)
+    for token in lm.ids.header(*size)[:-1]:
+        for s in sequences:
+            s.doing = Feed(token, both=True)
+        runner.step(sequences)
+        for s in sequences:
+            s.lengths = [n + 1 for n in s.lengths]
+    for s in sequences:
+        s.doing = draw = Draw(size)
+        runner.open(s, draw)
+    return sequences
+
+
+def draw_step(runner: ModelRunner, sequences: Sequence[SequenceState]) -> None:
+    """One step of images that are all in progress."""
+    runner.step(sequences)
+    for s in sequences:
+        s.lengths = [n + 1 for n in s.lengths]
+        s.made += 1
 
 
 def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Sampling) -> Agreement:
@@ -137,14 +175,17 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Samp
     )
 
 
-def _begin(lm: LanguageModel, cache: KVCache, requests: Sequence[EngineRequest], header: Sequence[int]) -> list[int]:
-    """Prefill prompts and the image header without IMG; returns the number of tokens in each slot."""
-    lengths = [len(sequence) for request in requests for sequence in (request.conditional, request.unconditional)]
-    prefill(lm, cache, requests)
-    tokens = torch.tensor([header[:-1]] * len(lengths), device=lm.device)
-    starts, filled = torch.tensor(lengths, device=lm.device), max(lengths) + len(header) - 1
-    lm.forward(tokens, starts, cache, rows=slice(None), filled=filled)
-    return [n + len(header) - 1 for n in lengths]
+def _plain(lm: LanguageModel) -> LanguageModel:
+    """The same weights through plain torch, whatever a runner has built for `lm`."""
+    return LanguageModel(lm.config, lm.weights, lm.ids)
+
+
+def _feed(lm: LanguageModel, cache: KVCache, ids: Sequence[int], pages: Sequence[int]) -> Tensor:
+    """Read one stream in chunks; its hidden states."""
+    parts = [
+        lm.feed(cache, [Chunk(ids[at : at + PREFILL_CHUNK], at, pages)]) for at in range(0, len(ids), PREFILL_CHUNK)
+    ]
+    return torch.cat(parts)
 
 
 def _block(lm: LanguageModel, codes: Codes) -> tuple[list[int], list[int]]:

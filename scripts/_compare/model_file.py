@@ -19,6 +19,7 @@ from torch import Tensor
 from _compare.cases import Native
 from _compare.reference_logits import KEPT
 from emu_cog.errors import CheckpointError
+from emu_cog.model.qwen3 import Chunk
 from emu_cog.pipeline import Pipeline
 
 MODEL_FILE = "src/emu3p5/modeling_emu3.py"
@@ -61,12 +62,11 @@ def sequences(native: Native, *, vocabulary: int, context: int) -> list[Ids]:
 def native_logits(pipeline: Pipeline, ids: Ids) -> Tensor:
     """(positions, vocabulary) fp32: the last KEPT positions of the prompt, then every step."""
     lm = pipeline.lm
-    cache = lm.new_cache(rows=1, capacity=len(ids.prompt) + len(ids.steps))
-    logits, begin = [], 0
+    cache = lm.new_cache(len(ids.prompt) + len(ids.steps))
+    pages, logits, begin = cache.take(cache.free), [], 0
     for chunk in (ids.prompt, *([token] for token in ids.steps)):
-        tokens, start = torch.tensor([chunk], device=lm.device), torch.tensor([begin], device=lm.device)
+        hidden = lm.feed(cache, [Chunk(chunk, begin, pages)])[-KEPT:]
         begin += len(chunk)
-        hidden = lm.forward(tokens, start, cache, rows=slice(0, 1), filled=begin)[0, -KEPT:]
         logits.append(torch.cat([lm.text_logits(hidden), lm.visual_logits(hidden)], dim=-1).cpu())
     return torch.cat(logits)
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from emu_cog.engine.runner import ModelRunner
+from emu_cog.engine.runner import MAX_SEQUENCES
 from emu_cog.events import Finished, Picture
 from emu_cog.model.quantize import FORMATS
 from emu_cog.pipeline import Pipeline
@@ -81,9 +81,8 @@ def answers(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
 
 
 def load(model: Path, vision: Path, *, batch: int, quantize: str | None = None) -> Pipeline:
-    """A pipeline for `batch` requests at a time. Batches larger than `ModelRunner.MAX_ROWS` are not captured, so
-    compiling would not pay off."""
-    return Pipeline.load(model, vision, max_outputs=batch, quantize=quantize, compile=2 * batch <= ModelRunner.MAX_ROWS)
+    """A pipeline for `batch` requests at a time, at most MAX_SEQUENCES: what is beyond waits for its turn."""
+    return Pipeline.load(model, vision, max_outputs=min(batch, MAX_SEQUENCES), quantize=quantize)
 
 
 def answered(
