@@ -293,7 +293,7 @@ def test_without_any_configuration_setup_goes_on_in_plain_torch(
     monkeypatch.setattr("emu_cog.ops.triton_ops._replay_seconds", seconds)
     lm = small_model()
     with pytest.raises(KernelBuildError, match=r"no configuration of the qkv product \(320x64\) can be built on"):
-        ModelRunner(lm, slots=1, tokens=128, captured=True)
+        ModelRunner(lm, slots=1, tokens=128).build_kernels()
     with caplog.at_level("WARNING", logger="emu_cog"):
         assert not ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
     for part in ("plain PyTorch", "qkv product (320x64)", Card.of(DEVICE).name, "'sm_103a' is not a recognized"):

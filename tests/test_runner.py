@@ -66,8 +66,9 @@ def uncaptured(lm: LanguageModel, ops: Callable[[LanguageModel], Ops], monkeypat
         return _Captured(slots, hidden, replay)
 
     monkeypatch.setattr(ModelRunner, "_capture", capture)
-    monkeypatch.setattr(ModelRunner, "_build_kernels", lambda self: None)
-    return Engine(ModelRunner(lm, slots=4, tokens=4 * lm.context, captured=True))
+    runner = ModelRunner(lm, slots=4, tokens=4 * lm.context)
+    runner.captured = True
+    return Engine(runner)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -171,14 +171,14 @@ class Engine:
                 new, calls = list(self._new), list(self._calls)
                 self._new.clear()
                 self._calls.clear()
-                if self._closing or not (new or calls or self._entries):
+                for entry in (entry for entries in new for entry in entries):
+                    self._entries.append(entry)
+                    self.scheduler.add(entry.state, entry.prompt)
+                if self._closing or not (calls or self._entries):
                     self._thread = None
                     for _, future in calls:
                         future.cancel()
                     break
-            self._entries += [entry for entries in new for entry in entries]
-            for entry in (entry for entries in new for entry in entries):
-                self.scheduler.add(entry.state, entry.prompt)
             for run, _ in calls:
                 run()
             try:
