@@ -243,7 +243,7 @@ def test_a_configuration_that_cannot_be_built_is_skipped(failure: Exception, mon
 
     def seconds(work):
         calls.append(work)
-        if len(calls) % 3 != 1:  # a third of the candidates for each product and number of rows can be built
+        if len(calls) % 3:  # the third that is tried for each product and number of rows can be built
             raise failure
         return 1.0
 
@@ -251,7 +251,7 @@ def test_a_configuration_that_cannot_be_built_is_skipped(failure: Exception, mon
     lm = small_model()
     ops, found = triton_ops.TritonOps.autotuned(lm.weights, DEVICE)
     assert len(found) == 5
-    assert len(calls) >= 5 * (7 + 3 + 3)
+    assert len(calls) == 5 * (3 + 3 + 3)  # in fp32 the first that can be built is taken
     assert ops.config.linear.keys() == kernels(lm).config.linear.keys()
 
 
@@ -323,7 +323,7 @@ def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> 
     assert ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
     assert isinstance(lm.ops, TritonOps)
     assert set(launched) == names.keys()
-    assert len(names) == 9
+    assert len(names) == 10
     monkeypatch.setattr(sampling, "sample_kernel", None)
     with pytest.raises(TypeError):
         ModelRunner.best(lm, slots=1, tokens=128, compile=True)

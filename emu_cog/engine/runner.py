@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from emu_cog.engine.sequence import Draw, Feed, SequenceState
 from emu_cog.log import log
 from emu_cog.model.kv_cache import KVCache
-from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.model.qwen3 import Chunk, LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
 from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, SlotState, Span
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
@@ -250,6 +250,7 @@ class ModelRunner:
             self.lm.ops = ops
             try:
                 slots = torch.full((1,), self.state.padding, device=self.lm.device)
+                self.lm.feed(self.cache, [Chunk([0] * (MAX_ROWS + 1), 0, [0, 0])])
                 self.lm.text_logits(self._device_step(slots, True, False)[:1])
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)

@@ -36,6 +36,9 @@ class Prompt:
         # Of two prompts that begin alike, whole pages are computed once. The last token is always the stream's own.
         self.common = min(alike, len(conditional) - 1, len(unconditional) - 1) // PAGE
         self.chunks: list[list[tuple[int, int, int]]] = []
+        # Passes of about equal length, in whole tiles: the launches of a short one take longer than its work.
+        total = len(conditional) + len(unconditional) - self.common * PAGE
+        chunk = min(chunk, _round_up(-(-total // -(-total // chunk)), 128))
         room = 0
         for stream, begin in ((0, 0), (1, self.common * PAGE)):
             while begin < len(self.streams[stream]):
@@ -195,3 +198,7 @@ class Scheduler:
 
 def _pages(tokens: int) -> int:
     return -(-tokens // PAGE)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

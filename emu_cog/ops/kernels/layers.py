@@ -94,6 +94,24 @@ def _swiglu(gate, up, kind: tl.constexpr):
 
 
 @triton.jit
+def swiglu_kernel(
+    product_ptr,  # (M, 2N), the gate's half first
+    out_ptr,  # (M, N)
+    N,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """silu(gate) * up of a product with many tokens. Program (token, block)."""
+    _begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(product_ptr + row * 2 * N + i, mask=i < N, other=0.0).to(tl.float32)
+    up = tl.load(product_ptr + row * 2 * N + N + i, mask=i < N, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row * N + i, _swiglu(gate, up, kind).to(kind), mask=i < N)
+
+
+@triton.jit
 def add_norm_kernel(
     product_ptr,  # (splits, M, H)
     residual_ptr,  # (M, H), read and written
@@ -156,42 +174,46 @@ def rope_store_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm and rotate queries and keys, store keys and values in the cache. Program (token, head)."""
+    """Norm and rotate queries and keys, store keys and values in the cache. Program (token, BLOCK heads)."""
     _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     HALF: tl.constexpr = D // 2
-    i = tl.arange(0, HALF)
+    i = tl.arange(0, HALF)[None, :]
     kind = q_ptr.dtype.element_ty
-    low = tl.zeros((HALF,), tl.float32)
-    high = tl.zeros((HALF,), tl.float32)
+    live = head < HEADS + 2 * KV
+    query, value = head < HEADS, live & (head >= HEADS + KV)
+    low = tl.zeros((BLOCK, HALF), tl.float32)
+    high = tl.zeros((BLOCK, HALF), tl.float32)
     for s in range(splits):
-        at = product_ptr + ((s * M + row).to(tl.int64) * (HEADS + 2 * KV) + head) * D + i
-        low += tl.load(at).to(tl.float32)
-        high += tl.load(at + HALF).to(tl.float32)
+        at = product_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
+        low += tl.load(at, mask=live, other=0.0).to(tl.float32)
+        high += tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
+    low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)[:, None]
+    w_low = tl.where(query, tl.load(q_weight_ptr + i), tl.load(k_weight_ptr + i)).to(tl.float32)
+    w_high = tl.where(query, tl.load(q_weight_ptr + HALF + i), tl.load(k_weight_ptr + HALF + i)).to(tl.float32)
+    n_low = ((low * scale).to(kind).to(tl.float32) * w_low).to(kind).to(tl.float32)
+    n_high = ((high * scale).to(kind).to(tl.float32) * w_high).to(kind).to(tl.float32)
+    cos = tl.load(rope_ptr + row * D + i).to(tl.float32)
+    sin = tl.load(rope_ptr + (M + row) * D + i).to(tl.float32)
+    r_low, r_high = (n_low * cos - n_high * sin).to(kind), (n_high * cos + n_low * sin).to(kind)
+    out = q_ptr + (row * HEADS + head) * D + i
+    tl.store(out, r_low, mask=query)
+    tl.store(out + HALF, r_high, mask=query)
     position = tl.load(position_ptr + row)
     page = _page(tables_ptr, tl.load(stream_ptr + row), position, table_stride, PAGE)
     cell = (page * PAGE + position % PAGE) * D + i
-    if head >= HEADS + KV:
-        value = v_ptr + (head - HEADS - KV).to(tl.int64) * head_stride + cell
-        tl.store(value, low.to(kind))
-        tl.store(value + HALF, high.to(kind))
-    else:
-        low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
-        if head < HEADS:
-            w_low, w_high = tl.load(q_weight_ptr + i), tl.load(q_weight_ptr + HALF + i)
-            out = q_ptr + (row.to(tl.int64) * HEADS + head) * D + i
-        else:
-            w_low, w_high = tl.load(k_weight_ptr + i), tl.load(k_weight_ptr + HALF + i)
-            out = k_ptr + (head - HEADS).to(tl.int64) * head_stride + cell
-        low = ((low * scale).to(kind).to(tl.float32) * w_low.to(tl.float32)).to(kind).to(tl.float32)
-        high = ((high * scale).to(kind).to(tl.float32) * w_high.to(tl.float32)).to(kind).to(tl.float32)
-        cos = tl.load(rope_ptr + row * D + i).to(tl.float32)
-        sin = tl.load(rope_ptr + (M + row) * D + i).to(tl.float32)
-        tl.store(out, (low * cos - high * sin).to(kind))
-        tl.store(out + HALF, (high * cos + low * sin).to(kind))
+    key = live & (head >= HEADS) & (head < HEADS + KV)
+    out = k_ptr + (head - HEADS).to(tl.int64) * head_stride + cell
+    tl.store(out, r_low, mask=key)
+    tl.store(out + HALF, r_high, mask=key)
+    out = v_ptr + (head - HEADS - KV).to(tl.int64) * head_stride + cell
+    tl.store(out, low.to(kind), mask=value)
+    tl.store(out + HALF, high.to(kind), mask=value)
 
 
 @triton.jit
