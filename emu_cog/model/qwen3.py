@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -22,6 +23,10 @@ from emu_cog.ops import linear
 from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops, Shape, Span, Weight
 from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokens import TokenIds
+
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For prompts. cuDNN's takes half the time of flash attention (2048 tokens on an H200: 143 us instead of 276), but it
+can't be told that the queries are the last of the keys: it serves a prompt's beginning alone."""
 
 
 def forward(ops: Ops, w: ModelWeights, batch: Batch, cache: KVCache) -> Tensor:
@@ -86,7 +91,8 @@ class LanguageModel:
             tables=tables,
             spans=spans,
         )
-        return self.forward(batch.to(self.device), cache)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            return self.forward(batch.to(self.device), cache)
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """One pass over a batch that is on the model's device: (M, hidden)."""
