@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,7 +95,9 @@ def load_language_model(
         return _place(key, places)
 
     weights = empty_weights(config, ids, dtype=dtype, place=place, quantize=quantize)
+    started = time.perf_counter()
     _read_weights(dict(destinations(config, weights, quantize)), headers, places, dtype)
+    log.info("weights read in %.1f s", time.perf_counter() - started)
     return LanguageModel(config, weights, ids)
 
 

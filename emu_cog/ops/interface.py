@@ -7,7 +7,6 @@ norm, product and rotation), so that they differ by the order of sums alone.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -100,6 +99,15 @@ class Span:
     count: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch whose attention is one operation: one token each of some streams, or those of one `span`."""
+
+    rows: slice | Tensor
+    tables: Tensor  # (streams, pages) int32
+    span: Span | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """The tokens of one forward pass. Each is stored at its position of its stream, and reads what lies up to there."""
@@ -112,22 +120,22 @@ class Batch:
     """The same, in the same order, as the host knows them; captured steps need none. Rows beyond them are padding."""
 
     @cached_property
-    def groups(self) -> list[tuple[slice | Tensor, Tensor, int]]:
-        """The spans, divided for attention: the rows, the tables (streams, pages) that they read, the tokens of each
-        stream. Streams of one new token go together where they have as many pages: that follows from each alone."""
-        alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    def groups(self) -> list[Group]:
+        """The spans, divided for attention. Streams of one new token go together where they have as many pages: that
+        follows from each alone."""
+        alike: dict[tuple[int, int], list[tuple[int, Span]]] = {}
         row = 0
         for span in self.spans:
             pages = -(-(span.start + span.count) // PAGE)
-            alike.setdefault((0, pages) if span.count == 1 else (row, pages), []).append((row, span.stream))
+            alike.setdefault((-1 if span.count == 1 else row, pages), []).append((row, span))
             row += span.count
-        counts = dict(zip(itertools.accumulate((s.count for s in self.spans), initial=0), self.spans, strict=False))
-        groups: list[tuple[slice | Tensor, Tensor, int]] = []
-        for (_, pages), members in alike.items():
-            first, count = members[0][0], counts[members[0][0]].count
-            streams = torch.tensor([stream for _, stream in members], device=self.tables.device)
-            rows = torch.tensor([row for row, _ in members], device=self.tables.device)
-            groups.append((rows if count == 1 else slice(first, first + count), self.tables[streams, :pages], count))
+        groups = []
+        for (first, pages), members in alike.items():
+            streams = torch.tensor([span.stream for _, span in members], device=self.tables.device)
+            rows: slice | Tensor = slice(first, first + members[0][1].count)
+            if first < 0:
+                rows = torch.tensor([row for row, _ in members], device=self.tables.device)
+            groups.append(Group(rows, self.tables[streams, :pages], None if first < 0 else members[0][1]))
         return groups
 
     @cached_property

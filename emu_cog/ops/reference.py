@@ -47,15 +47,15 @@ class TorchOps:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         m, heads, dim = q.shape
         out = q.new_zeros((m, heads * dim))
-        for rows, tables, count in batch.groups:
-            streams, pages = tables.shape
+        for group in batch.groups:
+            rows, (streams, pages) = group.rows, group.tables.shape
             # (streams, kv_heads, pages * PAGE, D)
-            k, v = (x[:, tables].view(len(x), streams, pages * PAGE, dim).transpose(0, 1) for x in (keys, values))
-            if count == 1:
-                out[rows] = _read(q[rows], k, v, batch.positions[rows])
-            else:
-                length = int(batch.positions[rows][-1]) + 1
+            k, v = (x[:, group.tables].view(len(x), streams, pages * PAGE, dim).transpose(0, 1) for x in (keys, values))
+            if group.span:
+                length = group.span.start + group.span.count  # the host knows it: nothing waits for the device here
                 out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length])
+            else:
+                out[rows] = _read(q[rows], k, v, batch.positions[rows])
         return out
 
     def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
