@@ -286,7 +286,7 @@ class Engine:
                 s.lengths[1] += s.doing.both
                 self._go_on(entry, logits.get(i))
             elif isinstance(s.doing, Draw):
-                if s.trace and not _at_end_of_row(s):
+                if s.trace and not s.forced:
                     try:
                         self._trace_picture(s, s.trace, i if self.runner.captured else drawing.index(i))
                     except Exception as error:
@@ -400,9 +400,3 @@ def _settle(future: Future[T], function: Callable[[], T]) -> None:
         future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _at_end_of_row(s: SequenceState) -> bool:
-    assert isinstance(s.doing, Draw)
-    columns = s.doing.size[1]
-    return s.made % (columns + 1) == columns

@@ -214,7 +214,7 @@ class ModelRunner:
     def _choose(self, hidden: Tensor, slots: Tensor, drawing: Sequence[SequenceState], block: int) -> None:
         """The pictures' next tokens. Where the grammar forces all of them, nothing is computed."""
         ids = self.lm.ids
-        if all(_forced(s) for s in drawing):
+        if all(s.forced for s in drawing):
             advance(self.state, slots, torch.zeros_like(slots), ids)
             return
         padded = F.pad(hidden, (0, 0, 0, -len(hidden) % block))
@@ -319,13 +319,6 @@ class ModelRunner:
         """Kernels and new streams use the current device, which in this thread need not be the model's."""
         device = self.lm.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _forced(s: SequenceState) -> bool:
-    """Whether the next token of the image in progress is EOL or EOI."""
-    assert isinstance(s.doing, Draw)
-    columns = s.doing.size[1]
-    return s.made % (columns + 1) == columns
 
 
 def _sizes(slots: int) -> list[int]:

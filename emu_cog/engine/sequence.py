@@ -159,6 +159,13 @@ class SequenceState:
         self.uniforms = Uniforms(self.request.seed)
         self.size = self.config.size
 
+    @property
+    def forced(self) -> bool:
+        """Whether the next token of the image in progress is EOL or EOI."""
+        assert isinstance(self.doing, Draw)
+        columns = self.doing.size[1]
+        return self.made % (columns + 1) == columns
+
     def sample(self, kind: str, logits: Tensor, sampling: Sampling) -> int:
         """One sample of (1, V) logits, read by the host."""
         probs = probabilities(logits, sampling)
