@@ -1,5 +1,8 @@
 """The decode step's kernels, in Triton: up to 64 tokens through weights that are read once, at memory bandwidth.
 
+What justifies them: on an H200 the 34 B model's products in bf16 take 15.4, 15.7, 16.1 and 17.8 ms with 2, 16, 32 and
+64 rows, `F.linear` 17.1, 16.9, 17.2 and 17.5; and there no row's bits depended on the number of rows.
+
 Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
 kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
 predecessor still runs, and waits there before it touches anything that the predecessor wrote.
