@@ -151,7 +151,8 @@ def _read_weights(
             wanted[name](tensor)
 
     with (
-        ThreadPoolExecutor(max_workers=READERS) as pool,
+        # A file that is read stays mapped meanwhile: on a CPU that is memory beside the weights, so one at a time.
+        ThreadPoolExecutor(max_workers=1 if all(d.type == "cpu" for _, d in jobs) else READERS) as pool,
         tqdm(total=len(jobs), desc="loading weights", unit="file", disable=len(jobs) == 1) as bar,
     ):
         for _ in pool.map(read, jobs.items()):

@@ -16,6 +16,7 @@ from _bench.sizes import Size
 from emu_cog.model.loader import read_config
 from emu_cog.model.quantize import quantized
 from emu_cog.model.qwen3 import LanguageModel, empty_weights
+from emu_cog.ops import linear
 from emu_cog.ops.interface import ModelWeights, Weight
 from emu_cog.vision.ibq import IBQ, VisionConfig
 
@@ -30,7 +31,8 @@ def language_model(
     generator = torch.Generator(device).manual_seed(0)
 
     def fill(weight: Weight) -> None:
-        full = weight.data if weight.scale is None else torch.empty_like(weight.data, dtype=dtype)
+        # Laid out alike, or the same random numbers would be other weights.
+        full = weight.data if weight.scale is None else linear.empty(*weight.data.shape, dtype=dtype, device=device)
         full.normal_(std=full.shape[1] ** -0.5, generator=generator)
         if weight.scale is not None and quantize:
             data, scale = quantized(full, quantize)
