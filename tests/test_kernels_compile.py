@@ -60,7 +60,7 @@ def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatc
             assert needed <= SHARED[capability] * 1024, f"{kernel} with {name} weights"
 
 
-@pytest.mark.parametrize("capability", QUICK)
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_default_configurations_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_for(capability, tmp_path, QUICK[capability]), capability, monkeypatch)
 

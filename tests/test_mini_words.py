@@ -96,6 +96,7 @@ def test_paraphrases_keep_the_relation_in_any_order(relation: str) -> None:
     assert len(forms) == 5
 
 
+@pytest.mark.slow
 def test_beyond_combines_several_requirements() -> None:
     rng = Random(3)
     asked = [draw(rng, Mix({"t2i": 1}, beyond=1.0))[0] for _ in range(60)]

@@ -67,7 +67,7 @@ def test_noise_has_its_sigma_and_depends_on_the_seed() -> None:
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "vla"])
+@pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", pytest.param("vla", marks=pytest.mark.slow)])
 def test_the_judge_accepts_rendered_pictures(task: str) -> None:
     """Correct for at least 99 %, at sides of 160 to 256 pixels."""
     rng, wrong, count = Random(17), [], 0
@@ -131,7 +131,9 @@ def test_mismatch_names_the_error() -> None:
     assert mismatch(seen(scene), Spec((Wanted("star"),), background="green")) == "background is blue, not green"
 
 
-@pytest.mark.parametrize("task", ["howto", "story", "explore"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("howto", marks=pytest.mark.slow), pytest.param("story", marks=pytest.mark.slow), "explore"]
+)
 def test_a_correct_answer_passes_but_not_with_pictures_swapped(task: str) -> None:
     rng, right, refused, count = Random(23), 0, 0, 14
     for _ in range(count):
