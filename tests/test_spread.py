@@ -96,8 +96,8 @@ print((peak() - before) / held)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
-    """What loading adds to the process's peak memory, relative to the weights: themselves, and the largest tensor as the
-    file has it and converted. 1.49 measured; a second copy would make it 2."""
+    """What loading adds to the process's peak memory, relative to the weights: themselves, and the largest tensor as
+    the file has it and converted. 1.49 measured; a second copy would make it 2."""
     folders = make_tiny(tmp_path, hidden=512, intermediate=2048, heads=8, kv_heads=4, head_dim=64, layers=4, shards=16)
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(ROOT), str(folders.model)], capture_output=True, text=True, check=True
