@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.sequence import Draw, Feed, SequenceState
+from emu_cog.engine.sequence import LARGEST, Draw, Feed, SequenceState
 from emu_cog.log import log
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk, LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
-from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, SlotState, Span
+from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span, pages_for
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
 from emu_cog.ops.reference import TorchOps, advance
 from emu_cog.prompt.tokens import body_length
 
 MAX_SEQUENCES = MAX_ROWS // 2
 """Sequences of one step: two streams each."""
-MAX_STEPS = body_length(99, 99)
+MAX_STEPS = body_length(*LARGEST)
 """Tokens of the largest image that two-digit sizes allow."""
 
 
@@ -68,10 +68,10 @@ class ModelRunner:
         self.captured = False
         """Whether steps are captured as CUDA graphs, over the kernels."""
         # Both streams end in a page that is not full, and so may their prompts.
-        self.cache = KVCache(lm.config, pages=1 + 2 * (-(-tokens // PAGE) + 2), dtype=lm.dtype, devices=lm.devices)
+        self.cache = KVCache(lm.config, pages=1 + 2 * (pages_for(tokens) + 2), dtype=lm.dtype, devices=lm.devices)
         self.state = SlotState.empty(
             slots,
-            pages=-(-lm.context // PAGE) + 1,
+            pages=pages_for(lm.context) + 1,
             steps=MAX_STEPS,
             vocabulary=lm.ids.visual_count,
             device=lm.device,

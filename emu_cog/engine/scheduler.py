@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emu_cog.engine.sequence import SequenceState
 from emu_cog.model.kv_cache import KVCache
-from emu_cog.ops.interface import PAGE
+from emu_cog.ops.interface import PAGE, pages_for
 
 
 class Prompt:
@@ -62,14 +62,14 @@ class Prompt:
     @property
     def needed(self) -> int:
         """Pages of both streams."""
-        return sum(_pages(len(stream)) for stream in self.streams) - self.common
+        return sum(pages_for(len(stream)) for stream in self.streams) - self.common
 
     def take(self, cache: KVCache) -> None:
         """Take the prompts' pages."""
-        self.pages[0].extend(cache.take(_pages(len(self.streams[0]))))
+        self.pages[0].extend(cache.take(pages_for(len(self.streams[0]))))
         common = self.pages[0][: self.common]
         cache.share(common)
-        self.pages[1].extend(common + cache.take(_pages(len(self.streams[1])) - self.common))
+        self.pages[1].extend(common + cache.take(pages_for(len(self.streams[1])) - self.common))
 
     def attach(self, cache: KVCache, s: SequenceState) -> None:
         """Give `s` the prompts' pages: whole ones are shared; the last ones, where it writes on, are its own."""
@@ -135,7 +135,9 @@ class Scheduler:
 
     def grow(self, s: SequenceState, room: int) -> bool:
         """Whether `s` has pages for `room` more tokens in both streams, after taking what it lacks. False: not yet."""
-        lacking = [max(_pages(length + room) - len(pages), 0) for length, pages in zip(s.lengths, s.pages, strict=True)]
+        lacking = [
+            max(pages_for(length + room) - len(pages), 0) for length, pages in zip(s.lengths, s.pages, strict=True)
+        ]
         if not any(lacking):
             return True
         more = sum(lacking)
@@ -177,11 +179,10 @@ class Scheduler:
 
     def _claim(self, s: SequenceState) -> int:
         """The most pages of its own that `s` can ever need."""
-        longest = [
-            s.config.longest(len(prompt), self.context) for prompt in (s.request.conditional, s.request.unconditional)
-        ]
-        prompts = (s.request.conditional, s.request.unconditional)
-        return sum(_pages(most) - len(prompt) // PAGE for most, prompt in zip(longest, prompts, strict=True))
+        return sum(
+            pages_for(s.config.longest(len(prompt), self.context)) - len(prompt) // PAGE
+            for prompt in (s.request.conditional, s.request.unconditional)
+        )
 
     @staticmethod
     def _safe(free: int, claims: Iterable[tuple[int, int]]) -> bool:
@@ -194,10 +195,6 @@ class Scheduler:
                 return False
             free += held
         return True
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE)
 
 
 def _round_up(count: int, step: int) -> int:

@@ -20,7 +20,7 @@ from emu_cog.errors import CheckpointError
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS, quantized
 from emu_cog.ops import linear
-from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops, Shape, Span, Weight
+from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops, Shape, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokens import TokenIds
 
@@ -73,7 +73,7 @@ class LanguageModel:
 
     def new_cache(self, tokens: int) -> KVCache:
         """Room for `tokens` tokens of one stream, or somewhat fewer of several: each begins a page of its own."""
-        return KVCache(self.config, pages=1 + -(-tokens // PAGE), dtype=self.dtype, devices=self.devices)
+        return KVCache(self.config, pages=1 + pages_for(tokens), dtype=self.dtype, devices=self.devices)
 
     @torch.inference_mode()
     def feed(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:

@@ -23,6 +23,11 @@ MAX_ROWS = 64
 """Tokens of the largest step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens of one stream."""
+    return -(-tokens // PAGE)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A linear layer's (N, K) weight; int8 or fp8 with fp32 `scale` (N,) per weight row, else the model's dtype."""
@@ -126,7 +131,7 @@ class Batch:
         alike: dict[tuple[int, int], list[tuple[int, Span]]] = {}
         row = 0
         for span in self.spans:
-            pages = -(-(span.start + span.count) // PAGE)
+            pages = pages_for(span.start + span.count)
             alike.setdefault((-1 if span.count == 1 else row, pages), []).append((row, span))
             row += span.count
         groups = []

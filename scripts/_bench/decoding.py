@@ -30,8 +30,9 @@ from emu_cog.engine.sequence import (
     Tokens,
 )
 from emu_cog.memory import GIB
-from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
+from emu_cog.ops.interface import pages_for
 from emu_cog.prompt.tokens import block_length
 from emu_cog.request import Sampling
 
@@ -162,7 +163,7 @@ def _drain(looks: Generator[tuple[float, int], None, Stats], into: list[tuple[fl
 def fits(bench: Bench, engine: Engine, *, context: int, images: int) -> bool:
     """Whether `images` images fit the engine's cache side by side."""
     longest = context + block_length(bench.rows, bench.columns)
-    pages = images * -(-longest // PAGE)
+    pages = images * pages_for(longest)
     room = 2 * pages <= engine.runner.cache.pages - 1 and images <= engine.runner.slots
     return longest < bench.lm.context and room
 
@@ -379,7 +380,7 @@ def drawing(engine: Engine, *, pictures: int, context: int) -> Iterator[Callable
         for i in range(pictures):
             s = SequenceState(index=i, request=request, config=config, emit=lambda _: None, slot=i)
             for pages in s.pages:
-                pages.extend(cache.take(-(-(context + STEPS) // PAGE)))
+                pages.extend(cache.take(pages_for(context + STEPS)))
             s.lengths, s.doing = [context, context], draw
             runner.begin(s)
             runner.place(s)
@@ -407,7 +408,7 @@ def many(bench: Bench, engine: Engine, counts: Sequence[int], contexts: Sequence
         alone = None
         for pictures in counts:
             what = f"{form}{how}, {pictures} picture{'s' if pictures > 1 else ''}, streams of {context} tokens"
-            pages = 2 * pictures * -(-(context + STEPS) // PAGE)
+            pages = 2 * pictures * pages_for(context + STEPS)
             if pictures > runner.slots or pages >= runner.cache.pages or context + STEPS > bench.lm.context:
                 bench.report.not_measured(what, "it does not fit the cache")
                 continue

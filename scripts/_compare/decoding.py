@@ -15,8 +15,9 @@ from torch import Tensor
 from emu_cog.engine.engine import PREFILL_CHUNK
 from emu_cog.engine.runner import ModelRunner
 from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState
-from emu_cog.model.kv_cache import PAGE, KVCache
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk, LanguageModel
+from emu_cog.ops.interface import PAGE, pages_for
 from emu_cog.ops.sampling import guide, probabilities
 from emu_cog.prompt.tokens import block_length
 from emu_cog.request import Sampling
@@ -65,7 +66,7 @@ def by_passes(lm: LanguageModel, request: EngineRequest, codes: Codes, *, guidan
     prompts = (request.conditional, request.unconditional)
     columns, fed = len(codes[0]), [*header, *body]
     cache = plain.new_cache(sum(len(prompt) + len(fed) + PAGE for prompt in prompts))
-    pages = [cache.take(-(-(len(prompt) + len(fed)) // PAGE)) for prompt in prompts]
+    pages = [cache.take(pages_for(len(prompt) + len(fed))) for prompt in prompts]
     for prompt, own in zip(prompts, pages, strict=True):
         _feed(plain, cache, prompt, own)
 
@@ -132,7 +133,7 @@ def begin(
     for i, request in enumerate(requests):
         s = SequenceState(index=i, request=request, config=config, emit=lambda _: None, slot=i)
         for stream, prompt in enumerate((request.conditional, request.unconditional)):
-            s.pages[stream].extend(cache.take(-(-(len(prompt) + block_length(*size)) // PAGE)))
+            s.pages[stream].extend(cache.take(pages_for(len(prompt) + block_length(*size))))
             _feed(lm, cache, prompt, s.pages[stream])
             s.lengths[stream] = len(prompt)
         runner.begin(s)
