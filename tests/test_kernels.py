@@ -97,6 +97,21 @@ def test_any_streams_may_be_in_a_pass(spans: list[tuple[int, int]], padding: int
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_window_is_its_tokens_one_by_one(form: str | None) -> None:
+    """To the last bit, also where the keys' division changes within it, behind a page's end, and beside padding."""
+    lm = small_model(form=form, num_attention_heads=6, num_key_value_heads=2)
+    found = []
+    for width in (1, 8):
+        batch, cache = paged(lm, [(60, 8), (250, 8), (0, 5)], padding=3)
+        ops = kernels(lm, key_splits=2, queries=16)
+        hidden = forward(ops, lm.weights, replace(batch, width=width), cache)[:21]
+        found.append((hidden, cache.keys[0][:, 1:], cache.values[0][:, 1:]))
+    for alone, window in zip(*found, strict=True):
+        assert torch.equal(alone, window)
+
+
+@torch.inference_mode()
 def test_a_pass_beyond_the_kernels_is_the_references() -> None:
     """Longer prompts read through PyTorch's products, and norms that write for them, not for the 8-bit kernels."""
     lm = small_model(form="int8", num_attention_heads=2, num_key_value_heads=1)
@@ -138,7 +153,7 @@ def pictures(vocabulary: int = 1000) -> SlotState:
     """Slots 0 to 4 with parameters of their own; 3 has finished its picture, 4 has none."""
     state = SlotState.empty(5, pages=2, steps=20, vocabulary=vocabulary, device=DEVICE)
     generator = torch.Generator().manual_seed(5)
-    state.uniform.copy_(torch.rand(state.uniform.shape, dtype=torch.float64, generator=generator))
+    state.out.copy_(torch.randint(IDS.visual, IDS.visual + 2, state.out.shape, generator=generator))
     for name, values in {
         "columns": [2, 1, 4, 2, 1],
         "total": [6, 4, 15, 6, 0],
@@ -147,6 +162,8 @@ def pictures(vocabulary: int = 1000) -> SlotState:
         "temperature": [0.8, 1.0, 1.5, 1.0, 1.0],
         "top_k": [7, vocabulary, 500, 5, 1],
         "top_p": [1.0, 0.7, 1.0, 0.5, 1.0],
+        "seed": [0, 1, 2**63 - 1, 3, 4],
+        "sampled": [0, 7, 2**20, 0, 0],
     }.items():
         tensor = getattr(state, name)
         tensor[:5] = torch.tensor(values, dtype=tensor.dtype)
@@ -156,8 +173,9 @@ def pictures(vocabulary: int = 1000) -> SlotState:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("nucleus", [False, True])
-def test_samples_are_the_references_ties_and_all(nucleus: bool) -> None:
+def test_samples_are_the_references_ties_and_all(nucleus: bool, width: int) -> None:
     """Slots in any order, each with its own filters; EOL and EOI are forced, the finished and the padding stay."""
     slow, fast = pictures(), pictures()
     if not nucleus:
@@ -167,23 +185,49 @@ def test_samples_are_the_references_ties_and_all(nucleus: bool) -> None:
     slots = torch.tensor([2, 0, 3, 1, slow.padding, slow.padding], device=DEVICE)
     ops = kernels(small_model())
     generator = torch.Generator().manual_seed(2)
-    for _ in range(7):
-        logits = 3 * torch.randn(12, 1000, generator=generator).to(DEVICE)
+    moves = set()
+    for turn in range(7):
+        logits = 3 * torch.randn(12 * width, 1000, generator=generator).to(DEVICE)
         logits[:, ::3] = logits[:, 1:2]  # a third of each row is one and the same number
-        ops.sample(logits, fast, slots, IDS, nucleus=nucleus)
-        TorchOps().sample(logits, slow, slots, IDS, nucleus=nucleus)
-        kept = torch.isfinite(keep_top_k(fast.scores[1:2], 7))[0]
+        if turn % 2:
+            logits[:, 1] += 20  # the code of many drafts
+        steps = fast.step.clone()
+        ops.sample(logits, fast, slots, IDS, width=width, nucleus=nucleus)
+        TorchOps().sample(logits, slow, slots, IDS, width=width, nucleus=nucleus)
+        moves |= set((fast.step - steps).tolist())
+        kept = torch.isfinite(keep_top_k(fast.scores[width : width + 1], 7))[0]
         if fast.step[0] < 6 and fast.step[0] != 3:
             code = int(fast.token[0]) - IDS.visual
-            assert code < 0 or kept[code]
-    for field in fields(SlotState):
-        torch.testing.assert_close(getattr(fast, field.name), getattr(slow, field.name), msg=field.name)
-    assert fast.step.tolist() == [6, 4, 10, 6, 0, 0]
+            assert code < 0 or width > 1 or kept[code]
+        for field in fields(SlotState):
+            torch.testing.assert_close(getattr(fast, field.name), getattr(slow, field.name), msg=field.name)
+    assert moves >= ({0, 1} if width == 1 else {0, 1, 2})
+    assert fast.step.tolist() == ([6, 4, 10, 6, 0, 0] if width == 1 else [6, 4, int(fast.step[2]), 6, 0, 0])
     assert [int(fast.out[0, i]) for i in (2, 5)] == [int(fast.out[1, i]) for i in (1, 3)] == [IDS.eol, IDS.eoi]
     assert (fast.out[0, [0, 1, 3, 4]] >= IDS.visual).all()
     for name, per_slot in (("out", 1), ("step", 1), ("token", 2), ("position", 2)):
         idle = [slot * per_slot + i for slot in (3, 4, 5) for i in range(per_slot)]
         assert torch.equal(getattr(fast, name)[idle], getattr(before, name)[idle]), name
+
+
+@torch.inference_mode()
+def test_the_kernels_noise_is_the_references() -> None:
+    """All scores equal: the code is the place of the largest noise, for any seed and place."""
+    slow, fast = pictures(), pictures()
+    slots = torch.tensor([0, 1, 2], device=DEVICE)
+    for state in (slow, fast):
+        state.top_k.fill_(1000)
+        state.top_p.fill_(1.0)
+        state.total.fill_(20)
+        state.step.zero_()
+        state.columns.fill_(19)
+    ops = kernels(small_model())
+    for _ in range(3):
+        logits = torch.zeros((3 * 2 * 4, 1000), device=DEVICE)
+        ops.sample(logits, fast, slots, IDS, width=4, nucleus=False)
+        TorchOps().sample(logits, slow, slots, IDS, width=4, nucleus=False)
+    assert torch.equal(slow.out, fast.out)
+    assert len(fast.out[:3, :12].unique()) > 20
 
 
 @torch.inference_mode()
@@ -251,7 +295,7 @@ def test_a_configuration_that_cannot_be_built_is_skipped(failure: Exception, mon
     lm = small_model()
     ops, found = triton_ops.TritonOps.autotuned(lm.weights, DEVICE)
     assert len(found) == 5
-    assert len(calls) == 5 * (3 + 3 + 3)  # in fp32 the first that can be built is taken
+    assert len(calls) == 5 * 3 * len(ROWS)  # in fp32 the first that can be built is taken
     assert ops.config.linear.keys() == kernels(lm).config.linear.keys()
 
 
@@ -324,7 +368,7 @@ def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(lm.ops, TritonOps)
     assert set(launched) == names.keys()
     assert len(names) == 10
-    monkeypatch.setattr(sampling, "sample_kernel", None)
+    monkeypatch.setattr(sampling, "pick_kernel", None)
     with pytest.raises(TypeError):
         ModelRunner.best(lm, slots=1, tokens=128, compile=True)
     assert isinstance(lm.ops, TorchOps), "nothing runs through kernels that failed"

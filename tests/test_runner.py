@@ -56,12 +56,12 @@ def uncaptured(lm: LanguageModel, ops: Callable[[LanguageModel], Ops], monkeypat
     lm = copy.copy(lm)
     lm.ops = ops(lm)
 
-    def capture(self: ModelRunner, size: int, drawing: bool, nucleus: bool) -> _Captured:
+    def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         slots = torch.full((size,), self.state.padding, device=lm.device)
         hidden = torch.zeros((2 * size, lm.config.hidden_size), dtype=lm.dtype, device=lm.device)
 
         def replay() -> None:
-            hidden.copy_(self._device_step(slots, drawing, nucleus))
+            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
 
         return _Captured(slots, hidden, replay)
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from emu_cog.engine.sequence import (
     Trace,
     answer,
 )
+from emu_cog.engine.window import best_width, expected_tokens
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.sampling import probabilities
 from emu_cog.request import Sampling
@@ -46,6 +47,8 @@ ROUND = 8
 PREFILL_CHUNK = 2048
 """Prompt tokens per pass: on an H200 the products run at 780 TFLOP/s from 1024 on; 0.2 s at 34 B."""
 TICK = 0.1
+Decoding = Literal["auto", "sequential", "parallel"]
+"""Tokens of a picture per pass: as many as pay, one, or as many as fit a pass. The picture is the same."""
 T = TypeVar("T")
 
 
@@ -93,7 +96,8 @@ class Submission:
 class Engine:
     """Generates for any number of submissions, side by side as far as `runner` has room."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, *, decoding: Decoding = "auto") -> None:
+        self.decoding, self._last_width = decoding, 1
         self.lm, self.runner, self.ids = runner.lm, runner, runner.lm.ids
         assert self.lm.context <= runner.tokens, "the cache must hold the longest sequence"
         self.scheduler = Scheduler(runner.cache, slots=runner.slots, context=self.lm.context)
@@ -266,14 +270,16 @@ class Engine:
         if not ready:
             return False
         sequences = [entry.state for entry in ready]
+        self._last_width = width = self._width(sequences)
         try:
-            hidden = self.runner.step(sequences)
+            hidden = self.runner.step(sequences, width)
         except torch.OutOfMemoryError:  # before the state was moved on: the others can go on
             self._out_of_memory(ready[-1].submission, f"{len(ready)} outputs were generated side by side")
             return False
         for submission in {entry.submission for entry in ready}:
             submission.stats.steps += 1
-        done = False
+        for submission in {entry.submission for entry in ready if isinstance(entry.state.doing, Draw)}:
+            submission.stats.passes += 1
         reading = [i for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read]
         logits = dict(zip(reading, self.runner.text_logits(hidden[reading]).split(1) if reading else (), strict=True))
         drawing = [i for i, s in enumerate(sequences) if isinstance(s.doing, Draw)]
@@ -292,10 +298,39 @@ class Engine:
                     except Exception as error:
                         self._fail(entry.submission, error)
                         continue
-                s.lengths = [n + 1 for n in s.lengths]
-                s.made += 1
-                done = done or s.made == s.doing.total
-        return not done
+                if width == 1 and not s.unread:
+                    s.move(1)
+                else:
+                    s.unread += 1
+        pictures = [sequences[i] for i in drawing]
+        if not self.runner.captured:
+            self._catch_up(pictures, width)
+        return not any(self._likely_made(s, width) for s in pictures)
+
+    def _width(self, sequences: Sequence[SequenceState]) -> int:
+        """Tokens of each picture that the next step draws. A trace is called with every distribution, one by one."""
+        drawing = [s for s in sequences if isinstance(s.doing, Draw)]
+        if self.decoding == "sequential" or not drawing or any(s.trace for s in drawing):
+            return 1
+        if self.decoding == "parallel":
+            return self.runner.widths(len(sequences))[-1]
+        return best_width(self.runner.seconds(len(sequences)), [s.acceptance.chance for s in drawing])
+
+    def _catch_up(self, sequences: Sequence[SequenceState], width: int) -> None:
+        """Read how far the pictures have come whose last passes kept the device alone knows how many tokens."""
+        unread = [s for s in sequences if s.unread]
+        for s, made in zip(unread, self.runner.made(unread) if unread else (), strict=True):
+            if isinstance(s.doing, Draw) and made < s.doing.total:  # the last pass is cut short
+                s.acceptance.add(made - s.made, passes=s.unread, width=width)
+            s.move(made - s.made)
+            s.unread = 0
+
+    def _likely_made(self, s: SequenceState, width: int) -> bool:
+        """Whether the picture of `s` is complete, or should be by the passes that the host has not read."""
+        if not isinstance(s.doing, Draw):
+            return False
+        likely = s.made + s.unread * expected_tokens(s.acceptance.chance, width)
+        return likely >= s.doing.total
 
     def _trace_picture(self, s: SequenceState, trace: Trace, row: int) -> None:
         filters = s.config.image
@@ -305,7 +340,7 @@ class Engine:
         """Whether the sequence has the pages for what it does next."""
         s = entry.state
         assert s.doing is not None
-        if isinstance(s.doing, Draw) and s.made:
+        if s.opened:
             return True
         held = [len(pages) for pages in s.pages]
         if not self.scheduler.grow(s, s.doing.room):
@@ -314,10 +349,12 @@ class Engine:
             self.runner.place(s)
         if isinstance(s.doing, Draw):
             self.runner.open(s, s.doing)
+            s.opened = True
         return True
 
     def _look(self) -> None:
         """Read what the pictures in progress have made; go on with those that are complete."""
+        self._catch_up([entry.state for entry in self._entries], self._last_width)
         drawing = [e for e in self._entries if isinstance(e.state.doing, Draw) and e.state.made > e.seen]
         if not drawing:
             return
@@ -332,6 +369,7 @@ class Engine:
             entry.seen = s.made
             if s.made == s.doing.total:
                 entry.seen = s.made = 0
+                s.opened = False
                 self._go_on(entry, None)
 
     def _go_on(self, entry: _Entry, logits: Tensor | None) -> None:

@@ -1,8 +1,11 @@
 """Forward passes on the device: prompts as they come, steps captured once as CUDA graphs and replayed.
 
 A captured graph holds addresses and launches, nothing else. Tokens, positions, block tables, guidance, filters, grammar
-and random numbers are read from device memory by slot, so any sequences replay the same graph: one per number of
-sequences, rounded up, and kind of step. Without CUDA the same step runs in plain torch.
+and seeds are read from device memory by slot, so any sequences replay the same graph: one per number of sequences,
+rounded up, width and kind of step. Without CUDA the same step runs in plain torch.
+
+A step of `width` w draws up to w tokens of each picture: it feeds the last one and w - 1 drafts, and keeps what follows
+from right drafts. The cache needs no more than that: what drafts have stored is overwritten.
 """
 
 from __future__ import annotations
@@ -18,18 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.sequence import LARGEST, Draw, Feed, SequenceState
+from emu_cog.engine.sequence import LARGEST, Draw, EngineRequest, Feed, GenerationConfig, SequenceState
 from emu_cog.log import log
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk, LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
 from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span, pages_for
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
-from emu_cog.ops.reference import TorchOps, advance
+from emu_cog.ops.reference import TorchOps, accept
 from emu_cog.prompt.tokens import body_length
+from emu_cog.request import Sampling
 
-MAX_SEQUENCES = MAX_ROWS // 2
-"""Sequences of one step: two streams each."""
+MAX_SEQUENCES = 32
+"""Sequences of one step."""
+EAGER_ROWS = 64
+"""Rows of every eager pass on a GPU, padding included."""
+MEASURE_SECONDS = 2.0
+"""For the costs of wider eager steps; widths that have not had their turn by then are not used."""
 MAX_STEPS = body_length(*LARGEST)
 """Tokens of the largest image that two-digit sizes allow."""
 
@@ -50,13 +58,21 @@ def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
-    """A step for a fixed number of sequences: write the slots, replay, read the hidden states (2 sequences, hidden)."""
+    """A step for a fixed number of sequences: write the slots, replay, read the hidden states (2 sequences, hidden) of
+    the first token of each stream."""
 
     slots: Tensor
     hidden: Tensor
     replay: Callable[[], None]
+    written: Sequence[int] = ()
+
+    def write(self, slots: Sequence[int]) -> None:
+        """Write `slots` where they have changed."""
+        if slots != self.written:
+            self.slots.copy_(torch.tensor(slots))
+            self.written = slots
 
 
 class ModelRunner:
@@ -77,8 +93,8 @@ class ModelRunner:
             device=lm.device,
         )
         self.capture_seconds = 0.0
-        self._graphs: dict[tuple[int, bool, bool], _Captured] = {}
-        self._written: dict[int, tuple[int, ...]] = {}
+        self._graphs: dict[tuple[int, int, bool, bool], _Captured] = {}
+        self._seconds: dict[tuple[int, int], float] = {}
         self._pool: Any = None
 
     @classmethod
@@ -110,12 +126,14 @@ class ModelRunner:
 
     def open(self, s: SequenceState, draw: Draw) -> None:
         """Prepare the steps of an image: IMG is fed by the first of them."""
-        state, (rows, columns), slot = self.state, draw.size, s.slot
+        state, (_, columns), slot = self.state, draw.size, s.slot
         if draw.total > state.out.shape[1]:
             self._widen(draw.total)
-        numbers = s.uniforms.take(s.sampled, rows * columns)
-        state.uniform[slot, : len(numbers)] = numbers.to(state.uniform.device)
         state.columns[slot], state.total[slot], state.step[slot] = columns, draw.total, 0
+        state.seed[slot], state.sampled[slot] = s.request.seed, s.sampled
+        ids, place = self.lm.ids, torch.arange(draw.total, device=state.out.device)
+        drafts = torch.where(place % (columns + 1) == columns, ids.eol, ids.visual)
+        state.out[slot, : draw.total] = torch.where(place == draw.total - 1, ids.eoi, drafts)
         self._write([(s, self.lm.ids.img)])
 
     def place(self, s: SequenceState) -> None:
@@ -131,11 +149,26 @@ class ModelRunner:
 
     # -- 2. one step of all sequences ------------------------------------------------------------------------
 
-    def step(self, sequences: Sequence[SequenceState]) -> Tensor:
-        """Feed each sequence what it is doing: a Feed's token, or the last token of its image, whose next is chosen.
+    def widths(self, sequences: int) -> list[int]:
+        """Widths that steps of so many sequences may have: the drafts fill the rows of a pass, or next to none."""
+        size = self._size(sequences)
+        most = (MAX_ROWS if self.captured else CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS) // (2 * size)
+        return [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most and (w == 1 or size * w >= 4)]
 
-        Returns the conditional stream's hidden states (sequences, hidden). Captured steps that go on with the same
-        images synchronize with no device.
+    def seconds(self, sequences: int) -> dict[int, float]:
+        """What a step of so many sequences takes, by width; measured first where it has not been."""
+        if not self._seconds:
+            self._measure()
+        size = self._size(sequences)
+        key = {w: (size, w) if self.captured else (1, _power(size * w)) for w in self.widths(sequences)}
+        return {w: self._seconds[at] for w, at in key.items() if at in self._seconds} or {1: 1.0}
+
+    def step(self, sequences: Sequence[SequenceState], width: int = 1) -> Tensor:
+        """Feed each sequence what it is doing: a Feed's token, or the last token of its image and drafts, after which
+        up to `width` are chosen.
+
+        Returns the conditional stream's hidden states (sequences, hidden), those of images after their first token.
+        Captured steps that go on with the same images synchronize with no device.
         """
         fed = [(s, s.doing.token) for s in sequences if isinstance(s.doing, Feed)]
         if fed:
@@ -144,8 +177,13 @@ class ModelRunner:
         nucleus = any(s.config.image.top_p < 1.0 for s in drawing)
         with self._current_device():
             if self.captured:
-                return self._replay(sequences, bool(drawing), nucleus)
-            return self._eager(sequences, drawing)
+                return self._replay(sequences, width, bool(drawing), nucleus)
+            return self._eager(sequences, drawing, width, nucleus)
+
+    def made(self, sequences: Sequence[SequenceState]) -> list[int]:
+        """How many tokens of their images are made. Synchronizes with the device."""
+        made: list[int] = self.state.step[torch.tensor([s.slot for s in sequences], device=self.lm.device)].tolist()
+        return made
 
     def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
         """The image tokens of each sequence from a given one to the last made. Synchronizes with the device."""
@@ -158,8 +196,8 @@ class ModelRunner:
         return rows
 
     def scores(self, row: int) -> Tensor:
-        """What the picture of the last step's sequence `row` was sampled from: (1, V), guided and divided by the
-        temperature."""
+        """What the picture of sequence `row` of the last step, of width 1, was sampled from: (1, V), guided and divided
+        by the temperature."""
         return self.state.scores[row : row + 1]
 
     def _write(self, fed: Sequence[tuple[SequenceState, int]]) -> None:
@@ -172,54 +210,85 @@ class ModelRunner:
 
     def _widen(self, steps: int) -> None:
         """Room for larger images than sizes of two digits allow: library callers may ask for them."""
-        self._graphs.clear()  # those hold the addresses of the tables being replaced
-        self._written.clear()
-        for name in ("uniform", "out"):
-            old = getattr(self.state, name)
-            new = old.new_zeros((len(old), steps))
-            new[:, : old.shape[1]] = old
-            setattr(self.state, name, new)
+        self._graphs.clear()  # those hold the addresses of the table being replaced
+        old = self.state.out
+        self.state.out = F.pad(old, (0, steps - old.shape[1]))
 
     # -- 3. in plain torch -----------------------------------------------------------------------------------
 
-    def _eager(self, sequences: Sequence[SequenceState], drawing: Sequence[SequenceState]) -> Tensor:
+    def _eager(
+        self, sequences: Sequence[SequenceState], drawing: Sequence[SequenceState], width: int, nucleus: bool
+    ) -> Tensor:
         """Passes in which products have a fixed number of rows: no result depends on the number of sequences."""
-        spans = [
-            Span(2 * s.slot + stream, s.lengths[stream], 1)
-            for s in sequences
-            for stream in range(2 if isinstance(s.doing, Draw) or (s.doing and s.doing.both) else 1)
+        on_cpu = self.lm.device.type == "cpu"
+        most, block = (CPU_ROWS, CPU_BLOCK) if on_cpu else (EAGER_ROWS, EAGER_ROWS)
+        slots = torch.tensor([s.slot for s in sequences], device=self.lm.device)
+        rows, spans = [], []  # places in `fed`, and what the host knows of them
+        for i, s in enumerate(sequences):
+            left = min(width, s.doing.total - s.made) if isinstance(s.doing, Draw) else 1
+            for stream in range(1 if isinstance(s.doing, Feed) and not s.doing.both else 2):
+                rows += [(2 * i + stream) * width + j for j in range(left)]
+                spans += [Span(2 * s.slot + stream, s.lengths[stream] + j, 1) for j in range(left)]
+        fed = [x.flatten()[rows] for x in self.state.fed(slots, width)]
+        parts = [
+            self._pass([x[at : at + most] for x in fed], spans[at : at + most], block)
+            for at in range(0, len(spans), most)
         ]
-        most, block = (CPU_ROWS, CPU_BLOCK) if self.lm.device.type == "cpu" else (MAX_ROWS, MAX_ROWS)
-        hidden = torch.cat([self._pass(spans[at : at + most], block) for at in range(0, len(spans), most)])
-        first = [i for i, span in enumerate(spans) if span.stream % 2 == 0]
+        hidden = parts[0].new_zeros((len(sequences) * 2 * width, parts[0].shape[1]))
+        hidden[rows] = torch.cat(parts)
+        by_stream = hidden.view(len(sequences), 2 * width, -1)
         if drawing:
-            pairs = [i + stream for i, s in zip(first, sequences, strict=True) if s in drawing for stream in range(2)]
-            slots = torch.tensor([s.slot for s in drawing], device=self.lm.device)
-            self._choose(hidden[pairs], slots, drawing, block)
-        return hidden[first]
+            images = [i for i, s in enumerate(sequences) if s in drawing]
+            self._choose(by_stream[images].flatten(0, 1), slots[images], drawing, block, width, nucleus)
+        return by_stream[:, 0]
 
-    def _pass(self, spans: Sequence[Span], block: int) -> Tensor:
-        """One pass over a token of each stream, padded to a multiple of `block` rows."""
-        padding = [2 * self.state.padding] * (-len(spans) % block)
-        streams = torch.tensor([span.stream for span in spans] + padding, device=self.lm.device)
-        batch = Batch(
-            tokens=self.state.token[streams],
-            positions=torch.tensor([span.start for span in spans] + [0] * len(padding), device=self.lm.device),
-            streams=streams,
-            tables=self.state.tables,
-            spans=tuple(spans),
-        )
+    def _pass(self, fed: Sequence[Tensor], spans: Sequence[Span], block: int) -> Tensor:
+        """One pass over tokens, positions and streams, padded to a multiple of `block` rows."""
+        tokens, positions, streams = (F.pad(x, (0, -len(spans) % block)) for x in fed)
+        streams[len(spans) :] = 2 * self.state.padding
+        batch = Batch(tokens=tokens, positions=positions, streams=streams, tables=self.state.tables, spans=tuple(spans))
         return self.lm.forward(batch, self.cache)[: len(spans)]
 
-    def _choose(self, hidden: Tensor, slots: Tensor, drawing: Sequence[SequenceState], block: int) -> None:
+    def _choose(
+        self,
+        hidden: Tensor,
+        slots: Tensor,
+        drawing: Sequence[SequenceState],
+        block: int,
+        width: int,
+        nucleus: bool,
+    ) -> None:
         """The pictures' next tokens. Where the grammar forces all of them, nothing is computed."""
         ids = self.lm.ids
-        if all(s.forced for s in drawing):
-            advance(self.state, slots, torch.zeros_like(slots), ids)
+        if width == 1 and all(s.forced for s in drawing):
+            accept(self.state, slots, torch.zeros_like(slots)[:, None], ids)
             return
         padded = F.pad(hidden, (0, 0, 0, -len(hidden) % block))
         logits = torch.cat([self.lm.visual_logits(part) for part in padded.split(block)])
-        self.lm.ops.sample(logits[: len(hidden)], self.state, slots, ids, nucleus=True)
+        self.lm.ops.sample(logits[: len(hidden)], self.state, slots, ids, width=width, nucleus=nucleus)
+
+    def _measure(self) -> None:
+        """What steps take, by the number of tokens: wider ones until MEASURE_SECONDS are spent."""
+        if self.captured:
+            self.warm_up()
+            return
+        begun, draw, sampling = time.perf_counter(), Draw((1, MAX_ROWS)), Sampling()
+        config = GenerationConfig(
+            cfg_scale=1.0, image=sampling, text=sampling, size=draw.size, max_new_tokens=None, single_image=True
+        )
+        request = EngineRequest(conditional=(), unconditional=(), seed=0)
+        padding = SequenceState(index=0, request=request, config=config, emit=lambda event: None)
+        padding.slot, padding.doing = self.state.padding, draw
+        for width in self.widths(1):
+            taken = []
+            for _ in range(3):
+                started = time.perf_counter()
+                self.step([padding], width)
+                self.made([padding])
+                taken.append(time.perf_counter() - started)
+            self._seconds[1, width] = min(taken)
+            if time.perf_counter() - begun > MEASURE_SECONDS:
+                break
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """`LanguageModel.text_logits`, row by row as if each were alone."""
@@ -232,10 +301,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the steps for every number of sequences."""
+        """Capture the steps for every number of sequences and every width, and measure what they take."""
         for size in _sizes(self.slots):
-            for drawing in (True, False):
-                self._graph(size, drawing, False)
+            self._graph(size, 1, False, False)
+            for width in self.widths(size):
+                graph = self._graph(size, width, True, False)
+                graph.write([self.state.padding] * size)
+                self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
+        log.info(
+            "a pass takes, by pictures x tokens of each: %s",
+            ", ".join(f"{size} x {width} {1000 * s:.2f} ms" for (size, width), s in self._seconds.items()),
+        )
 
     @torch.inference_mode()
     def build_kernels(self) -> None:
@@ -251,7 +327,8 @@ class ModelRunner:
             try:
                 slots = torch.full((1,), self.state.padding, device=self.lm.device)
                 self.lm.feed(self.cache, [Chunk([0] * (MAX_ROWS + 1), 0, [0, 0])])
-                self.lm.text_logits(self._device_step(slots, True, False)[:1])
+                for width in (1, 2):
+                    self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
             except BaseException:
@@ -259,42 +336,41 @@ class ModelRunner:
                 raise
         self.captured = True
 
-    def _device_step(self, slots: Tensor, drawing: bool, nucleus: bool) -> Tensor:
-        """A step that reads everything from the device: the hidden states (2 slots, hidden)."""
+    def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
+        """A step that reads everything from the device: the hidden states (2 slots, hidden) of the first tokens."""
         state = self.state
-        streams = torch.stack([2 * slots, 2 * slots + 1], dim=1).flatten()
-        batch = Batch(
-            tokens=state.token[streams], positions=state.position[streams], streams=streams, tables=state.tables
-        )
+        tokens, positions, streams = (x.flatten() for x in state.fed(slots, width))
+        batch = Batch(tokens=tokens, positions=positions, streams=streams, tables=state.tables, width=width)
         hidden = self.lm.forward(batch, self.cache)
         if drawing:
-            self.lm.ops.sample(self.lm.visual_logits(hidden), state, slots, self.lm.ids, nucleus=nucleus)
-        return hidden
+            logits = self.lm.visual_logits(hidden)
+            self.lm.ops.sample(logits, state, slots, self.lm.ids, width=width, nucleus=nucleus)
+        return hidden[::width]
 
-    def _replay(self, sequences: Sequence[SequenceState], drawing: bool, nucleus: bool) -> Tensor:
-        graph = self._graph(len(sequences), drawing, nucleus)
-        slots = [s.slot for s in sequences] + [self.state.padding] * (len(graph.slots) - len(sequences))
-        if self._written.get(id(graph)) != tuple(slots):
-            graph.slots.copy_(torch.tensor(slots))
-            self._written[id(graph)] = tuple(slots)
+    def _replay(self, sequences: Sequence[SequenceState], width: int, drawing: bool, nucleus: bool) -> Tensor:
+        graph = self._graph(len(sequences), width, drawing, nucleus)
+        graph.write([s.slot for s in sequences] + [self.state.padding] * (len(graph.slots) - len(sequences)))
         graph.replay()
         return graph.hidden[: 2 * len(sequences) : 2]
 
-    def _graph(self, sequences: int, drawing: bool, nucleus: bool) -> _Captured:
-        size = next(size for size in _sizes(self.slots) if size >= sequences)
-        key = size, drawing, drawing and nucleus
+    def _size(self, sequences: int) -> int:
+        """The number of sequences that a step for so many is captured for."""
+        return next(size for size in _sizes(self.slots) if size >= sequences)
+
+    def _graph(self, sequences: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
+        key = self._size(sequences), width, drawing, drawing and nucleus
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
-    def _capture(self, size: int, drawing: bool, nucleus: bool) -> _Captured:
+    def _capture(self, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         """Capturing needs one ordinary run first, which compiles the kernels. It steps the padding alone."""
         started, device = time.perf_counter(), self.lm.device
         slots = torch.full((size,), self.state.padding, device=device)
         hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
 
         def step() -> None:
-            hidden.copy_(self._device_step(slots, drawing, nucleus))
+            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
 
         with self._current_device():
             side = torch.cuda.Stream(device)
@@ -312,7 +388,7 @@ class ModelRunner:
         done = time.perf_counter()
         self.capture_seconds += done - started
         kind = ("pictures with top-p" if nucleus else "pictures") if drawing else "text"
-        log.info("captured %s, %d at once: kernels %.1f s, graph %.1f s", kind, size, built - started, done - built)
+        log.info("captured %s, %d x %d: kernels %.1f s, graph %.1f s", kind, size, width, built - started, done - built)
         return _Captured(slots, hidden, graph.replay)
 
     def _current_device(self) -> AbstractContextManager[None]:
@@ -324,3 +400,22 @@ class ModelRunner:
 def _sizes(slots: int) -> list[int]:
     """Numbers of sequences that steps are captured for."""
     return [*(size for size in (1, 2, 4, 8, 16) if size < slots), slots]
+
+
+def _device_seconds(replay: Callable[[], None], device: torch.device) -> float:
+    """The better of two runs, the device's queue empty before and after."""
+    taken = []
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        replay()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from emu_cog.engine.window import Acceptance
 from emu_cog.ops.sampling import Uniforms, probabilities, sample
 from emu_cog.prompt.tokens import TokenIds, block_length, body_length
 from emu_cog.request import Sampling
@@ -93,11 +94,13 @@ class Ended:
 @dataclass
 class Stats:
     """Counters of one submission, the last of its events. `sampled` leaves out forced tokens; `steps` counts the passes
-    after the prompt that any of its outputs took part in. Wall seconds: `prefill_seconds` of its own prompt's passes,
-    `decode_seconds` from the end of the first prompt to the last token, in whatever company."""
+    after the prompt that any of its outputs took part in, `passes` those that made image tokens. Wall seconds:
+    `prefill_seconds` of its own prompt's passes, `decode_seconds` from the end of the first prompt to the last token,
+    in whatever company."""
 
     sampled: int = 0
     steps: int = 0
+    passes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -152,8 +155,13 @@ class SequenceState:
     images: int = 0
     doing: Feed | Draw | None = None
     """What the next step does for this sequence."""
+    opened: bool = False
+    """Whether the image that it is to draw has been begun."""
     made: int = 0
-    """Tokens made of the image in progress."""
+    """Tokens made of the image in progress, as far as the host knows."""
+    unread: int = 0
+    """Passes over the image since then."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
     def __post_init__(self) -> None:
         self.uniforms = Uniforms(self.request.seed)
@@ -165,6 +173,11 @@ class SequenceState:
         assert isinstance(self.doing, Draw)
         columns = self.doing.size[1]
         return self.made % (columns + 1) == columns
+
+    def move(self, tokens: int) -> None:
+        """`tokens` more of the image in progress are made, and in both streams."""
+        self.made += tokens
+        self.lengths = [length + tokens for length in self.lengths]
 
     def sample(self, kind: str, logits: Tensor, sampling: Sampling) -> int:
         """One sample of (1, V) logits, read by the host."""

@@ -13,7 +13,7 @@ import torch
 
 from emu_cog.ops.interface import ModelWeights, Weight
 
-ROWS = (16, 32, 64)
+ROWS = (16, 32, 64, 128)
 """Tokens of a pass, rounded up, that the linear kernels are compiled for; the last is MAX_ROWS. On an H200 all three
 gave the same bits for the released model's five weights in bf16, fp8 and int8, whatever the configuration."""
 TIMED_LAYERS = 16
@@ -67,6 +67,8 @@ class KernelConfig:
     linear: Mapping[tuple[int, int, int], LinearConfig]
     key_splits: int = 8
     key_block: int = 64
+    queries: int = 128
+    """Columns of one attention program: tokens of a window times the heads that share keys."""
     pdl: bool = False
 
 

@@ -7,6 +7,7 @@ norm, product and rotation), so that they differ by the order of sums alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -19,7 +20,7 @@ from emu_cog.prompt.tokens import TokenIds
 
 PAGE = 64
 """Tokens per page of the cache: what the attention kernel reads at a time."""
-MAX_ROWS = 64
+MAX_ROWS = 128
 """Tokens of the largest step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
 
@@ -106,7 +107,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch whose attention is one operation: one token each of some streams, or those of one `span`."""
+    """Rows of a batch whose attention is one operation: single tokens of as many streams or of one, or one `span`."""
 
     rows: slice | Tensor
     tables: Tensor  # (streams, pages) int32
@@ -123,24 +124,31 @@ class Batch:
     tables: Tensor  # (streams, pages) int32: the cache page of every PAGE positions
     spans: tuple[Span, ...] = ()
     """The same, in the same order, as the host knows them; captured steps need none. Rows beyond them are padding."""
+    width: int = 1
+    """What captured steps know instead: every `width` rows are consecutive tokens of one stream, from the first of them
+    on, or padding."""
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The spans, divided for attention. Streams of one new token go together where they have as many pages: that
-        follows from each alone."""
-        alike: dict[tuple[int, int], list[tuple[int, Span]]] = {}
+        """The spans, divided for attention. Spans of one token go together where they have as many pages, which follows
+        from each alone; several of one stream read its pages once."""
+        several = {stream for stream, count in Counter(span.stream for span in self.spans).items() if count > 1}
+        alike: dict[tuple[bool, int, int], list[tuple[int, Span]]] = {}
         row = 0
         for span in self.spans:
             pages = pages_for(span.start + span.count)
-            alike.setdefault((-1 if span.count == 1 else row, pages), []).append((row, span))
+            single = span.count == 1
+            shared = (span.stream if span.stream in several else -1) if single else row
+            alike.setdefault((single, shared, pages), []).append((row, span))
             row += span.count
         groups = []
-        for (first, pages), members in alike.items():
-            streams = torch.tensor([span.stream for _, span in members], device=self.tables.device)
-            rows: slice | Tensor = slice(first, first + members[0][1].count)
-            if first < 0:
+        for (single, shared, pages), members in alike.items():
+            streams = [span.stream for _, span in (members if shared < 0 else members[:1])]
+            tables = self.tables[torch.tensor(streams, device=self.tables.device), :pages]
+            rows: slice | Tensor = slice(shared, shared + members[0][1].count)
+            if single:
                 rows = torch.tensor([row for row, _ in members], device=self.tables.device)
-            groups.append(Group(rows, self.tables[streams, :pages], None if first < 0 else members[0][1]))
+            groups.append(Group(rows, tables, None if single else members[0][1]))
         return groups
 
     @cached_property
@@ -161,10 +169,11 @@ class SlotState:
 
     A sequence has a slot; streams 2 * slot and 2 * slot + 1 are its conditional and its unconditional one. The last
     slot is never a sequence's: steps of fewer sequences than they were captured for are padded with it. A picture of
-    `columns` columns and `total` tokens after IMG makes token `step` next; it is active while step < total.
+    `columns` columns and `total` tokens after IMG makes token `step` next; it is active while step < total. What lies
+    in `out` from there on are drafts.
 
-    Row i of `scores` is what the i-th picture of the last `Ops.sample` was sampled from: guided, divided by the
-    temperature.
+    Row i * width + j of `scores` is what token j of the i-th picture of the last `Ops.sample` was sampled from: guided,
+    divided by the temperature.
     """
 
     token: Tensor  # (2 slots,) int64: fed next
@@ -173,13 +182,16 @@ class SlotState:
     columns: Tensor  # (slots,) int64
     total: Tensor  # (slots,) int64
     step: Tensor  # (slots,) int64
-    uniform: Tensor  # (slots, visual tokens) float64 in [0, 1): one random number per visual token
+    seed: Tensor  # (slots,) int64: of the noise
+    sampled: (
+        Tensor  # (slots,) int64: tokens that the answer had sampled before the picture; the noise goes on from there
+    )
     out: Tensor  # (slots, steps) int64, written
     cfg_scale: Tensor  # (slots,) fp32
     temperature: Tensor  # (slots,) fp32
     top_k: Tensor  # (slots,) int32, at least 1
     top_p: Tensor  # (slots,) fp32
-    scores: Tensor  # (slots, V) fp32, written
+    scores: Tensor  # (MAX_ROWS / 2, V) fp32, written
 
     @classmethod
     def empty(cls, slots: int, *, pages: int, steps: int, vocabulary: int, device: torch.device) -> SlotState:
@@ -196,18 +208,32 @@ class SlotState:
             columns=ints(n) + 1,
             total=ints(n),
             step=ints(n),
-            uniform=torch.zeros((n, steps), dtype=torch.float64, device=device),
+            seed=ints(n),
+            sampled=ints(n),
             out=ints(n, steps),
             cfg_scale=torch.ones(n, device=device),
             temperature=torch.ones(n, device=device),
             top_k=ints(n, dtype=torch.int32) + 1,
             top_p=torch.ones(n, device=device),
-            scores=torch.zeros((n, vocabulary), device=device),
+            scores=torch.zeros((MAX_ROWS // 2, vocabulary), device=device),
         )
 
     @property
     def padding(self) -> int:
         return len(self.step) - 1
+
+    def fed(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and streams, (n, 2, width) each, of a step of `slots` (n,): the token that is fed next, and
+        the drafts that follow it. Drafts beyond a picture's end are fed to the padding."""
+        slots, window = slots[:, None], torch.arange(width, device=slots.device)
+        at = self.step[slots] + window - 1  # a draft's cell of `out`
+        drafts = self.out[slots, at.clamp(0, self.out.shape[1] - 1)]
+        live = (window == 0) | (at + 1 < self.total[slots])
+        pair = 2 * slots + torch.arange(2, device=slots.device)
+        tokens = torch.where(window == 0, self.token[pair][:, :, None], drafts[:, None])
+        positions = torch.where(live[:, None], self.position[pair][:, :, None] + window, 0)
+        streams = torch.where(live[:, None], pair[:, :, None], 2 * self.padding)
+        return tokens, positions, streams
 
 
 class Ops(Protocol):
@@ -237,7 +263,10 @@ class Ops(Protocol):
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         """Attention of every token over its stream up to itself: (M, heads * D), as the weight `into` reads it."""
 
-    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
-        """Choose the next token of the pictures in `slots` (n,) from (2n, V) logits, two rows per picture, and move
-        their state one step on; slots without an active picture stay as they are. `nucleus` False says that no
+    def sample(
+        self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
+    ) -> None:
+        """Sample `width` tokens of each picture in `slots` (n,), from (n * 2 * width, V) logits after the tokens of
+        `SlotState.fed`. Accept those that follow from right drafts alone, at least one, and move the state on by them;
+        the others are the next drafts. Slots without an active picture stay as they are. `nucleus` False says that no
         picture's top-p is below 1."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 CPU_BLOCK = 8
 """Rows of a decode step that a CPU multiplies at a time: one shape, so that no row's sums depend on the other rows."""
-CPU_ROWS = 2 * CPU_BLOCK
+CPU_ROWS = 8 * CPU_BLOCK
 """Rows of a CPU's largest pass of a decode step."""
 HEAD_SLICE = 2**25
 """Weights of a half-precision head that a CPU converts to fp32 at a time: 128 MiB. CUDA needs no copy."""

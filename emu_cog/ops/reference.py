@@ -9,7 +9,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from emu_cog.ops import linear
 from emu_cog.ops.interface import PAGE, Batch, Layer, Shape, SlotState, Weight
-from emu_cog.ops.sampling import guide, keep_sorted, sample
+from emu_cog.ops.noise import gumbel_noise
+from emu_cog.ops.sampling import guide, keep_sorted
 from emu_cog.prompt.tokens import TokenIds
 
 
@@ -55,42 +56,65 @@ class TorchOps:
                 length = group.span.start + group.span.count  # the host knows it: nothing waits for the device here
                 out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length])
             else:
+                k, v = (x.expand(len(q[rows]), -1, -1, -1) for x in (k, v))
                 out[rows] = _read(q[rows], k, v, batch.positions[rows])
         return out
 
-    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
-        advance(state, slots, self.choose(logits, state, slots), ids)
-
-    def choose(self, logits: Tensor, state: SlotState, slots: Tensor) -> Tensor:
-        """The codes (n,) sampled by the pictures in `slots`; writes their scores. One by one, so that no operation
-        divides its work by their number."""
-        step, columns = state.step[slots], state.columns[slots]
-        number = (step // (columns + 1) * columns + step % (columns + 1)).clamp_(max=state.uniform.shape[1] - 1)
-        uniform = state.uniform[slots, number]
-        scale, temperature = state.cfg_scale[slots, None], state.temperature[slots, None]
-        top_k, top_p = state.top_k[slots, None], state.top_p[slots, None]
-        codes = []
-        for i in range(len(slots)):
-            one = slice(i, i + 1)
-            guided = guide(logits[2 * i : 2 * i + 1], logits[2 * i + 1 : 2 * i + 2], scale[one])
-            state.scores[one] = guided / temperature[one]
-            probs = keep_sorted(state.scores[one], top_k[one], top_p[one]).softmax(dim=-1)
-            codes.append(sample(probs, uniform[one]))
-        return torch.cat(codes)
+    def sample(
+        self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
+    ) -> None:
+        conditional, unconditional = logits.view(len(slots), 2, width, -1).unbind(1)
+        guided = guide(conditional, unconditional, state.cfg_scale[slots, None, None])
+        scores = state.scores[: len(slots) * width]
+        scores.copy_((guided / state.temperature[slots, None, None]).flatten(0, 1))
+        top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
+        kept = keep_sorted(scores, top_k, top_p if nucleus else None)
+        numbers, seeds = (state.sampled[slots, None] + visual_number(state, slots, width)).flatten(), state.seed[slots]
+        noise = gumbel_noise(seeds.repeat_interleave(width), numbers, scores.shape[1])
+        accept(state, slots, (kept + noise).argmax(dim=-1).view(-1, width), ids)
 
 
-def advance(state: SlotState, slots: Tensor, codes: Tensor, ids: TokenIds) -> None:
-    """Insert the grammar's tokens, store what is next and move the active pictures of `slots` one step on."""
-    step, columns, total = state.step[slots], state.columns[slots], state.total[slots]
-    active = step < total
-    token = torch.where(step % (columns + 1) == columns, ids.eol, ids.visual + codes)
-    token = torch.where(step == total - 1, ids.eoi, token)
-    at = step.clamp(max=state.out.shape[1] - 1)
-    state.out[slots, at] = torch.where(active, token, state.out[slots, at])
+def visual_number(state: SlotState, slots: Tensor, width: int) -> Tensor:
+    """How many of its picture's visual tokens come before each of the next `width` (n, width), forced ones aside."""
+    columns = state.columns[slots, None]
+    place = state.step[slots, None] + torch.arange(width, device=slots.device)
+    return place // (columns + 1) * columns + place % (columns + 1)
+
+
+def accept(state: SlotState, slots: Tensor, codes: Tensor, ids: TokenIds) -> None:
+    """Insert the grammar's tokens among the sampled `codes` (n, width) and store them; move the active pictures on by
+    those that follow from right drafts, at least one.
+
+    Those that follow from a wrong draft are the next drafts; places that have none yet get the last code. On the
+    miniature that is as good as the code above, or the last scores with the new place's noise.
+    """
+    width, at = codes.shape[1], slots[:, None]
+    step, columns, total = state.step[at], state.columns[at], state.total[at]
+    window = torch.arange(width, device=slots.device)
+    place, last = step + window, state.out.shape[1] - 1
+
+    def forced(place: Tensor, tokens: Tensor) -> Tensor:
+        tokens = torch.where(place % (columns + 1) == columns, ids.eol, tokens)
+        return torch.where(place == total - 1, ids.eoi, tokens)
+
+    def store(place: Tensor, tokens: Tensor) -> None:
+        cells = place.clamp(max=last)
+        state.out[at, cells] = torch.where(place < total, tokens, state.out[at, cells])
+
+    tokens = forced(place, ids.visual + codes)
+    right = state.out[at, place[:, :-1].clamp(max=last)] == tokens[:, :-1]
+    accepted = 1 + right.long().cumprod(dim=1).sum(dim=1, keepdim=True)
+    accepted = torch.minimum(accepted, (total - step).clamp(min=0))
+    store(place, tokens)
+    if width > 1:
+        end = place[:, -1:]
+        guess = torch.where(forced(end, tokens[:, -1:]) >= ids.visual, tokens[:, -1:], tokens[:, -2:-1])
+        store(place + width, forced(place + width, guess))
+    token = tokens.gather(1, (accepted - 1).clamp(min=0))
     for stream in (2 * slots, 2 * slots + 1):
-        state.token[stream] = torch.where(active, token, state.token[stream])
-        state.position[stream] += active
-    state.step[slots] += active
+        state.token[stream] = torch.where(accepted > 0, token, state.token[stream, None])[:, 0]
+        state.position[stream] += accepted[:, 0]
+    state.step[slots] += accepted[:, 0]
 
 
 def summed(product: Tensor, dtype: torch.dtype) -> Tensor:

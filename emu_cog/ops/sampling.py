@@ -14,11 +14,14 @@ from emu_cog.request import Sampling
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance `u + s(c - u)` on (N, V) logits.
+    """Classifier-free guidance `u + s(c - u)` on (..., V) logits, exact at scales 0 and 1.
 
-    Upstream guides log-softmaxes; that shifts each row by a constant, which no later operation can see.
+    Upstream guides log-softmaxes; that shifts each row by a constant, which no later operation can see. Of operations
+    that are rounded one by one, so that no number depends on its place in a vector.
     """
-    return torch.lerp(unconditional, conditional, scale)
+    scale = torch.as_tensor(scale, dtype=conditional.dtype, device=conditional.device)
+    difference = conditional - unconditional
+    return torch.where(scale < 0.5, unconditional + scale * difference, conditional - difference * (1 - scale))
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -29,14 +32,16 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def keep_sorted(scores: Tensor, k: Tensor, p: Tensor) -> Tensor:
+def keep_sorted(scores: Tensor, k: Tensor, p: Tensor | None) -> Tensor:
     """`keep_top_k`, then `keep_top_p`, of (N, V) for (N, 1) numbers on the device: int k in 1..V and fp32 p. Sorts, but
-    never synchronizes."""
+    never synchronizes, and adds up row by row, so that no operation divides its work by their number."""
     ordered, order = scores.sort(dim=-1, descending=True)
-    threshold = ordered.gather(-1, k.long() - 1)
-    kept = ordered.masked_fill(ordered < threshold, -torch.inf)
-    outside = _outside_nucleus(kept, p) & (p < 1.0)
-    return scores.masked_fill((scores < threshold) | outside.scatter(-1, order, outside), -torch.inf)
+    below = scores < ordered.gather(-1, k.long() - 1)
+    if p is None:
+        return scores.masked_fill(below, -torch.inf)
+    kept = ordered.masked_fill(ordered < ordered.gather(-1, k.long() - 1), -torch.inf)
+    outside = torch.cat([_outside_nucleus(*row) for row in zip(kept.split(1), p.split(1), strict=True)]) & (p < 1.0)
+    return scores.masked_fill(below | outside.scatter(-1, order, outside), -torch.inf)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:

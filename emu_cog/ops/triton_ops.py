@@ -28,6 +28,7 @@ from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, S
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
+from emu_cog.ops.sampling import keep_sorted
 from emu_cog.prompt.tokens import TokenIds
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -61,7 +62,7 @@ class TritonOps:
 
     def __init__(self, config: KernelConfig, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, DTYPES[dtype]
-        self._scratch: dict[int, dict[str, Tensor]] = {}
+        self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
         self._torch = TorchOps()
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
@@ -210,10 +211,13 @@ class TritonOps:
         if m > MAX_ROWS:
             return self._torch.attend(q, keys, values, batch, into)
         kv, splits = keys.shape[0], self.config.key_splits
+        group, width = heads // kv, batch.width
+        tokens = min(width, max(self.config.queries // _power(group), 1))
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
-        layers.attend_kernel[(m, kv, splits)](
+        grid = (m // width * _up(width, tokens), kv, splits if tokens == 1 else 2 * splits)
+        layers.attend_kernel[grid](
             q,
             keys,
             values,
@@ -226,14 +230,16 @@ class TritonOps:
             keys.stride(0),
             dim**-0.5 * math.log2(math.e),
             KV=kv,
-            GROUP=heads // kv,
-            PADDED=max(16, _power(heads // kv)),
+            GROUP=group,
+            WIDTH=width,
+            TOKENS=tokens,
+            QUERIES=max(16, _power(tokens * group)),
             D=dim,
             PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
             SPLITS=splits,
             STAGES=3,
-            num_warps=4,
+            num_warps=4 if tokens * group <= 64 else 8,
             **self.launch,
         )
         layers.combine_kernel[(m, heads)](
@@ -260,32 +266,44 @@ class TritonOps:
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
-        images, vocabulary = len(logits) // 2, logits.shape[1]
-        blocks = _up(vocabulary, self.BLOCK)
-        if images not in self._scratch:
-            self._scratch[images] = _sampling_scratch(images, blocks, logits.device)
-        s = self._scratch[images]
-        chosen = s["none"]
-        if nucleus:  # needs a sort; pictures with another top-p are sampled as ever
-            chosen = torch.where(state.top_p[slots] < 1.0, self._torch.choose(logits, state, slots), -1)
-        grid, some = (images, blocks), {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
-        counts, top, k, scores = s["counts"], s["top"], state.top_k, state.scores
+    def sample(
+        self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
+    ) -> None:
+        rows, vocabulary = len(slots) * width, logits.shape[1]
+        if rows not in self._scratch:
+            # The last kernel resets both to the values they have here.
+            self._scratch[rows] = (
+                torch.zeros((rows, 4, 256), dtype=torch.int32, device=logits.device),
+                torch.full((rows,), -(2**63), dtype=torch.int64, device=logits.device),
+            )
+        counts, best = self._scratch[rows]
+        grid, some = (rows, _up(vocabulary, self.BLOCK)), {"WIDTH": width, "num_warps": 8, **self.launch}
+        blocks, scores = {"BLOCK": self.BLOCK, **some}, state.scores
         sampling_kernels.guide_kernel[grid](
-            logits, slots, state.cfg_scale, state.temperature, scores, counts, top, vocabulary, **some
+            logits, slots, state.cfg_scale, state.temperature, scores, counts, vocabulary, **blocks
         )
         for digit in (1, 2, 3):
-            sampling_kernels.count_kernel[grid](scores, counts, slots, k, vocabulary, PASS=digit, **some)
-        sampling_kernels.mass_kernel[grid](scores, counts, top, slots, k, s["threshold"], s["mass"], vocabulary, **some)
-        sampling_kernels.sample_kernel[(images,)](
+            sampling_kernels.count_kernel[grid](scores, counts, slots, state.top_k, vocabulary, PASS=digit, **blocks)
+        if nucleus:  # needs a sort; what it leaves lies above top-k's threshold
+            top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
+            scores = keep_sorted(scores[:rows], top_k, top_p)
+        sampling_kernels.pick_kernel[grid](
             scores,
             counts,
-            top,
-            s["threshold"],
-            s["mass"],
             slots,
-            chosen,
-            state.uniform,
+            state.top_k,
+            state.seed,
+            state.sampled,
+            state.columns,
+            state.step,
+            best,
+            vocabulary,
+            **blocks,
+        )
+        sampling_kernels.accept_kernel[(len(slots),)](
+            slots,
+            best,
+            counts,
             state.columns,
             state.total,
             state.step,
@@ -296,22 +314,8 @@ class TritonOps:
             ids.visual,
             ids.eol,
             ids.eoi,
-            vocabulary,
-            blocks,
-            BLOCKS=_power(blocks),
             **some,
         )
-
-
-def _sampling_scratch(images: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
-    """Buffers between the sampling kernels; the last one resets `counts` and `top` to the values they have here."""
-    return {
-        "counts": torch.zeros((images, 4, 256), dtype=torch.int32, device=device),
-        "top": torch.full((images,), -(2**31), dtype=torch.int32, device=device),
-        "threshold": torch.zeros((images,), dtype=torch.int32, device=device),
-        "mass": torch.zeros((images, blocks), dtype=torch.float64, device=device),
-        "none": torch.full((images,), -1, dtype=torch.int64, device=device),
-    }
 
 
 def _replay_seconds(work: Callable[[], object]) -> float:

@@ -1,9 +1,10 @@
-"""From logits to the next token in six small kernels: ops/sampling.py without a sort and without synchronizing.
+"""From logits to the next tokens in six small kernels: ops/sampling.py without a sort and without synchronizing.
 
 The k-th largest of 131072 scores is found digit by digit: four passes over the ordered bits, eight at a time, each
 counting how many scores share the digits found so far. That is exact, ties at the threshold included, and k is read
-from the device, so that another top-k needs no new capture. Rows 2i and 2i + 1 of the logits belong to image i, whose
-parameters are those of slot slots[i]. Each kernel runs as (images, blocks of BLOCK scores); the last one as (images,).
+from the device, so that another top-k needs no new capture. Row i * WIDTH + j of the scores is for token j of image i,
+whose parameters are those of slot slots[i]. Each kernel runs as (rows, blocks of BLOCK scores); the last one as
+(images,).
 """
 
 from __future__ import annotations
@@ -53,32 +54,32 @@ def _prefix(counts_ptr, k, PASSES: tl.constexpr):
 
 @triton.jit
 def guide_kernel(
-    logits_ptr,  # (2 images, V) fp32
+    logits_ptr,  # (images, 2, WIDTH, V) fp32
     slots_ptr,  # (images,) int64
     cfg_scale_ptr,
     temperature_ptr,  # (slots,) fp32
-    scores_ptr,  # (images, V) fp32
-    counts_ptr,  # (images, 4, BINS) int32, zeros on entry
-    top_ptr,  # (images,) int32, the smallest int on entry
+    scores_ptr,  # (rows, V) fp32
+    counts_ptr,  # (rows, 4, BINS) int32, zeros on entry
     V,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Apply guidance and temperature, count the first digit and find the largest score."""
+    """Apply guidance and temperature, and count the first digit."""
     _begin(PDL)
-    image = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
+    image = row // WIDTH
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
     slot = tl.load(slots_ptr + image)
     scale, temperature = tl.load(cfg_scale_ptr + slot), tl.load(temperature_ptr + slot)
-    c = tl.load(logits_ptr + 2 * image * V + i, mask=live, other=0.0)
-    u = tl.load(logits_ptr + (2 * image + 1) * V + i, mask=live, other=0.0)
-    # As torch.lerp does it: exact at both ends.
+    at = logits_ptr + (image * WIDTH + row) * V + i
+    c = tl.load(at, mask=live, other=0.0)
+    u = tl.load(at + WIDTH * V, mask=live, other=0.0)
+    # As ops/sampling.py's `guide`: exact at both ends.
     scores = tl.where(scale < 0.5, u + scale * (c - u), c - (c - u) * (1.0 - scale)) / temperature
-    tl.store(scores_ptr + image * V + i, scores, mask=live)
-    key = _ordered(scores)
-    tl.atomic_max(top_ptr + image, tl.max(tl.where(live, key, -2147483648), axis=0))
-    _count(counts_ptr + image * 4 * BINS, _digit(key, 0), live)
+    tl.store(scores_ptr + row * V + i, scores, mask=live)
+    _count(counts_ptr + row * 4 * BINS, _digit(_ordered(scores), 0), live)
 
 
 @triton.jit
@@ -90,64 +91,80 @@ def _count(counts_ptr, digits, live):
 
 @triton.jit
 def count_kernel(
-    scores_ptr, counts_ptr, slots_ptr, k_ptr, V, PASS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    scores_ptr,
+    counts_ptr,
+    slots_ptr,
+    k_ptr,
+    V,
+    PASS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Count digit PASS (1..3) of the scores that share the digits before it with the k-th largest."""
     _begin(PDL)
-    image = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
-    counts_ptr += image * 4 * BINS
-    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + image)), PASS)
-    key = _ordered(tl.load(scores_ptr + image * V + i, mask=live, other=0.0))
+    counts_ptr += row * 4 * BINS
+    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + row // WIDTH)), PASS)
+    key = _ordered(tl.load(scores_ptr + row * V + i, mask=live, other=0.0))
     same = live & ((key >> (32 - 8 * PASS)) == prefix)
     if tl.sum(same.to(tl.int32), axis=0) > 0:
         _count(counts_ptr + PASS * BINS, _digit(key, PASS), same)
 
 
 @triton.jit
-def _mass(scores_ptr, top, threshold, i, live):
-    """exp(score - largest) where the score is kept, fp64, else 0."""
-    scores = tl.load(scores_ptr + i, mask=live, other=0.0)
-    kept = live & (_ordered(scores) >= threshold)
-    largest = tl.where(top < 0, top ^ 0x7FFFFFFF, top).to(tl.float32, bitcast=True)
-    return tl.where(kept, tl.exp(scores - largest), 0.0).to(tl.float64)
+def _gumbel(bits):
+    """uint32 to fp32, as ops/noise.py: -log(-log(1 - u)), the inner logarithm exact for the smallest u, too."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    rest = 1.0 - u
+    # log1p(-u) by Kahan's correction: what rounding took from `rest` cancels in the quotient.
+    inner = tl.where(rest == 1.0, u, -tl.log(rest) * (u / tl.where(rest == 1.0, 1.0, 1.0 - rest)))
+    return -tl.log(inner)
 
 
 @triton.jit
-def mass_kernel(
-    scores_ptr,
+def pick_kernel(
+    scores_ptr,  # (rows, V) fp32
     counts_ptr,
-    top_ptr,
     slots_ptr,
     k_ptr,
-    threshold_ptr,  # (images,) int32, written
-    mass_ptr,  # (images, blocks) fp64, written
+    seed_ptr,
+    sampled_ptr,
+    columns_ptr,
+    step_ptr,  # (slots,) int64
+    best_ptr,  # (rows,) int64, the smallest int on entry: the largest noisy score's key, then 2^31 - 1 - its code
     V,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The k-th largest key, and each block's share of the distribution, unnormalized."""
+    """Add noise to the scores that top-k keeps, and find the largest. Of equal ones the first."""
     _begin(PDL)
-    image, block = tl.program_id(0), tl.program_id(1)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots_ptr + row // WIDTH)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    threshold, _ = _prefix(counts_ptr + image * 4 * BINS, tl.load(k_ptr + tl.load(slots_ptr + image)), 4)
-    mass = _mass(scores_ptr + image * V, tl.load(top_ptr + image), threshold, i, i < V)
-    tl.store(mass_ptr + image * tl.num_programs(1) + block, tl.sum(mass, axis=0))
-    if block == 0:
-        tl.store(threshold_ptr + image, threshold)
+    scores = tl.load(scores_ptr + row * V + i, mask=i < V, other=float("-inf"))
+    threshold, _ = _prefix(counts_ptr + row * 4 * BINS, tl.load(k_ptr + slot), 4)
+    kept = (i < V) & (_ordered(scores) >= threshold)
+    if tl.max(kept.to(tl.int32), axis=0) > 0:
+        columns = tl.load(columns_ptr + slot)
+        place = tl.load(step_ptr + slot) + row % WIDTH
+        number = tl.load(sampled_ptr + slot) + place // (columns + 1) * columns + place % (columns + 1)
+        counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        zero = counter * 0
+        a, b, c, d = tl.philox(tl.load(seed_ptr + slot), counter, zero + number.to(tl.int32), zero, zero)
+        noise = _gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+        key = _ordered(tl.where(kept, scores + noise, float("-inf"))).to(tl.int64)
+        tl.atomic_max(best_ptr + row, tl.max((key << 32) + (2147483647 - i), axis=0))
 
 
 @triton.jit
-def sample_kernel(
-    scores_ptr,
-    counts_ptr,
-    top_ptr,
-    threshold_ptr,
-    mass_ptr,
+def accept_kernel(
     slots_ptr,  # (images,) int64
-    chosen_ptr,  # (images,) int64: codes sampled otherwise, -1 for those to be sampled here
-    uniform_ptr,  # (slots, steps) fp64
+    best_ptr,  # (images * WIDTH,) int64
+    counts_ptr,  # (images * WIDTH, 4, BINS) int32
     columns_ptr,
     total_ptr,
     step_ptr,  # (slots,) int64
@@ -158,43 +175,54 @@ def sample_kernel(
     visual,
     eol,
     eoi,
-    V,
-    blocks,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sample where the running sum passes uniform * total, insert the grammar's tokens, advance the counters."""
+    """`accept` of ops/reference.py. Program (image)."""
     _begin(PDL)
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + image)
-    step, columns, length = tl.load(step_ptr + slot), tl.load(columns_ptr + slot), tl.load(total_ptr + slot)
-    place = step % (columns + 1)
-    number = tl.minimum(step // (columns + 1) * columns + place, steps - 1)
-    b = tl.arange(0, BLOCKS)
-    masses = tl.load(mass_ptr + image * blocks + b, mask=b < blocks, other=0.0)
-    sums = tl.cumsum(masses, axis=0)
-    target = tl.load(uniform_ptr + slot * steps + number) * tl.sum(masses, axis=0)
-    last = tl.max(tl.where(masses > 0, b, 0), axis=0)
-    block = tl.minimum(tl.min(tl.where((sums > target) & (masses > 0), b, BLOCKS), axis=0), last)
-    before = tl.sum(tl.where(b < block, masses, 0.0), axis=0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    top, threshold = tl.load(top_ptr + image), tl.load(threshold_ptr + image)
-    mass = _mass(scores_ptr + image * V, top, threshold, i, i < V)
-    inner = before + tl.cumsum(mass, axis=0)
-    likeliest_end = tl.max(tl.where(mass > 0, i, 0), axis=0)
-    sampled = tl.minimum(tl.min(tl.where((inner > target) & (mass > 0), i, 2147483647), axis=0), likeliest_end)
-    chosen = tl.load(chosen_ptr + image)
-    token = tl.where(chosen < 0, sampled.to(tl.int64), chosen) + visual
-    token = tl.where(place == columns, eol, token)
-    token = tl.where(step == length - 1, eoi, token)
-    if step < length:  # a branch: Triton's interpreter takes no scalar as the mask of a block
-        tl.store(out_ptr + slot * steps + step, token)
+    step, columns, total = tl.load(step_ptr + slot), tl.load(columns_ptr + slot), tl.load(total_ptr + slot)
+    j = tl.arange(0, WIDTH)
+    best_ptr += image * WIDTH
+    out_ptr += slot * steps
+    tokens = _forced(step + j, _code(tl.load(best_ptr + j)) + visual, columns, total, eol, eoi)
+    before = tl.maximum(j - 1, 0)  # the draft that token j followed, and what it should have been
+    draft = tl.load(out_ptr + step + before, mask=step + before < total, other=0)
+    should = _forced(step + before, _code(tl.load(best_ptr + before)) + visual, columns, total, eol, eoi)
+    wrong = (j > 0) & (draft != should)
+    accepted = tl.min(tl.where(wrong, j, WIDTH), axis=0).to(tl.int64)
+    accepted = tl.maximum(tl.minimum(accepted, total - step), 0)
+    last = tl.sum(tl.where(j == accepted - 1, tokens, 0), axis=0)
+    if WIDTH > 1:  # drafts for the places after these: the last code
+        end = tl.sum(tl.where(j == WIDTH - 1, tokens, 0), axis=0)
+        guess = tl.where(end >= visual, end, tl.sum(tl.where(j == WIDTH - 2, tokens, 0), axis=0))
+        place = step + WIDTH + j
+        guess = _forced(place, tl.zeros_like(place) + guess, columns, total, eol, eoi)
+        tl.debug_barrier()  # the drafts have been read
+        tl.store(out_ptr + place, guess, mask=place < total)
+    tl.store(out_ptr + step + j, tokens, mask=step + j < total)
+    if accepted > 0:  # a branch: Triton's interpreter takes no scalar as the mask of a block
         pair = 2 * slot + tl.arange(0, 2)
-        tl.store(token_ptr + pair, token)
-        tl.store(position_ptr + pair, tl.load(position_ptr + pair) + 1)
-        tl.store(step_ptr + slot, step + 1)
+        tl.store(token_ptr + pair, last)
+        tl.store(position_ptr + pair, tl.load(position_ptr + pair) + accepted)
+        tl.store(step_ptr + slot, step + accepted)
     # Reset for the next step: nothing reads these after this kernel.
+    tl.debug_barrier()
+    tl.store(best_ptr + j, tl.full((WIDTH,), -9223372036854775808, tl.int64))
     bins = tl.arange(0, 1024)
-    tl.store(counts_ptr + image * 1024 + bins, tl.zeros((1024,), tl.int32))
-    tl.store(top_ptr + image, -2147483648)
+    for row in range(WIDTH):
+        tl.store(counts_ptr + (image * WIDTH + row) * 1024 + bins, tl.zeros((1024,), tl.int32))
+
+
+@triton.jit
+def _code(best):
+    """The code in what `pick_kernel` has found."""
+    return 2147483647 - (best & 4294967295)
+
+
+@triton.jit
+def _forced(place, token, columns, total, eol, eoi):
+    """The grammar's token where it forces one."""
+    token = tl.where(place % (columns + 1) == columns, eol, token)
+    return tl.where(place == total - 1, eoi, token)
