@@ -21,6 +21,8 @@ from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
 from emu_cog.model import torch_settings
+from emu_cog.model.loader import load_language_model
+from emu_cog.model.qwen3 import Chunk
 from emu_cog.prompt.tokens import ROLES, block_length
 from tests.conftest import ROOT
 from tests.upstream_kit import STANDIN
@@ -102,6 +104,18 @@ def test_the_checkpoint_that_is_loaded_fits_the_disk() -> None:
     shape = loading.shape_for(SIZES["8b"], 6e9)
     assert 1 <= shape.layers < SIZES["8b"].layers
     assert 5e9 < 2 * shape.parameters <= 6e9
+
+
+def test_the_written_checkpoint_can_be_run(tmp_path: Path) -> None:
+    """Random bits taken for bfloat16 held NaN and numbers of 1e38: `arrivals --shape 8b` served nothing else."""
+    size = SIZES["tiny"]
+    loading.write(tmp_path, size)
+    lm = load_language_model(tmp_path, size.ids(), device=torch.device("cpu"), dtype=torch.float32)
+    cache = lm.new_cache(64)
+    hidden = lm.feed(cache, [Chunk(list(range(7)), 0, cache.take(1))])
+    logits = lm.text_logits(hidden)
+    assert torch.isfinite(logits).all()
+    assert 0.3 < float(logits.std()) < 3
 
 
 def bench(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, object]]:

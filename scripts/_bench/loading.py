@@ -21,6 +21,8 @@ from _bench.sizes import Size
 from emu_cog.memory import GIB
 
 SHARDS = 4
+BLOCK = 2**20 + 7
+"""Numbers that repeat in a matrix: an odd number, so that its rows differ."""
 CHILD = """
 import json, os, sys, threading, time
 import psutil, torch
@@ -112,10 +114,14 @@ def write(folder: Path, size: Size) -> int:
     wanted = shapes(size)
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
     for i, (name, shape) in enumerate(wanted.items()):
-        # One random block repeated, so that nothing between disk and memory can compress it.
-        noise = torch.randint(0, 2**15, (min(shape[0] * shape[-1], 2**20),), dtype=torch.int16)
-        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        value = noise.repeat(-(-count // len(noise)))[:count].view(torch.bfloat16).reshape(shape)
+        # One random block repeated, so that nothing between disk and memory can compress it. Its scale keeps
+        # activations level, so that the checkpoint can also be run.
+        if len(shape) == 1:
+            value = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            count = shape[0] * shape[1]
+            noise = (torch.randn(min(count, BLOCK)) * shape[1] ** -0.5).bfloat16()
+            value = noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
         shards[i * SHARDS // len(wanted)][name] = value
     weight_map: dict[str, str] = {}
     total = 0
