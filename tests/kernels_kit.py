@@ -18,7 +18,7 @@ from transformers import Qwen3Config
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS
 from emu_cog.model.qwen3 import forward
-from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, default_config, shape
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, default_config, kind
 from emu_cog.ops.interface import Batch, Layer, ModelWeights, Shape, SlotState, Weight
 from tests.decoder_kit import IDS
 
@@ -114,11 +114,13 @@ def steps(capability: int, weight_dtype: torch.dtype, row_counts: Sequence[int])
     cache = KVCache(config, pages=64, dtype=torch.bfloat16, devices=[META])
     state = SlotState.empty(32, pages=64, steps=16, vocabulary=VISUAL, device=META)
     with compiled(capability) as found:
-        for rows in row_counts:
+        for rows, width in [(count, width) for count in row_counts for width in (1, count // 2)]:
             at = torch.empty(rows, dtype=torch.int64, device=META)
-            hidden = forward(ops, weights, Batch(tokens=at, positions=at, streams=at, tables=state.tables), cache)
+            batch = Batch(tokens=at, positions=at, streams=at, tables=state.tables, width=width)
+            hidden = forward(ops, weights, batch, cache)
             ops.logits(hidden[::2], weights.text_head)
-            ops.sample(ops.logits(hidden, weights.visual_head), state, at[::2], IDS, nucleus=False)
+            logits = ops.logits(hidden, weights.visual_head)
+            ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)
     return found
 
 
@@ -132,12 +134,12 @@ def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, lis
     tried: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
 
     def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
-        kind = torch.bfloat16 if some[0].scale is None else torch.float16
-        x = torch.empty((rows, some[0].data.shape[1]), dtype=kind, device=META)
+        dtype = torch.bfloat16 if some[0].scale is None else torch.float16
+        x = torch.empty((rows, some[0].data.shape[1]), dtype=dtype, device=META)
         with compiled(capability) as found:
             ops.product(x, some[0], config, swiglu=swiglu)
         ((needed,),) = found.values()
-        tried.setdefault((rows, *shape(some[0])), []).append((config.block_n, config.stages, needed))
+        tried.setdefault((rows, *kind(some[0])), []).append((config.block_n, config.stages, needed))
         if needed > limits.shared:  # as Triton refuses to load it
             raise KernelBuildError(f"out of resource: shared memory, Required: {needed}")
         return 1.0 / config.stages

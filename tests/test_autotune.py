@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, candidates, default_config, shape
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, candidates, default_config, kind
 from emu_cog.ops.interface import MAX_ROWS, Weight
 from tests.kernels_kit import released
 
@@ -22,7 +22,7 @@ def test_defaults_divide_every_weight_evenly_and_sum_alike_for_all_rows(dtype: t
     linear, layer = default_config(weights, CARD).linear, weights.layers[0]
     assert ROWS[-1] == MAX_ROWS
     for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, Weight(weights.visual_head)):
-        configs = [linear[rows, *shape(weight)] for rows in ROWS]
+        configs = [linear[rows, *kind(weight)] for rows in ROWS]
         assert {replace(config, stages=1) for config in configs} == {replace(configs[0], stages=1)}
         k = weight.data.shape[1] // (4 if weight.scale is not None else 1)
         assert k % (configs[0].splits * configs[0].block_k) == 0
@@ -31,7 +31,7 @@ def test_defaults_divide_every_weight_evenly_and_sum_alike_for_all_rows(dtype: t
     splits = {"qkv": 2, "o": 4, "down": 5, "gate_up": 1} | dict.fromkeys(heads, 1)
     for name, count in splits.items():
         weight = getattr(layer, name) if isinstance(name, str) else name
-        assert {linear[rows, *shape(weight)].splits for rows in ROWS} == {count}
+        assert {linear[rows, *kind(weight)].splits for rows in ROWS} == {count}
 
 
 def test_autotuning_takes_the_fastest_and_never_changes_the_order_of_a_sum() -> None:
@@ -40,7 +40,7 @@ def test_autotuning_takes_the_fastest_and_never_changes_the_order_of_a_sum() -> 
     asked: dict[tuple[int, ...], set[tuple[int, bool]]] = {}
 
     def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
-        asked.setdefault((rows, *shape(some[0])), set()).add((len(some), swiglu))
+        asked.setdefault((rows, *kind(some[0])), set()).add((len(some), swiglu))
         if config.block_n == 128:
             raise KernelBuildError("out of resource: shared memory")
         return 1.0 if config.stages == 2 + (rows == 64) * 2 else 2.0

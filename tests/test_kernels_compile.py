@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.kernels_kit import SHARED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-OTHERS = {"add_norm", "linear", "rope_store", "attend", "combine", "guide", "count", "mass", "sample"}
+OTHERS = {"add_norm", "linear", "rope_store", "attend", "combine", "guide", "count", "pick", "accept"}
 QUICK = {90: ROWS[0], 80: ROWS[-1]}
 """Capability to rows of a pass; all of ROWS are compiled by the slow test."""
 

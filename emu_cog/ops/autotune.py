@@ -61,10 +61,10 @@ class LinearConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Configurations of all kernels. `linear` by one of ROWS and the weight's shape (N, K); `pdl` see
+    """Configurations of all kernels. `linear` by one of ROWS and the weight's kind; `pdl` see
     kernels/layers.py."""
 
-    linear: Mapping[tuple[int, int, int], LinearConfig]
+    linear: Mapping[tuple[int, int, int, int], LinearConfig]
     key_splits: int = 8
     key_block: int = 64
     queries: int = 128
@@ -81,7 +81,7 @@ def default_config(w: ModelWeights, card: Card) -> KernelConfig:
     layer = w.layers[0]
     unsplit = [Weight(w.visual_head), Weight(w.text_head)]
     linear = {
-        (rows, *shape(weight)): _default_linear(
+        (rows, *kind(weight)): _default_linear(
             weight, card.shared, rows, swiglu=weight is layer.gate_up, unsplit=any(weight is head for head in unsplit)
         )
         for rows in ROWS
@@ -106,11 +106,11 @@ def autotune(
     }
     linear, found = dict(config.linear), []
     for name, weights in (kinds | {"head": [Weight(w.visual_head)]}).items():
-        n, k = shape(weights[0])
+        n, k, _ = at = kind(weights[0])
         notes = []
         for rows in ROWS:
             timings, last = {}, None
-            for candidate in candidates(config.linear[rows, n, k], rows):
+            for candidate in candidates(config.linear[rows, *at], rows):
                 try:
                     timings[candidate] = seconds(weights, candidate, rows, name == "gate_up")
                 except KernelBuildError as error:
@@ -123,7 +123,7 @@ def autotune(
                     f"no configuration of the {name} product ({n}x{k}) can be built on {card.name}: {last}"
                 ) from last
             best = min(timings, key=lambda candidate: timings[candidate])
-            linear[rows, n, k] = best
+            linear[rows, *at] = best
             pace = sum(weight.data.nbytes for weight in weights) / timings[best] / 1e12
             notes.append(f"{best.block_n}x{best.block_k}, {best.stages} stages, {best.warps} warps: {pace:.2f} TB/s")
         found.append(f"{name} " + " | ".join(notes))
@@ -143,9 +143,9 @@ def candidates(default: LinearConfig, rows: int) -> list[LinearConfig]:
     return [default, *(config for config in others if config != default)]
 
 
-def shape(weight: Weight) -> tuple[int, int]:
-    """(N, K)."""
-    return weight.data.shape[0], weight.data.shape[1]
+def kind(weight: Weight) -> tuple[int, int, int]:
+    """N, K and the bytes of a number."""
+    return weight.data.shape[0], weight.data.shape[1], weight.data.dtype.itemsize
 
 
 def _default_linear(
@@ -153,7 +153,7 @@ def _default_linear(
 ) -> LinearConfig:
     """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
     multiprocessor. `shared` is the shared memory per program in bytes."""
-    n, k = shape(weight)
+    n, k, _ = kind(weight)
     k, block = (k // 4, 64) if weight.scale is not None else (k, 128)
     wanted = 1 if unsplit or swiglu else round(400 / (n / 64))
     # Splits of equal length and of at least eight blocks: then no load needs a mask.

@@ -22,7 +22,7 @@ from emu_cog.ops.autotune import (
     LinearConfig,
     autotune,
     default_config,
-    shape,
+    kind,
 )
 from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, SlotState, Weight
 from emu_cog.ops.kernels import eight_bit, layers
@@ -145,7 +145,7 @@ class TritonOps:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _product(self, x: Tensor, w: Weight, *, swiglu: bool = False) -> Tensor:
-        return self.product(x, w, self.config.linear[_rows(len(x)), *shape(w)], swiglu=swiglu)
+        return self.product(x, w, self.config.linear[_rows(len(x)), *kind(w)], swiglu=swiglu)
 
     # -- the rest of a layer ----------------------------------------------------------------------------------
 

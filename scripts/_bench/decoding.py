@@ -33,7 +33,7 @@ from emu_cog.memory import GIB
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.ops.interface import pages_for
-from emu_cog.prompt.tokens import block_length
+from emu_cog.prompt.tokens import block_length, body_length
 from emu_cog.request import Sampling
 
 GUIDANCE = 5.0
@@ -44,6 +44,7 @@ REFERENCE_TOKENS = block_length(64, 64)
 PROMPT = 128
 """Tokens of each prompt of the picture that is drawn while another request's prompts are read."""
 PICTURE = (64, 64)
+PICTURE_TOKENS = body_length(*PICTURE)
 START, MIDDLE, BODY = 300, 2300, 320
 """Tokens of a stream at the start of a picture and in its middle, and of what is made beyond it: the cache holds
 as many pictures as are in progress at most."""
@@ -366,9 +367,10 @@ def write_trace(bench: Bench, engine: Engine, path: str) -> None:
 
 
 @contextmanager
-def drawing(engine: Engine, *, pictures: int, context: int) -> Iterator[Callable[[], object]]:
+def drawing(engine: Engine, *, pictures: int, context: int, width: int = 1) -> Iterator[Callable[[], object]]:
     """`pictures` pictures in progress, their streams `context` tokens long, and the function that takes one step of
-    all. No prompt is read: the cache holds random numbers, of the size that keys and values have after their norm."""
+    all, of `width` tokens each. No prompt is read: the cache holds random numbers, of the size that keys and values
+    have after their norm."""
     idle(engine)
     with torch.inference_mode():
         runner, cache = engine.runner, engine.runner.cache
@@ -380,7 +382,7 @@ def drawing(engine: Engine, *, pictures: int, context: int) -> Iterator[Callable
         for i in range(pictures):
             s = SequenceState(index=i, request=request, config=config, emit=lambda _: None, slot=i)
             for pages in s.pages:
-                pages.extend(cache.take(pages_for(context + STEPS)))
+                pages.extend(cache.take(pages_for(context + STEPS + width)))
             s.lengths, s.doing = [context, context], draw
             runner.begin(s)
             runner.place(s)
@@ -388,7 +390,7 @@ def drawing(engine: Engine, *, pictures: int, context: int) -> Iterator[Callable
             sequences.append(s)
 
         def step() -> None:
-            draw_step(runner, sequences)
+            draw_step(runner, sequences, width)
 
         try:
             yield step
@@ -425,6 +427,39 @@ def many(bench: Bench, engine: Engine, counts: Sequence[int], contexts: Sequence
                     unit="ms",
                     against=f"{seconds / floor:.2f} x the floor of {1e3 * floor:.2f} ms",
                     note=f"{ratio}{pictures / seconds:.0f} tokens/s",
+                )
+            )
+
+
+def windows(bench: Bench, engine: Engine, contexts: Sequence[int], *, part: str) -> None:
+    """A pass that draws several tokens of one picture, against one that draws one; and of as many rows, shared by
+    several pictures. With random weights next to no draft is right: what a picture takes is reckoned from the tokens
+    that a pass keeps."""
+    runner = engine.runner
+    form = "" if part == "windows" else f"{part.removeprefix('windows-')}: "
+    for context in contexts:
+        taken: dict[tuple[int, int], float] = {}
+        most = runner.widths(1)[-1]
+        for pictures, width in [(1, w) for w in runner.widths(1)] + [(n, most // n) for n in (4, 8) if n < most]:
+            what = f"{form}pass, {pictures} picture{'s' * (pictures > 1)} x {width} tokens, streams of {context}"
+            if pictures > runner.slots or width not in runner.widths(pictures):
+                bench.report.not_measured(what, "the engine holds fewer pictures")
+                continue
+            with drawing(engine, pictures=pictures, context=context, width=width) as step:
+                seconds = taken[pictures, width] = step_seconds(step, bench.device)
+            against = f"{seconds / taken[1, 1]:.2f} x one token"
+            if pictures > 1:
+                against += f", {seconds / taken[1, most]:.2f} x one picture's {most}"
+            picture = [f"{PICTURE_TOKENS * seconds / kept:.1f}" for kept in (2, 3, 4) if kept <= width]
+            note = f"a 64 x 64 picture at 2, 3, 4 tokens a pass: {', '.join(picture)} s" if len(picture) == 3 else ""
+            bench.report.add(
+                Row(
+                    part=part,
+                    what=what,
+                    value=1e3 * seconds,
+                    unit="ms",
+                    against=against,
+                    note=note if pictures == 1 else "",
                 )
             )
 

@@ -25,6 +25,7 @@ from emu_cog.settings import Settings
 PARTS = (
     "step",
     "many",
+    "windows",
     "upstream",
     "images",
     "sync",
@@ -41,7 +42,7 @@ PARTS = (
 )
 """The order of the run: by importance, but 8-bit weights after everything that needs the full ones. On 80 GB the full
 weights have no room beside what 8-bit weights leave allocated."""
-ON_REQUEST = ("many-fp8", "many-int8", "arrivals", "soak")
+ON_REQUEST = ("many-fp8", "many-int8", "windows-fp8", "windows-int8", "arrivals", "soak")
 """Parts that run only where --only names them."""
 WITHOUT_MODEL = {"vq", "mini", "company", "loading", "arrivals", "soak"}
 
@@ -140,6 +141,9 @@ class _Session:
         work: dict[str, tuple[Callable[[], None], float]] = {
             "step": (self.step, 0),
             "many": (self.many, 30),
+            "windows": (self.windows, 30),
+            "windows-fp8": (lambda: self.windows_small("fp8"), 60),
+            "windows-int8": (lambda: self.windows_small("int8"), 60),
             "many-fp8": (lambda: self.many_small("fp8"), 60),
             "many-int8": (lambda: self.many_small("int8"), 60),
             "upstream": (self.upstream, 30),
@@ -239,6 +243,14 @@ class _Session:
         quality.check_format(form, self.bench.device)
         small = self._small_weights(form)
         decoding.many(small, self._engine(), self.pace.pictures, small.streams, part=f"many-{form}")
+
+    def windows(self) -> None:
+        decoding.windows(self.bench, self.native(), self.bench.streams, part="windows")
+
+    def windows_small(self, form: str) -> None:
+        quality.check_format(form, self.bench.device)
+        small = self._small_weights(form)
+        decoding.windows(small, self._engine(), small.streams, part=f"windows-{form}")
 
     def sync(self) -> None:
         decoding.synchronisations(self.bench, self.native())

@@ -151,12 +151,13 @@ def begin(
     return sequences
 
 
-def draw_step(runner: ModelRunner, sequences: Sequence[SequenceState]) -> None:
-    """One step of images that are all in progress."""
-    runner.step(sequences)
-    for s in sequences:
-        s.lengths = [n + 1 for n in s.lengths]
-        s.made += 1
+def draw_step(runner: ModelRunner, sequences: Sequence[SequenceState], width: int = 1) -> None:
+    """One step of images that are all in progress. Wider captured ones leave the host's lengths as they are."""
+    runner.step(sequences, width)
+    if width == 1 or not runner.captured:
+        made = runner.made(sequences) if width > 1 else [s.made + 1 for s in sequences]
+        for s, now in zip(sequences, made, strict=True):
+            s.move(now - s.made)
 
 
 def compare(reference: Iterable[Tensor], other: Iterable[Tensor], sampling: Sampling) -> Agreement:
