@@ -326,7 +326,8 @@ class ModelRunner:
             self.lm.ops = ops
             try:
                 slots = torch.full((1,), self.state.padding, device=self.lm.device)
-                self.lm.feed(self.cache, [Chunk([0] * (MAX_ROWS + 1), 0, [0, 0])])
+                prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
+                self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
                 for width in (1, 2):
                     self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
                 if self.lm.device.type == "cuda":

@@ -1,7 +1,7 @@
 """Configurations of the kernels: defaults from the shapes, and for the linear ones the fastest on this device.
 
-No configuration changes the order of a sum: `splits` and `block_k` follow from the weight's shape alone. So a picture
-is the same bit for bit after every start on one device, alone or in any company.
+No configuration changes the order of a sum: `splits` follows from the weight's shape alone. So a picture is the same
+bit for bit after every start on one device, alone or in any company, however many of its tokens a pass draws.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from emu_cog.ops.interface import ModelWeights, Weight
 
 ROWS = (16, 32, 64, 128)
-"""Tokens of a pass, rounded up, that the linear kernels are compiled for; the last is MAX_ROWS. On an H200 all three
-gave the same bits for the released model's five weights in bf16, fp8 and int8, whatever the configuration."""
+"""Tokens of a pass, rounded up, that the linear kernels are compiled for; the last is MAX_ROWS. On an H200 all gave
+the same bits for the released model's weights in bf16, whatever the configuration, and up to 64 in fp8 and int8."""
 TIMED_LAYERS = 16
 """Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
@@ -67,8 +67,10 @@ class KernelConfig:
     linear: Mapping[tuple[int, int, int, int], LinearConfig]
     key_splits: int = 8
     key_block: int = 64
-    queries: int = 128
-    """Columns of one attention program: tokens of a window times the heads that share keys."""
+    key_stages: int = 2
+    queries: int = 64
+    """Rows of an attention program: tokens of a window times the heads that share keys. As few as Hopper's own matrix
+    instructions take."""
     pdl: bool = False
 
 
@@ -131,15 +133,19 @@ def autotune(
 
 
 def candidates(default: LinearConfig, rows: int) -> list[LinearConfig]:
-    """`default` first, and others that sum in the same order; fewer where a pass serves many pictures.
+    """`default` first, and others that sum in the same order; fewer where a pass has many tokens.
 
     None has fewer than 64 outputs: there Triton leaves Hopper's own matrix instructions for older ones, which may
-    round differently.
+    round differently. Half of `block_k` gives the same bits: the instructions add 16 numbers at a time either way.
     """
-    sizes = [(64, 2, 4), (64, 4, 4), (128, 3, 8)]
-    if rows == ROWS[0]:
-        sizes += [(64, 3, 4), (64, 6, 4), (128, 2, 8), (128, 4, 8)]
-    others = [replace(default, block_n=n, stages=stages, warps=warps) for n, stages, warps in sizes]
+    half = replace(default, block_k=default.block_k // 2)
+    if rows <= 32 or default.block_k < 128:
+        sizes = [(default, 64, 2, 4), (default, 64, 4, 4), (default, 128, 3, 8)]
+        if rows == ROWS[0]:
+            sizes += [(default, 64, 3, 4), (default, 64, 6, 4), (default, 128, 2, 8), (default, 128, 4, 8)]
+    else:  # where the inputs weigh as much as the weights
+        sizes = [(default, 64, 4, 4), (half, 64, 6, 4), (half, 128, 4, 4), (half, 128, 4, 8), (half, 256, 3, 8)]
+    others = [replace(base, block_n=n, stages=stages, warps=warps) for base, n, stages, warps in sizes]
     return [default, *(config for config in others if config != default)]
 
 

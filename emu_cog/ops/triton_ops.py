@@ -212,11 +212,11 @@ class TritonOps:
             return self._torch.attend(q, keys, values, batch, into)
         kv, splits = keys.shape[0], self.config.key_splits
         group, width = heads // kv, batch.width
-        tokens = min(width, max(self.config.queries // _power(group), 1))
+        tokens = max(self.config.queries // group, 1)
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
-        grid = (m // width * _up(width, tokens), kv, splits if tokens == 1 else 2 * splits)
+        grid = (m // width * _up(width, tokens), kv, splits if width == 1 else 2 * splits)
         layers.attend_kernel[grid](
             q,
             keys,
@@ -229,17 +229,17 @@ class TritonOps:
             batch.tables.stride(0),
             keys.stride(0),
             dim**-0.5 * math.log2(math.e),
+            width,
             KV=kv,
             GROUP=group,
-            WIDTH=width,
             TOKENS=tokens,
-            QUERIES=max(16, _power(tokens * group)),
+            QUERIES=max(self.config.queries, _power(group)),
             D=dim,
             PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
             SPLITS=splits,
-            STAGES=3,
-            num_warps=4 if tokens * group <= 64 else 8,
+            STAGES=self.config.key_stages,
+            num_warps=4,
             **self.launch,
         )
         layers.combine_kernel[(m, heads)](
@@ -277,13 +277,15 @@ class TritonOps:
                 torch.full((rows,), -(2**63), dtype=torch.int64, device=logits.device),
             )
         counts, best = self._scratch[rows]
-        grid, some = (rows, _up(vocabulary, self.BLOCK)), {"WIDTH": width, "num_warps": 8, **self.launch}
+        grid, some = (rows, _up(vocabulary, self.BLOCK)), {"num_warps": 8, **self.launch}
         blocks, scores = {"BLOCK": self.BLOCK, **some}, state.scores
         sampling_kernels.guide_kernel[grid](
-            logits, slots, state.cfg_scale, state.temperature, scores, counts, vocabulary, **blocks
+            logits, slots, state.cfg_scale, state.temperature, scores, counts, width, vocabulary, **blocks
         )
         for digit in (1, 2, 3):
-            sampling_kernels.count_kernel[grid](scores, counts, slots, state.top_k, vocabulary, PASS=digit, **blocks)
+            sampling_kernels.count_kernel[grid](
+                scores, counts, slots, state.top_k, width, vocabulary, PASS=digit, **blocks
+            )
         if nucleus:  # needs a sort; what it leaves lies above top-k's threshold
             top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
             scores = keep_sorted(scores[:rows], top_k, top_p)
@@ -297,6 +299,7 @@ class TritonOps:
             state.columns,
             state.step,
             best,
+            width,
             vocabulary,
             **blocks,
         )
@@ -314,6 +317,7 @@ class TritonOps:
             ids.visual,
             ids.eol,
             ids.eoi,
+            WIDTH=width,
             **some,
         )
 

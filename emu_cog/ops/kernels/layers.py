@@ -232,9 +232,9 @@ def attend_kernel(
     table_stride,
     head_stride,
     scale,  # 1 / sqrt(D) * log2(e)
+    width,
     KV: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     QUERIES: tl.constexpr,
     D: tl.constexpr,
@@ -244,22 +244,23 @@ def attend_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attention of TOKENS tokens of a window of WIDTH over a split of their stream's keys, for the GROUP heads that
-    share keys: QUERIES columns of (k q^T) and (v^T p), of which each is computed as if alone. BLOCK divides PAGE.
+    """Attention of up to TOKENS tokens of a window of `width` over a split of their stream's keys, for the GROUP heads
+    that share keys: QUERIES rows of one shape whatever the width, so that each token is computed as if alone. BLOCK
+    divides PAGE.
 
     The keys of a token are divided into SPLITS equal parts by their own number alone, in steps of SPLITS * BLOCK keys.
     Where that number grows by a step within the tokens, programs of their own take those behind: program (tokens, kv
     head, split, and SPLITS + split for those behind).
     """
     _begin(PDL)
-    TILES: tl.constexpr = (WIDTH + TOKENS - 1) // TOKENS
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(width, TOKENS)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(1)
     split, behind = tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
-    first = tile // TILES * WIDTH + tile % TILES * TOKENS
-    column, d, t = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, BLOCK)
-    token = column // GROUP
+    first = tl.program_id(0) // tiles * width + tile * TOKENS
+    query, d, t = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, BLOCK)
+    token = query // GROUP
     row = first + token
-    live = (token < TOKENS) & (token + tile % TILES * TOKENS < WIDTH)
+    live = (token < TOKENS) & (token + tile * TOKENS < width)
     shortest = (tl.load(position_ptr + first) + 1).to(tl.int32)
     # Padding within a window has no keys of its own: it reads those of the first.
     length = tl.maximum((tl.load(position_ptr + row, mask=live, other=0) + 1).to(tl.int32), shortest)
@@ -269,33 +270,33 @@ def attend_kernel(
     begin = split * part
     end = tl.minimum(begin + part, tl.max(tl.where(live, length, 0), axis=0))
     if (behind == 0) | (end > 0):
-        heads = (row * KV + head) * GROUP + column % GROUP
-        q = tl.load(q_ptr + heads[None, :] * D + d[:, None], mask=live[None, :], other=0.0)
+        heads = (row * KV + head) * GROUP + query % GROUP
+        q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
         base = head.to(tl.int64) * head_stride
         stream = tl.load(stream_ptr + first)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
-        acc = tl.zeros((D, QUERIES), tl.float32)
+        acc = tl.zeros((QUERIES, D), tl.float32)
         for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
             page = _page(tables_ptr, stream, at, table_stride, PAGE)
             cells = base + (page * PAGE + at % PAGE + t)[:, None] * D + d[None, :]
             inside = at + t < end
             k = tl.load(k_ptr + cells, mask=inside[:, None], other=0.0)
             v = tl.load(v_ptr + cells, mask=inside[:, None], other=0.0)
-            scores = tl.dot(k, q, input_precision="ieee") * scale
-            scores = tl.where((at + t)[:, None] < length[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=0))
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where((at + t)[None, :] < length[:, None], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(scores - finite[None, :])
+            p = tl.exp2(scores - finite[:, None])
             fade = tl.exp2(top - finite)
-            total = total * fade + tl.sum(p, axis=0)
-            acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
+            total = total * fade + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             top = new_top
         cell = heads * SPLITS + split
         some = total > 0
         total = tl.where(some, total, 1.0)
         tl.store(log_ptr + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=live)
-        tl.store(acc_ptr + cell[None, :] * D + d[:, None], acc / total[None, :], mask=live[None, :])
+        tl.store(acc_ptr + cell[:, None] * D + d[None, :], acc / total[:, None], mask=live[:, None])
 
 
 @triton.jit

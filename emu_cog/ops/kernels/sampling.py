@@ -2,7 +2,7 @@
 
 The k-th largest of 131072 scores is found digit by digit: four passes over the ordered bits, eight at a time, each
 counting how many scores share the digits found so far. That is exact, ties at the threshold included, and k is read
-from the device, so that another top-k needs no new capture. Row i * WIDTH + j of the scores is for token j of image i,
+from the device, so that another top-k needs no new capture. Row i * width + j of the scores is for token j of image i,
 whose parameters are those of slot slots[i]. Each kernel runs as (rows, blocks of BLOCK scores); the last one as
 (images,).
 """
@@ -54,28 +54,28 @@ def _prefix(counts_ptr, k, PASSES: tl.constexpr):
 
 @triton.jit
 def guide_kernel(
-    logits_ptr,  # (images, 2, WIDTH, V) fp32
+    logits_ptr,  # (images, 2, width, V) fp32
     slots_ptr,  # (images,) int64
     cfg_scale_ptr,
     temperature_ptr,  # (slots,) fp32
     scores_ptr,  # (rows, V) fp32
     counts_ptr,  # (rows, 4, BINS) int32, zeros on entry
+    width,
     V,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Apply guidance and temperature, and count the first digit."""
     _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    image = row // WIDTH
+    image = row // width
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
     slot = tl.load(slots_ptr + image)
     scale, temperature = tl.load(cfg_scale_ptr + slot), tl.load(temperature_ptr + slot)
-    at = logits_ptr + (image * WIDTH + row) * V + i
+    at = logits_ptr + (image * width + row) * V + i
     c = tl.load(at, mask=live, other=0.0)
-    u = tl.load(at + WIDTH * V, mask=live, other=0.0)
+    u = tl.load(at + width * V, mask=live, other=0.0)
     # As ops/sampling.py's `guide`: exact at both ends.
     scores = tl.where(scale < 0.5, u + scale * (c - u), c - (c - u) * (1.0 - scale)) / temperature
     tl.store(scores_ptr + row * V + i, scores, mask=live)
@@ -95,9 +95,9 @@ def count_kernel(
     counts_ptr,
     slots_ptr,
     k_ptr,
+    width,
     V,
     PASS: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -107,7 +107,7 @@ def count_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
     counts_ptr += row * 4 * BINS
-    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + row // WIDTH)), PASS)
+    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + row // width)), PASS)
     key = _ordered(tl.load(scores_ptr + row * V + i, mask=live, other=0.0))
     same = live & ((key >> (32 - 8 * PASS)) == prefix)
     if tl.sum(same.to(tl.int32), axis=0) > 0:
@@ -135,22 +135,22 @@ def pick_kernel(
     columns_ptr,
     step_ptr,  # (slots,) int64
     best_ptr,  # (rows,) int64, the smallest int on entry: the largest noisy score's key, then 2^31 - 1 - its code
+    width,
     V,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add noise to the scores that top-k keeps, and find the largest. Of equal ones the first."""
     _begin(PDL)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots_ptr + row // WIDTH)
+    slot = tl.load(slots_ptr + row // width)
     i = block * BLOCK + tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + row * V + i, mask=i < V, other=float("-inf"))
     threshold, _ = _prefix(counts_ptr + row * 4 * BINS, tl.load(k_ptr + slot), 4)
     kept = (i < V) & (_ordered(scores) >= threshold)
     if tl.max(kept.to(tl.int32), axis=0) > 0:
         columns = tl.load(columns_ptr + slot)
-        place = tl.load(step_ptr + slot) + row % WIDTH
+        place = tl.load(step_ptr + slot) + row % width
         number = tl.load(sampled_ptr + slot) + place // (columns + 1) * columns + place % (columns + 1)
         counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         zero = counter * 0
