@@ -11,8 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from emu_cog.errors import CheckpointError
 
+FLASH_FILE = "flashar.safetensors"
+"""A FlashAR checkpoint's weights, decoder included, where both repositories look for them first."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("flashar.pt", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What else the FlashAR repositories load. A pickle can run code when it is opened, so these are refused."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,16 @@ def read_headers(folder: Path) -> Mapping[str, TensorHeader]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The weight files of `folder`: the index's shards, else the single file. CheckpointError when one is missing."""
+    """The weight files of `folder`: FLASH_FILE, else the index's shards, else the single file. CheckpointError when one
+    is missing."""
     names = sorted(set(_weight_map(folder).values())) or [SINGLE_FILE]
+    if (folder / FLASH_FILE).is_file():
+        names = [FLASH_FILE]
+    elif not any((folder / name).is_file() for name in (*names, INDEX_FILE)):
+        for pickle in (name for name in PICKLES if (folder / name).is_file()):
+            raise CheckpointError(
+                f"{folder / pickle} is a pickle, which can run code when it is opened: convert it to {SINGLE_FILE}"
+            )
     if missing := [name for name in names if not (folder / name).is_file()]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         without_index = "" if (folder / INDEX_FILE).is_file() else f" and has no {INDEX_FILE}"
@@ -60,7 +72,7 @@ def shard_files(folder: Path) -> list[Path]:
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name to file name, by the index; empty without one."""
     index = folder / INDEX_FILE
-    if not index.is_file():
+    if not index.is_file() or (folder / FLASH_FILE).is_file():
         return {}
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]

@@ -102,6 +102,8 @@ class Span:
     stream: int
     start: int
     count: int
+    open: bool = False
+    """Whether its tokens read all of the span, and not each up to itself: the cells of a FlashAR diagonal."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class Batch:
     tables: Tensor  # (streams, pages) int32: the cache page of every PAGE positions
     spans: tuple[Span, ...] = ()
     """The same, in the same order, as the host knows them; captured steps need none. Rows beyond them are padding."""
+    rotary: Tensor | None = None
+    """(M,) int64: the tokens' RoPE positions, where these are not `positions`."""
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -152,7 +156,7 @@ class Batch:
         if self.tokens.device == device:
             return self
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "streams", "tables")}
-        return replace(self, **moved)
+        return replace(self, **moved, rotary=None if self.rotary is None else self.rotary.to(device))
 
 
 @dataclass(kw_only=True)
@@ -235,7 +239,8 @@ class Ops(Protocol):
         queries (M, heads, D)."""
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
-        """Attention of every token over its stream up to itself: (M, heads * D), as the weight `into` reads it."""
+        """Attention of every token over its stream up to itself, or to the end of its open span: (M, heads * D), as the
+        weight `into` reads it."""
 
     def sample(self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, nucleus: bool) -> None:
         """Choose the next token of the pictures in `slots` (n,) from (2n, V) logits, two rows per picture, and move
