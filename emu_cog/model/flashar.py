@@ -24,6 +24,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import Qwen3Config
 
 from emu_cog.errors import CheckpointError
+from emu_cog.model.headers import MARKER
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import (
     ATTENTION,
@@ -41,9 +42,6 @@ from emu_cog.ops import linear
 from emu_cog.ops.interface import Batch, Layer, ModelWeights, Ops
 from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokens import TokenIds
-
-MARKER = "horizontal_head.weight"
-"""A key that every FlashAR checkpoint has and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the headers of a folder of safetensors say: names and shapes, without reading a tensor and without torch."""
+"""What config.json and the headers of a folder's safetensors say, without reading a tensor and without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +16,12 @@ FLASH_FILE = "flashar.safetensors"
 """A FlashAR checkpoint's weights, decoder included, where both repositories look for them first."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+U0_TYPE, FLASH_TYPE = "UNIS", "emu3_flashar"
+"""`model_type` of Xiaomi-Robotics-U0's configuration files, and of what lxazjk/Emu3.5-FlashAR saves
+(`_write_hf_checkpoint_dir`), which has the decoder's configuration inside."""
+MARKER = "horizontal_head.weight"
+"""A key that every FlashAR checkpoint has and no other."""
 PICKLES = ("flashar.pt", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What else the FlashAR repositories load. A pickle can run code when it is opened, so these are refused."""
 
@@ -25,6 +32,20 @@ class TensorHeader:
 
     file: Path
     shape: tuple[int, ...]
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """`folder/config.json`. CheckpointError when it is missing or unreadable."""
+    path = folder / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: a checkpoint folder holds {CONFIG_FILE}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,22 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
-from emu_cog.model.flashar import MARKER, FlashModel, check_start, empty_flash_weights, flash_destinations, shapes
-from emu_cog.model.headers import TensorHeader, read_headers
+from emu_cog.model.flashar import FlashModel, check_start, empty_flash_weights, flash_destinations, shapes
+from emu_cog.model.headers import (
+    CONFIG_FILE,
+    FLASH_TYPE,
+    MARKER,
+    U0_TYPE,
+    TensorHeader,
+    config_json,
+    read_headers,
+)
 from emu_cog.model.quantize import quantizable
 from emu_cog.model.qwen3 import Destination, LanguageModel, check_vocabulary, destinations, empty_weights
 from emu_cog.model.shards import READERS, check_state, read_tensors
 from emu_cog.prompt.tokens import TokenIds
 
 GIB = 2**30
-CONFIG_FILE = "config.json"
 # Defaults of fields that config.json leaves out; Qwen3's own differ. Source: upstream's Emu3Config; dropout
 # (0.1 there) acts in training only.
 EMU3_DEFAULTS: dict[str, Any] = {
@@ -45,15 +51,13 @@ EMU3_DEFAULTS: dict[str, Any] = {
 }
 
 
-MODEL_TYPES = ("Emu3", "qwen3", "UNIS")
+MODEL_TYPES = ("Emu3", "qwen3", U0_TYPE)
 """Emu3 under its own name, transformers' and Xiaomi-Robotics-U0's, whose configuration file has the same defaults."""
-FLASH_TYPE = "emu3_flashar"
-"""What lxazjk/Emu3.5-FlashAR writes (`_write_hf_checkpoint_dir`), with the decoder's config inside."""
 
 
 def read_config(folder: Path) -> Qwen3Config:
     """`folder/config.json` as a Qwen3Config with Emu3's defaults. CheckpointError when it is missing or unusable."""
-    path, data = folder / CONFIG_FILE, _config_json(folder)
+    path, data = folder / CONFIG_FILE, config_json(folder)
     if data.get("model_type") == FLASH_TYPE:
         nested = data.get("backbone_config")
         if not isinstance(nested, dict) or not nested:
@@ -68,19 +72,6 @@ def read_config(folder: Path) -> Qwen3Config:
     if scaling is not None:
         rope |= {"rope_type": scaling.get("type", scaling.get("rope_type")), "factor": scaling["factor"]}
     return Qwen3Config(**fields, rope_parameters=rope, attention_bias=False, use_sliding_window=False)
-
-
-def _config_json(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder holds {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
 
 
 def load_language_model(
@@ -122,7 +113,7 @@ def load_language_model(
     return LanguageModel(config, weights, ids)
 
 
-NOT_BUILT = "FlashAR decoding is not built yet, only the reading of its weights"
+NOT_BUILT = "FlashAR decoding is not built yet"
 
 
 def load_flash_model(
@@ -155,7 +146,7 @@ def load_flash_model(
 
 def _vertical_layers(folder: Path, layers: int, headers: Mapping[str, TensorHeader]) -> tuple[int, int]:
     """How many vertical layers there are, and the decoder's layer at which they begin."""
-    data, where = _config_json(folder), str(folder / CONFIG_FILE)
+    data, where = config_json(folder), str(folder / CONFIG_FILE)
     held = {name.split(".")[1] for name in headers if name.startswith("vertical_block.")}
 
     def number(name: str, default: int) -> int:
