@@ -17,6 +17,7 @@ from _models import tiny
 from safetensors.torch import load_file, save_file
 
 from emu_cog.errors import CheckpointError
+from emu_cog.memory import plan_memory
 from emu_cog.model.loader import load_language_model
 from emu_cog.model.quantize import quantizable
 from emu_cog.prompt.tokenizer import Tokenizer
@@ -169,3 +170,20 @@ def test_it_is_not_loaded_as_a_plain_decoder(folders: Folders) -> None:
     folder = folders("lxazjk").model
     with pytest.raises(CheckpointError, match=r"holds FlashAR weights \(horizontal_head.weight\)"):
         load_language_model(folder, Tokenizer.load(folder).ids, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
+def test_memory_is_estimated_for_what_is_kept(dtype: torch.dtype, form: str | None, folders: Folders) -> None:
+    """Without the heads' text rows, 3 GB of the released weights; and with the vertical layers' keys and values."""
+    made = folders("lxazjk")
+    w = load(made.model, dtype=dtype, quantize=form).weights
+    gates = (w.pair_in, w.pair_out, w.pair_bias, w.corner, w.corner_bias)
+    tensors = [w.decoder.embed, w.decoder.norm, w.decoder.head, w.vertical_norm, *gates]
+    for layer in (*w.decoder.layers, *w.vertical):
+        for part in vars(layer).values():
+            tensors += [part] if isinstance(part, torch.Tensor) else [t for t in vars(part).values() if t is not None]
+    given = {"device": CPU, "dtype": dtype, "spread": False, "area": 160 * 160, "quantize": form}
+    budget = plan_memory(made.model, made.vision, **given)  # type: ignore[arg-type]
+    assert budget.weights == sum(tensor.nbytes for tensor in tensors)
+    kv = 2 * (4 + 2) * 2 * 12 * dtype.itemsize  # keys and values, layers, heads, channels
+    assert budget.per_token == 2 * kv

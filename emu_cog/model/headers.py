@@ -22,6 +22,7 @@ U0_TYPE, FLASH_TYPE = "UNIS", "emu3_flashar"
 (`_write_hf_checkpoint_dir`), which has the decoder's configuration inside."""
 MARKER = "horizontal_head.weight"
 """A key that every FlashAR checkpoint has and no other."""
+FLASH_HEADS = (MARKER, "vertical_head.weight")
 PICKLES = ("flashar.pt", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What else the FlashAR repositories load. A pickle can run code when it is opened, so these are refused."""
 
