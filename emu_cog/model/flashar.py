@@ -127,26 +127,9 @@ def rotary_positions(diagonal: Diagonal, longest: int) -> list[int]:
 # -- 2. passes ---------------------------------------------------------------------------------------------
 
 
-def read_prompt(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Store a prompt's tokens; returns h and v (M, hidden) each. Here v is what enters layer `start`, as it is."""
-    h, inner = _decoder(ops, w, batch, cache)
-    return h, inner
-
-
-def draw(
-    ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache, image: Batch, image_cache: KVCache
-) -> tuple[Tensor, Tensor]:
-    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch in
-    the vertical layers' cache, which counts cells alone."""
-    h, residual = _decoder(ops, w, batch, cache)
-    eps, first = w.decoder.shape.eps, w.vertical[0]
-    x = ops.add_norm(None, residual, first.input_norm, eps, first.qkv)
-    v, _ = run_layers(ops, w.vertical, (w.vertical_norm, None), w.decoder, x, residual, image, image_cache)
-    return h, v
-
-
-def _decoder(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """The final hidden states, and what entered layer `start`: (M, hidden) each."""
+def run_decoder(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Store the batch's tokens; returns their final hidden states and what entered layer `start`, (M, hidden) each. Of
+    a prompt's last token these are h and v."""
     residual, (lower, upper) = F.embedding(batch.tokens, w.decoder.embed), w.split
     first, into = w.decoder.layers[0], upper[0]
     x = ops.add_norm(None, residual, first.input_norm, w.decoder.shape.eps, first.qkv)
@@ -155,6 +138,18 @@ def _decoder(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[T
     inner = residual.clone()  # the layers above add to it in place
     h, _ = run_layers(ops, upper, (w.decoder.norm, None), w.decoder, x, residual, batch, cache, first=w.start)
     return h, inner
+
+
+def draw(
+    ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache, image: Batch, image_cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch in
+    the vertical layers' cache, which counts cells alone."""
+    h, residual = run_decoder(ops, w, batch, cache)
+    eps, first = w.decoder.shape.eps, w.vertical[0]
+    x = ops.add_norm(None, residual, first.input_norm, eps, first.qkv)
+    v, _ = run_layers(ops, w.vertical, (w.vertical_norm, None), w.decoder, x, residual, image, image_cache)
+    return h, v
 
 
 def share(w: FlashWeights, h: Tensor, v: Tensor) -> Tensor:
@@ -168,16 +163,17 @@ def corner_share(w: FlashWeights, h: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(h.float(), w.corner, w.corner_bias))
 
 
-def head_input(w: FlashWeights, h: Tensor, v: Tensor, diagonal: Diagonal) -> Tensor:
-    """What the heads read for a diagonal's cells: (count, 2 hidden), from h and v of the diagonal before, or for the
-    first of the prompt's last token (1, hidden). Heads are linear, so the gate weighs their input: one product with
-    both heads side by side gives g H(h) + (1 - g) V(v)."""
-    if diagonal.number == 0:
-        gate = corner_share(w, h)
-    else:
-        left, above = (torch.tensor(places, device=h.device) for places in (diagonal.left, diagonal.above))
-        h, v = h[left.clamp(min=0)], v[above.clamp(min=0)]
-        gate = share(w, h, v).where(left[:, None] >= 0, 0.0).where(above[:, None] >= 0, 1.0)
+def head_input(w: FlashWeights, h: Tensor, v: Tensor, left: Tensor, above: Tensor) -> Tensor:
+    """What the heads read for a diagonal's cells: (count, 2 hidden), from h and v (N, hidden) of the diagonal before.
+    `left` and `above` (count,) int64 are the neighbours' places there, -1 where a cell has none; the first cell has
+    neither, and h and v are the prompt's.
+
+    Heads are linear, so the gate weighs their input: one product with both heads side by side is g H(h) + (1 - g) V(v).
+    """
+    h, v = h[left.clamp(min=0)], v[above.clamp(min=0)]
+    leftmost, top = left[:, None] < 0, above[:, None] < 0
+    gate = share(w, h, v).masked_fill(leftmost, 0.0).masked_fill(top, 1.0)
+    gate = torch.where(leftmost & top, corner_share(w, h), gate)
     return torch.cat([gate * h, (1 - gate) * v], dim=-1).to(h.dtype)
 
 
@@ -218,7 +214,7 @@ class FlashModel:
     def read(self, cache: KVCache, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         """One pass over prompts, in chunks: h and v (all tokens, hidden) each."""
         with sdpa_kernel(ATTENTION, set_priority=True):
-            return read_prompt(self.ops, self.weights, batch_of(chunks).to(self.device), cache)
+            return run_decoder(self.ops, self.weights, batch_of(chunks).to(self.device), cache)
 
     @torch.inference_mode()
     def draw(self, cache: KVCache, image_cache: KVCache, streams: Sequence[Cells]) -> tuple[Tensor, Tensor]:
@@ -237,7 +233,8 @@ class FlashModel:
     @torch.inference_mode()
     def logits(self, h: Tensor, v: Tensor, diagonal: Diagonal) -> Tensor:
         """One stream's logits (count, visual tokens) fp32 of a diagonal, from h and v of the one before."""
-        return self.ops.logits(head_input(self.weights, h, v, diagonal), self.weights.decoder.visual_head)
+        left, above = (torch.tensor(places, device=self.device) for places in (diagonal.left, diagonal.above))
+        return self.ops.logits(head_input(self.weights, h, v, left, above), self.weights.decoder.visual_head)
 
 
 def _opened(batch: Batch, rotary: Tensor) -> Batch:
