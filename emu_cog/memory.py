@@ -12,7 +12,7 @@ import torch
 
 from emu_cog.errors import InputError
 from emu_cog.log import log
-from emu_cog.model.headers import TensorHeader, read_headers
+from emu_cog.model.headers import FLASH_HEADS, TensorHeader, read_headers
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.loader import read_config
 from emu_cog.model.quantize import quantizable
@@ -103,7 +103,8 @@ def check_memory_budget(
 ) -> Budget:
     """Estimate and log what a run needs before anything is loaded. InputError with the numbers where it is too much."""
     usual = tasks.plan(Request(prompt="-"), defaults)
-    picture = PROMPT_TOKENS + tasks.PICTURE_TEXT_TOKENS + block_length(*(usual.size or (64, 64)))
+    text = 0 if usual.task.diagonal else tasks.PICTURE_TEXT_TOKENS
+    picture = PROMPT_TOKENS + text + block_length(*(usual.size or (64, 64)))
     budget = plan_memory(
         folder,
         vision_folder,
@@ -128,7 +129,8 @@ def plan_memory(
     quantize: str | None = None,
 ) -> Budget:
     """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
-    config, vision = read_config(folder), VisionConfig.read(vision_folder)
+    config, vision, headers = read_config(folder), VisionConfig.read(vision_folder), read_headers(folder)
+    vertical = len({name.split(".")[1] for name in headers if name.startswith("vertical_block.")})
     with torch.device("meta"):
         vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
     # The decoder's last level holds about four full-size fp32 feature maps at a time.
@@ -136,18 +138,27 @@ def plan_memory(
     return Budget(
         device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",
         available=available_bytes(device, all_devices=spread),
-        weights=_weight_bytes(read_headers(folder), dtype, quantize),
+        weights=_weight_bytes(headers, dtype, quantize, codes=vision.n_embed),
         vision=vision_bytes,
         workspace=workspace + (WORKSPACE if device.type == "cuda" else 0),
-        per_token=2 * KVCache.bytes_per_token(config, dtype),
+        # FlashAR's vertical layers keep keys and values of cells; here, of all tokens.
+        per_token=2 * KVCache.bytes_per_token(config, dtype) * (1 + vertical / config.num_hidden_layers),
     )
 
 
-def _weight_bytes(headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None) -> float:
-    """Bytes of the weights on the device, 8-bit ones with their scales."""
+def _weight_bytes(
+    headers: Mapping[str, TensorHeader], dtype: torch.dtype, quantize: str | None, *, codes: int
+) -> float:
+    """Bytes of the weights on the device, 8-bit ones with their scales. Of FlashAR's heads the `codes` rows of visual
+    tokens are kept, of its gates fp32 numbers."""
     small = set(quantizable(headers)) if quantize else set()
     total = 0
     for name, header in headers.items():
         count = math.prod(header.shape)
-        total += count + 4 * header.shape[0] if name in small else count * dtype.itemsize
+        if name in small:
+            total += count + 4 * header.shape[0]
+        elif name in FLASH_HEADS:
+            total += codes * header.shape[1] * dtype.itemsize
+        else:
+            total += count * (4 if name.startswith("hv_gate") else dtype.itemsize)
     return float(total)

@@ -21,13 +21,13 @@ from emu_cog.engine.engine import Engine, Submission
 from emu_cog.engine.runner import MAX_SEQUENCES, ModelRunner
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Prefilled, Stats, Tokens, Trace
 from emu_cog.engine.sequence import Event as EngineEvent
-from emu_cog.errors import CheckpointError
+from emu_cog.errors import CheckpointError, InputError
 from emu_cog.events import Event, Finished, Picture, Progress, ProgressMeter, RunStats
 from emu_cog.log import log
 from emu_cog.memory import Budget, check_memory_budget
 from emu_cog.model import torch_settings
 from emu_cog.model.device import check_settings, choose_device, choose_dtype, choose_spread
-from emu_cog.model.loader import load_language_model
+from emu_cog.model.loader import NOT_BUILT, load_language_model
 from emu_cog.model.quantize import check_format
 from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.ops.linear import CPU_ROWS
@@ -90,8 +90,10 @@ class Pipeline:
         compile: bool = True,
         revision: str | None = None,
         kind: str = "image",
+        tokenizer_folder: Path | str | None = None,
     ) -> Pipeline:
-        """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format.
+        """Load a checkpoint folder and a vision tokenizer folder in Emu3.5's format. `kind` is a key of `tasks.TABLES`;
+        `tokenizer_folder` holds the text tokenizer's files, if not the checkpoint folder does.
 
         `device` and `dtype` default to what is there: bfloat16 on CUDA, float32 elsewhere. The vision tokenizer
         always runs in float32. At most `max_outputs` outputs are generated at a time (default: 8 on a CPU, on a GPU
@@ -107,7 +109,9 @@ class Pipeline:
         weights_dtype = choose_dtype(dtype, target)
         torch_settings.apply(target)
         check_format(quantize, target)
-        tokenizer, defaults = Tokenizer.load(folder), tasks.ModelDefaults.read(folder, kind=kind)
+        tokenizer = Tokenizer.load(Path(tokenizer_folder) if tokenizer_folder else folder)
+        defaults = tasks.ModelDefaults.read(folder, kind=kind)
+        check_built(defaults.kind)
         budget = check_memory_budget(
             folder,
             vision_folder,
@@ -158,6 +162,7 @@ class Pipeline:
         check_settings(
             device=settings.device, dtype=settings.dtype, device_map=settings.device_map, quantize=settings.quantize
         )
+        check_built(settings.checkpoint)
         torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(
@@ -172,6 +177,7 @@ class Pipeline:
             compile=settings.compile,
             revision=found.revision,
             kind=found.guidance,
+            tokenizer_folder=found.tokenizer,
         )
 
     def warm_up(self) -> None:
@@ -385,6 +391,12 @@ class Running:
             return None
         room = self._pipeline.lm.context - len(output.conditional)
         return min(room, config.max_new_tokens or room)
+
+
+def check_built(kind: str) -> None:
+    """InputError for kinds of models whose pictures are decoded by diagonals."""
+    if any(task.diagonal for task in tasks.TABLES.get(kind, {}).values()):
+        raise InputError(f"EMU_CHECKPOINT={kind} can't be used: {NOT_BUILT}; use mini, image, base or u0")
 
 
 def compile_cache(settings: Settings) -> Path:

@@ -187,12 +187,12 @@ class TestVerify:
 
 
 class TestPin:
-    def test_pins_every_file_of_all_three(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_pins_every_file_of_all_repositories(self, hub: HubServer, tmp_path: Path) -> None:
         commits = fill(hub)
         code, out, err = run(hub, tmp_path, "--pin")
         assert code == 0, err
         pins = read_pins(tmp_path / "weights.pins.json")
-        assert set(pins) == {IMAGE, BASE, VISION}
+        assert set(pins) == set(parts())
         for name, pin in pins.items():
             assert pin.commit == commits[name]
             assert {n: e.size for n, e in pin.files.items()} == {n: len(c) for n, c in wanted(name).items()}
@@ -224,9 +224,9 @@ class TestPin:
         assert (tmp_path / "weights.pins.json").read_text() == '{"repositories": {}}'
 
 
-def test_the_committed_pins_names_all_three_repositories() -> None:
+def test_the_committed_pins_names_all_repositories() -> None:
     pins = read_pins(ROOT / "weights.pins.json")
-    assert set(pins) == {IMAGE, BASE, VISION}
+    assert set(pins) == set(parts())
     assert pins[VISION].commit == VISION_COMMIT
     for name in (IMAGE, BASE):
         assert pins[name].commit or pins[name].seen

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from _models.flashar import UNIS_NAMES, make_flashar
 from _models.tiny import make_tiny
 from hub_server import Fault, HubServer
 
@@ -26,7 +27,12 @@ from emu_cog.weights.store import Checkpoint, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE, BASE, VISION = "BAAI/Emu3.5-Image", "BAAI/Emu3.5", "BAAI/Emu3.5-VisionTokenizer"
-FOLDERS = {IMAGE: "Emu3.5-Image", BASE: "Emu3.5-Base", VISION: "Emu3.5-VisionTokenizer"}
+U0, U0_FLASH = "XiaomiRobotics/Xiaomi-Robotics-U0", "XiaomiRobotics/Xiaomi-Robotics-U0-FlashAR"
+FLASH = "lxazjk/Emu3.5-Image-FlashAR"
+FOLDERS = {
+    IMAGE: "Emu3.5-Image", BASE: "Emu3.5-Base", VISION: "Emu3.5-VisionTokenizer",
+    U0: "Xiaomi-Robotics-U0", U0_FLASH: "Xiaomi-Robotics-U0-FlashAR", FLASH: "Emu3.5-Image-FlashAR",
+}  # fmt: skip
 VISION_COMMIT = "91789bbaa3f49b4b8882fc823d6849207bb99f13"
 HASTY = Patience(attempts=3, first_wait=0.05, longest_wait=0.2, connect=2, stall=0.3, longest_asked=5)
 TAR = "/weights/model.tar"
@@ -42,16 +48,32 @@ def parts() -> dict[str, dict[str, bytes]]:
     model = {p.name: p.read_bytes() for p in sorted(made.model.iterdir())}
     vision = {p.name: p.read_bytes() for p in sorted(made.vision.iterdir())}
     other = {"README.md": b"# a card\n", "tokenization_emu3.py": b"raise SystemExit('not to be fetched')\n"}
-    return {IMAGE: model | other, BASE: model | other, VISION: vision | other}
+    u0 = {UNIS_NAMES.get(name, name): content for name, content in model.items()}
+    u0["config.json"] = model["config.json"].replace(b'"Emu3"', b'"UNIS"')
+    fast = {
+        layout: {p.name: p.read_bytes() for p in sorted(made.model.iterdir())}
+        for layout, made in (
+            (layout, make_flashar(folder / layout, layout=layout, shards=2, hidden=32, logit_bias={}))
+            for layout in ("lxazjk", "u0")
+        )
+    }
+    # What lxazjk's training saves (`_write_hf_checkpoint_dir`): no tokenizer.
+    flash = {name: content for name, content in fast["lxazjk"].items() if name not in UNIS_NAMES}
+    flash["checkpoint_meta.json"] = b"{}"
+    return {
+        IMAGE: model | other, BASE: model | other, VISION: vision | other,
+        U0: u0 | other, U0_FLASH: fast["u0"] | other, FLASH: flash | other,
+    }  # fmt: skip
 
 
 def wanted(repo: str) -> dict[str, bytes]:
     """The files of `repo` that a checkpoint needs."""
-    return {n: c for n, c in parts()[repo].items() if n not in ("README.md", "tokenization_emu3.py")}
+    others = ("README.md", "tokenization_emu3.py", "checkpoint_meta.json")
+    return {n: c for n, c in parts()[repo].items() if n not in others}
 
 
 def fill(hub: HubServer) -> dict[str, str]:
-    """Put all three repositories on the server; returns repository name to commit."""
+    """Put all repositories on the server; returns repository name to commit."""
     return {
         name: hub.add_repo(name, files, commit=VISION_COMMIT if name == VISION else None)
         for name, files in parts().items()

@@ -1,8 +1,7 @@
-"""Load an Emu3.5 folder as a LanguageModel: read its config, compare its headers, read each weight to its device."""
+"""Load a folder as a LanguageModel or FlashModel: read its config, compare its headers, read each weight once."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +16,22 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
-from emu_cog.model.headers import TensorHeader, read_headers
+from emu_cog.model.flashar import FlashModel, check_start, empty_flash_weights, flash_destinations, shapes
+from emu_cog.model.headers import (
+    CONFIG_FILE,
+    FLASH_TYPE,
+    MARKER,
+    U0_TYPE,
+    TensorHeader,
+    config_json,
+    read_headers,
+)
 from emu_cog.model.quantize import quantizable
 from emu_cog.model.qwen3 import Destination, LanguageModel, check_vocabulary, destinations, empty_weights
 from emu_cog.model.shards import READERS, check_state, read_tensors
 from emu_cog.prompt.tokens import TokenIds
 
 GIB = 2**30
-CONFIG_FILE = "config.json"
 # Defaults of fields that config.json leaves out; Qwen3's own differ. Source: upstream's Emu3Config; dropout
 # (0.1 there) acts in training only.
 EMU3_DEFAULTS: dict[str, Any] = {
@@ -44,16 +51,19 @@ EMU3_DEFAULTS: dict[str, Any] = {
 }
 
 
+MODEL_TYPES = ("Emu3", "qwen3", U0_TYPE)
+"""Emu3 under its own name, transformers' and Xiaomi-Robotics-U0's, whose configuration file has the same defaults."""
+
+
 def read_config(folder: Path) -> Qwen3Config:
     """`folder/config.json` as a Qwen3Config with Emu3's defaults. CheckpointError when it is missing or unusable."""
-    path = folder / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder holds {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("model_type", "Emu3") not in ("Emu3", "qwen3"):
+    path, data = folder / CONFIG_FILE, config_json(folder)
+    if data.get("model_type") == FLASH_TYPE:
+        nested = data.get("backbone_config")
+        if not isinstance(nested, dict) or not nested:
+            raise CheckpointError(f"{path}: model_type {FLASH_TYPE} needs the decoder's own config in backbone_config")
+        data = nested
+    if data.get("model_type", "Emu3") not in MODEL_TYPES:
         raise CheckpointError(f"{path}: model_type must be 'Emu3', found {data.get('model_type')!r}")
     fields = {name: data.get(name, default) for name, default in EMU3_DEFAULTS.items()}
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
@@ -88,6 +98,8 @@ def load_language_model(
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     headers = read_headers(folder)
+    if MARKER in headers:
+        raise CheckpointError(f"{folder} holds FlashAR weights ({MARKER}): {NOT_BUILT}")
     check_state(expected, headers, where=str(folder))
     places = _places(model, dtype, device, quantize) if device_map == "auto" else {"": device}
 
@@ -99,6 +111,56 @@ def load_language_model(
     _read_weights(dict(destinations(config, weights, quantize)), headers, places, dtype)
     log.info("weights read in %.1f s", time.perf_counter() - started)
     return LanguageModel(config, weights, ids)
+
+
+NOT_BUILT = "FlashAR decoding is not built yet"
+
+
+def load_flash_model(
+    folder: Path, ids: TokenIds, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> FlashModel:
+    """Load a folder with FlashAR's keys, as `load_language_model` does: all of it on one device.
+
+    The number of vertical layers and where they begin are config.json's `vertical_layers` and `vertical_start_layer`;
+    else the layers are counted and taken to begin at the decoder's last ones, as Xiaomi-Robotics-U0 has it
+    (xr_u0_flashar/eager_cli.py). CheckpointError names what is wrong.
+    """
+    config = read_config(folder)
+    config.tie_word_embeddings = True  # there is no lm_head: the two heads stand in for it
+    check_vocabulary(config, ids)
+    headers = read_headers(folder)
+    layers, start = _vertical_layers(folder, config.num_hidden_layers, headers)
+    with init_empty_weights(include_buffers=False):
+        decoder = Qwen3ForCausalLM(config).model  # for its keys and shapes
+    expected = {f"backbone.{name}": value for name, value in decoder.state_dict().items()}
+    expected |= {name: torch.empty(shape, device="meta") for name, shape in shapes(config, layers).items()}
+    check_state(expected, headers, where=str(folder))
+    weights = empty_flash_weights(
+        config, ids, vertical=layers, start=start, dtype=dtype, device=device, quantize=quantize
+    )
+    started = time.perf_counter()
+    _read_weights(dict(flash_destinations(config, ids, weights, quantize)), headers, {"": device}, dtype)
+    log.info("weights read in %.1f s", time.perf_counter() - started)
+    return FlashModel(config, weights, ids)
+
+
+def _vertical_layers(folder: Path, layers: int, headers: Mapping[str, TensorHeader]) -> tuple[int, int]:
+    """How many vertical layers there are, and the decoder's layer at which they begin."""
+    data, where = config_json(folder), str(folder / CONFIG_FILE)
+    held = {name.split(".")[1] for name in headers if name.startswith("vertical_block.")}
+
+    def number(name: str, default: int) -> int:
+        value = data.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{where}: {name} must be a whole number, found {value!r}")
+        return value
+
+    count = number("vertical_layers", len(held))
+    if count < 1:
+        raise CheckpointError(f"{folder} has no vertical_block: FlashAR weights need their vertical branch")
+    start = number("vertical_start_layer", layers - count)
+    check_start(start, layers=layers, vertical=count, where=where)
+    return count, start
 
 
 Places = Mapping[str, torch.device]

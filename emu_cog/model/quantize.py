@@ -50,5 +50,7 @@ def quantized(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def quantizable(names: Iterable[str]) -> Iterator[str]:
-    """The keys of a checkpoint that get 8-bit weights: every linear layer inside the decoder's layers."""
-    return (name for name in names if ".layers." in name and name.endswith("_proj.weight"))
+    """The keys of a checkpoint that get 8-bit weights: every linear layer inside the decoder's layers, and inside
+    FlashAR's vertical ones."""
+    inside = (".layers.", "vertical_block.")
+    return (name for name in names if name.endswith("_proj.weight") and any(part in name for part in inside))

@@ -31,11 +31,33 @@ can't be told that the queries are the last of the keys: it serves a prompt's be
 
 def forward(ops: Ops, w: ModelWeights, batch: Batch, cache: KVCache) -> Tensor:
     """Store the batch's tokens in the cache; returns their final hidden states (M, hidden)."""
-    residual, eps = F.embedding(batch.tokens, w.embed), w.shape.eps
-    rope = w.rope[:, batch.positions]
-    x = ops.add_norm(None, residual, w.layers[0].input_norm, eps, w.layers[0].qkv)
-    after = [(layer.input_norm, layer.qkv) for layer in w.layers[1:]] + [(w.norm, None)]
-    for layer, (norm, into), k, v in zip(w.layers, after, cache.keys, cache.values, strict=True):
+    residual, first = F.embedding(batch.tokens, w.embed), w.layers[0]
+    x = ops.add_norm(None, residual, first.input_norm, w.shape.eps, first.qkv)
+    x, _ = run_layers(ops, w.layers, (w.norm, None), w, x, residual, batch, cache)
+    return x.to(w.embed.device)
+
+
+def run_layers(
+    ops: Ops,
+    layers: Sequence[Layer],
+    after: tuple[Tensor, Weight | None],
+    w: ModelWeights,
+    x: Tensor,
+    residual: Tensor,
+    batch: Batch,
+    cache: KVCache,
+    *,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run `layers`, whose keys and values are those of the cache from layer `first` on, over the batch's tokens.
+
+    `x` is what the first layer reads, `residual` what its norm read; both (M, hidden). `after` are the norm that
+    follows the last layer and the weight that reads its result. Returns that result, and what the norm read.
+    """
+    rope, eps = w.rope[:, batch.positions if batch.rotary is None else batch.rotary], w.shape.eps
+    following = [*((layer.input_norm, layer.qkv) for layer in layers[1:]), after]
+    kept = slice(first, first + len(layers))
+    for layer, (norm, into), k, v in zip(layers, following, cache.keys[kept], cache.values[kept], strict=True):
         if x.device != k.device:  # the layers are spread over several devices
             x, residual, rope, batch = x.to(k.device), residual.to(k.device), rope.to(k.device), batch.to(k.device)
         q = ops.rope_store(ops.linear(x, layer.qkv), layer, w.shape, rope, batch, k, v)
@@ -43,7 +65,7 @@ def forward(ops: Ops, w: ModelWeights, batch: Batch, cache: KVCache) -> Tensor:
         x = ops.add_norm(ops.linear(x, layer.o), residual, layer.post_norm, eps, layer.gate_up)
         x = ops.swiglu(x, layer.gate_up)
         x = ops.add_norm(ops.linear(x, layer.down), residual, norm.to(k.device), eps, into)
-    return x.to(w.embed.device)
+    return x, residual
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,23 @@ class Chunk:
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
+
+
+def batch_of(chunks: Sequence[Chunk]) -> Batch:
+    """One pass over `chunks`, each of another stream."""
+    tables = torch.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=torch.int32)
+    for table, chunk in zip(tables, chunks, strict=True):
+        table[: len(chunk.pages)] = torch.tensor(chunk.pages)
+    spans = tuple(Span(i, chunk.start, len(chunk.tokens)) for i, chunk in enumerate(chunks))
+    return Batch(
+        tokens=torch.tensor([token for chunk in chunks for token in chunk.tokens]),
+        positions=torch.cat([torch.arange(span.start, span.start + span.count) for span in spans]),
+        streams=torch.tensor([span.stream for span in spans]).repeat_interleave(
+            torch.tensor([span.count for span in spans])
+        ),
+        tables=tables,
+        spans=spans,
+    )
 
 
 class LanguageModel:
@@ -78,19 +117,7 @@ class LanguageModel:
     @torch.inference_mode()
     def feed(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
         """One pass over new tokens of several streams, in order: their final hidden states (all tokens, hidden)."""
-        tables = torch.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=torch.int32)
-        for table, chunk in zip(tables, chunks, strict=True):
-            table[: len(chunk.pages)] = torch.tensor(chunk.pages)
-        spans = tuple(Span(i, chunk.start, len(chunk.tokens)) for i, chunk in enumerate(chunks))
-        batch = Batch(
-            tokens=torch.tensor([token for chunk in chunks for token in chunk.tokens]),
-            positions=torch.cat([torch.arange(span.start, span.start + span.count) for span in spans]),
-            streams=torch.tensor([span.stream for span in spans]).repeat_interleave(
-                torch.tensor([span.count for span in spans])
-            ),
-            tables=tables,
-            spans=spans,
-        )
+        batch = batch_of(chunks)
         with sdpa_kernel(ATTENTION, set_priority=True):
             return self.forward(batch.to(self.device), cache)
 
@@ -127,42 +154,62 @@ def empty_weights(
     quantize: str | None = None,
 ) -> ModelWeights:
     """Uninitialized weights of `config`, each on the device that `place` names for its key; the angles are right."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, kv = config.num_attention_heads, int(config.num_key_value_heads or 0)
 
     def empty(key: str, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=place(key))
 
-    def weight(key: str, n: int, k: int) -> Weight:
-        if quantize is None or key == "lm_head":
-            return Weight(linear.empty(n, k, dtype=dtype, device=place(key)))
-        data = torch.empty((n, k), dtype=FORMATS[quantize][0], device=place(key))
-        return Weight(data, torch.empty(n, dtype=torch.float32, device=place(key)))
-
-    def layer(key: str) -> Layer:
-        return Layer(
-            qkv=weight(key, (heads + 2 * kv) * dim, hidden),
-            o=weight(key, hidden, heads * dim),
-            gate_up=weight(key, 2 * inner, hidden),
-            down=weight(key, hidden, inner),
-            input_norm=empty(key, hidden),
-            post_norm=empty(key, hidden),
-            q_norm=empty(key, dim),
-            k_norm=empty(key, dim),
-        )
-
+    hidden = config.hidden_size
+    if config.tie_word_embeddings:
+        head = None
+    else:
+        head = linear.empty(config.vocab_size, hidden, dtype=dtype, device=place("lm_head"))
+    layers = [
+        empty_layer(config, dtype=dtype, device=place(f"model.layers.{i}"), quantize=quantize)
+        for i in range(config.num_hidden_layers)
+    ]
     embed = empty("model.embed_tokens", config.vocab_size, hidden)
     angles = Qwen3RotaryEmbedding(config).to(embed.device)
     # One page more than the context: what steps are padded with, and sequences at their end, have a position too.
     positions = torch.arange(config.max_position_embeddings + PAGE, device=embed.device)
     return ModelWeights(
         embed=embed,
-        layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)),
+        layers=tuple(layers),
         norm=empty("model.norm", hidden),
-        head=embed if config.tie_word_embeddings else weight("lm_head", config.vocab_size, hidden).data,
+        head=embed if head is None else head,
         visual=slice(ids.visual, ids.vocab_size),
         rope=torch.stack(angles(embed[:0], positions[None]))[:, 0].contiguous(),
-        shape=Shape(heads=heads, kv_heads=kv, head_dim=dim, eps=config.rms_norm_eps),
+        shape=Shape(
+            heads=config.num_attention_heads,
+            kv_heads=int(config.num_key_value_heads or 0),
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        ),
+    )
+
+
+def empty_layer(config: Qwen3Config, *, dtype: torch.dtype, device: torch.device, quantize: str | None) -> Layer:
+    """Uninitialized weights of one layer."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv = config.num_attention_heads, int(config.num_key_value_heads or 0)
+
+    def norm(size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def weight(n: int, k: int) -> Weight:
+        if quantize is None:
+            return Weight(linear.empty(n, k, dtype=dtype, device=device))
+        data = torch.empty((n, k), dtype=FORMATS[quantize][0], device=device)
+        return Weight(data, torch.empty(n, dtype=torch.float32, device=device))
+
+    return Layer(
+        qkv=weight((heads + 2 * kv) * dim, hidden),
+        o=weight(hidden, heads * dim),
+        gate_up=weight(2 * inner, hidden),
+        down=weight(hidden, inner),
+        input_norm=norm(hidden),
+        post_norm=norm(hidden),
+        q_norm=norm(dim),
+        k_norm=norm(dim),
     )
 
 
@@ -174,6 +221,18 @@ def destinations(
     config: Qwen3Config, w: ModelWeights, quantize: str | None = None
 ) -> Iterator[tuple[str, Destination]]:
     """Every key of a checkpoint, and what takes its tensor into `w`."""
+    yield "model.embed_tokens.weight", w.embed.copy_
+    yield "model.norm.weight", w.norm.copy_
+    if w.head is not w.embed:
+        yield "lm_head.weight", w.head.copy_
+    for i, layer in enumerate(w.layers):
+        yield from layer_destinations(f"model.layers.{i}", config, layer, w.shape, quantize)
+
+
+def layer_destinations(
+    key: str, config: Qwen3Config, layer: Layer, shape: Shape, quantize: str | None
+) -> Iterator[tuple[str, Destination]]:
+    """The keys of the layer `key`."""
 
     def rows(weight: Weight, begin: int, count: int) -> Destination:
         place = slice(begin, begin + count)
@@ -186,21 +245,16 @@ def destinations(
 
         return fill
 
-    yield "model.embed_tokens.weight", w.embed.copy_
-    yield "model.norm.weight", w.norm.copy_
-    if w.head is not w.embed:
-        yield "lm_head.weight", w.head.copy_
-    query, kv = w.shape.heads * w.shape.head_dim, w.shape.kv_heads * w.shape.head_dim
-    for i, layer in enumerate(w.layers):
-        at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        yield f"{at}.q_proj.weight", rows(layer.qkv, 0, query)
-        yield f"{at}.k_proj.weight", rows(layer.qkv, query, kv)
-        yield f"{at}.v_proj.weight", rows(layer.qkv, query + kv, kv)
-        yield f"{at}.o_proj.weight", rows(layer.o, 0, config.hidden_size)
-        yield f"{mlp}.gate_proj.weight", rows(layer.gate_up, 0, config.intermediate_size)
-        yield f"{mlp}.up_proj.weight", rows(layer.gate_up, config.intermediate_size, config.intermediate_size)
-        yield f"{mlp}.down_proj.weight", rows(layer.down, 0, config.hidden_size)
-        yield f"{at}.q_norm.weight", layer.q_norm.copy_
-        yield f"{at}.k_norm.weight", layer.k_norm.copy_
-        yield f"model.layers.{i}.input_layernorm.weight", layer.input_norm.copy_
-        yield f"model.layers.{i}.post_attention_layernorm.weight", layer.post_norm.copy_
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    at, mlp = f"{key}.self_attn", f"{key}.mlp"
+    yield f"{at}.q_proj.weight", rows(layer.qkv, 0, query)
+    yield f"{at}.k_proj.weight", rows(layer.qkv, query, kv)
+    yield f"{at}.v_proj.weight", rows(layer.qkv, query + kv, kv)
+    yield f"{at}.o_proj.weight", rows(layer.o, 0, config.hidden_size)
+    yield f"{mlp}.gate_proj.weight", rows(layer.gate_up, 0, config.intermediate_size)
+    yield f"{mlp}.up_proj.weight", rows(layer.gate_up, config.intermediate_size, config.intermediate_size)
+    yield f"{mlp}.down_proj.weight", rows(layer.down, 0, config.hidden_size)
+    yield f"{at}.q_norm.weight", layer.q_norm.copy_
+    yield f"{at}.k_norm.weight", layer.k_norm.copy_
+    yield f"{key}.input_layernorm.weight", layer.input_norm.copy_
+    yield f"{key}.post_attention_layernorm.weight", layer.post_norm.copy_

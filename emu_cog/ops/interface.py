@@ -103,6 +103,8 @@ class Span:
     stream: int
     start: int
     count: int
+    open: bool = False
+    """Whether its tokens read all of the span, and not each up to itself: the cells of a FlashAR diagonal."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class Batch:
     width: int = 1
     """What captured steps know instead: every `width` rows are consecutive tokens of one stream, from the first of them
     on, or padding."""
+    rotary: Tensor | None = None
+    """(M,) int64: the tokens' RoPE positions, where these are not `positions`."""
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -160,7 +164,7 @@ class Batch:
         if self.tokens.device == device:
             return self
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "streams", "tables")}
-        return replace(self, **moved)
+        return replace(self, **moved, rotary=None if self.rotary is None else self.rotary.to(device))
 
 
 @dataclass(kw_only=True)
@@ -261,7 +265,8 @@ class Ops(Protocol):
         queries (M, heads, D)."""
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
-        """Attention of every token over its stream up to itself: (M, heads * D), as the weight `into` reads it."""
+        """Attention of every token over its stream up to itself, or to the end of its open span: (M, heads * D), as the
+        weight `into` reads it."""
 
     def sample(
         self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool

@@ -54,7 +54,7 @@ class TorchOps:
             k, v = (x[:, group.tables].view(len(x), streams, pages * PAGE, dim).transpose(0, 1) for x in (keys, values))
             if group.span:
                 length = group.span.start + group.span.count  # the host knows it: nothing waits for the device here
-                out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length])
+                out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length], causal=not group.span.open)
             else:
                 k, v = (x.expand(len(q[rows]), -1, -1, -1) for x in (k, v))
                 out[rows] = _read(q[rows], k, v, batch.positions[rows])
@@ -130,19 +130,20 @@ def _read(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(len(q), -1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T of L tokens: (T, heads, D) over (kv_heads, L, D) to (T, heads * D)."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """Attention of the last T of L tokens, each up to itself if `causal`: (T, heads, D) over (kv_heads, L, D) to
+    (T, heads * D)."""
     (t, heads, dim), (kv, length, _) = q.shape, k.shape
     if q.is_cuda and q.dtype != torch.float32:
-        lower_right = None if t == length else causal_lower_right(t, length)
+        lower_right = causal_lower_right(t, length) if causal and t != length else None
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k[None], v[None], lower_right, is_causal=t == length, enable_gqa=True
+            q.transpose(0, 1)[None], k[None], v[None], lower_right, is_causal=causal and t == length, enable_gqa=True
         )
         return out[0].transpose(0, 1).reshape(t, heads * dim)
     groups = heads // kv
     folded = q.view(t, kv, groups, dim).permute(1, 2, 0, 3).reshape(1, kv, groups * t, dim)
     at = torch.arange(length, device=q.device)
-    mask = (at <= at[length - t :, None]).repeat(groups, 1)
+    mask = (at <= at[length - t :, None]).repeat(groups, 1) if causal else None
     out = F.scaled_dot_product_attention(folded, k[None], v[None], attn_mask=mask)
     return out.view(kv, groups, t, dim).permute(2, 0, 1, 3).reshape(t, heads * dim)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emu_cog.prompt.tasks import UNCONDITIONAL, Task
+from emu_cog.prompt.tasks import Task
 from emu_cog.prompt.tokenizer import Tokenizer
 
 Codes = Sequence[Sequence[int]]
@@ -35,4 +35,4 @@ def build(task: Task, question: str, images: Sequence[Codes], tokenizer: Tokeniz
         conditional = stream(task.before(), f"{question} ASSISTANT: ")
     else:
         conditional = stream(f"{task.before()}{question}", " ASSISTANT: ")
-    return Prompt(conditional=conditional, unconditional=stream(*UNCONDITIONAL))
+    return Prompt(conditional=conditional, unconditional=stream(*task.unconditional))

@@ -3,6 +3,9 @@
 Sources: t2i = configs/example_config_t2i.py, x2i = example_config_x2i.py, howto = example_config_visual_guidance.py,
 story = example_config_visual_narrative.py. There is no example for explore and vla; they take story's values.
 Sizes: of these only t2i's config sets one, so in sequences without photos the model chooses, as upstream lets it.
+
+TABLES holds, by model kind, which tasks a model does and how: weights that others post-trained do fewer, with templates
+of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ UNCONDITIONAL = (f"{SYSTEM}. USER: ", " ASSISTANT: ")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task's prompt and defaults. `guidance` is by model kind: the "image" and the "base" checkpoint."""
+    """One task's prompt and defaults. `guidance` is by model kind."""
 
     name: str
     images_first: bool
@@ -39,10 +42,18 @@ class Task:
     image: Sampling
     text: Sampling
     extra_system: str = ""
+    named: bool = True
+    """Whether the prompt says which task it is."""
+    unconditional: tuple[str, str] = UNCONDITIONAL
+    """The unconditional prompt's text before and after the reference images."""
+    diagonal: bool = False
+    """Whether pictures are decoded by diagonals (FlashAR): of a known size, and without text before them."""
+    trained: tuple[int, int] | None = None
+    """(rows, columns) of all pictures in the training, if they had one size."""
 
     def before(self) -> str:
         """The conditional prompt's text up to the question (or the images, where they come first)."""
-        return f"{SYSTEM} for {self.name} task.{self.extra_system} USER: "
+        return f"{SYSTEM}{f' for {self.name} task' if self.named else ''}.{self.extra_system} USER: "
 
 
 _PICTURE_TEXT = Sampling(temperature=1.0, top_k=1024, top_p=0.9)
@@ -103,6 +114,52 @@ TABLE: Mapping[str, Task] = {
 }
 assert tuple(TABLE) == TASKS
 
+
+def _without_question(task: Task, **changes: Any) -> Task:
+    """`task` with the conditional prompt of an empty question as its unconditional one."""
+    task = replace(task, **changes)
+    return replace(task, unconditional=(task.before(), " ASSISTANT: "))
+
+
+# XiaomiRobotics/Xiaomi-Robotics-U0 at 777c620: templates in xr_u0_ar/task_prompts.py, guidance and sizes in
+# configs/tasks/t2i.py and x2i.py, the same for both engines. Its autoregressive example makes every edit 64x64, its
+# FlashAR example in the photo's shape (match_reference_shape), which holds here for both. Left out: scene-gen and
+# transfer, whose prompts are raw text with several views.
+_U0: Mapping[str, Task] = {
+    "t2i": _without_question(TABLE["t2i"], guidance={"u0": 3.0, "u0-flash": 3.0}),
+    "x2i": _without_question(TABLE["x2i"], guidance={"u0": 3.0, "u0-flash": 3.0}, named=False),
+}
+
+# lxazjk/Emu3.5-FlashAR at 2d4a74e: the template and the empty question of tools/generate_geneval_flashar.py; trained on
+# 32x32 tokens (flashar/data, `pretok_32`). Guidance 5 is in both of its README's commands, 2.5 the tools' own default;
+# image top-k 5120 is configs/benchmark_t2i_flashar.py's.
+_FLASH: Mapping[str, Task] = {
+    "t2i": _without_question(
+        TABLE["t2i"], guidance={"flash": 5.0}, image_area=512 * 512, diagonal=True, trained=(32, 32)
+    ),
+}
+
+TABLES: Mapping[str, Mapping[str, Task]] = {
+    "image": TABLE,
+    "base": TABLE,
+    "flash": _FLASH,
+    "u0": _U0,
+    "u0-flash": {name: replace(task, diagonal=True) for name, task in _U0.items()},
+}
+"""Model kind to the tasks that it does."""
+
+
+def task_of(name: str, kind: str) -> Task:
+    """The task `name` as models of `kind` do it. InputError where they don't."""
+    tasks = TABLES[kind]
+    if name not in tasks:
+        raise InputError(
+            f"task_type {name} can't be done by {kind} models, which do {' and '.join(tasks)}: "
+            "set EMU_CHECKPOINT to image or base"
+        )
+    return tasks[name]
+
+
 PICTURE_TEXT_TOKENS = 1024
 """How much text or reasoning t2i and x2i may write before their picture: upstream's limit of 5120 less the
 4096 tokens of a 64x64 image."""
@@ -110,7 +167,7 @@ PICTURE_TEXT_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDefaults:
-    """A checkpoint's own defaults. `kind` picks the guidance column; the maps override task by task."""
+    """A checkpoint's own defaults. `kind` is a key of TABLES; the maps override task by task."""
 
     kind: str = "image"
     aspect_ratio: Mapping[str, str] = field(default_factory=dict)
@@ -120,10 +177,10 @@ class ModelDefaults:
 
     @classmethod
     def read(cls, folder: Path, *, kind: str = "image") -> ModelDefaults:
-        """Read `folder/defaults.json`; for what it lacks, the defaults of `kind` ("image" or "base") hold.
+        """Read `folder/defaults.json`; for what it lacks, the defaults of `kind` hold.
 
-        Keys, all optional: `kind` ("image" or "base"); `aspect_ratio` (of pictures without a photo: "model" or a
-        preset), `image_area` (pixels), `guidance_scale` and `image_temperature`, each one value for all tasks or a map
+        Keys, all optional: `kind` (one of TABLES); `aspect_ratio` (of pictures without a photo: "model" or a preset),
+        `image_area` (pixels), `guidance_scale` and `image_temperature`, each one value for all tasks or a map
         from task to value. CheckpointError names a key that is wrong.
         """
         path = folder / DEFAULTS_FILE
@@ -136,8 +193,8 @@ class ModelDefaults:
         if not isinstance(data, dict) or set(data) - set(cls.__dataclass_fields__):
             raise CheckpointError(f"{path} must be a map with the keys {', '.join(cls.__dataclass_fields__)}")
         kind = data.get("kind", kind)
-        if kind not in ("image", "base"):
-            raise CheckpointError(f"{path}: kind is {kind!r}, accepted are image and base")
+        if kind not in TABLES:
+            raise CheckpointError(f"{path}: kind is {kind!r}, accepted are {', '.join(TABLES)}")
         numbers = {
             key: _per_task(data.get(key, {}), f"{path}: {key}", "a positive number", _is_positive)
             for key in ("image_area", "guidance_scale", "image_temperature")
@@ -197,6 +254,10 @@ class Plan:
     def summary(self) -> str:
         """What was settled, for the log."""
         chosen = f"guidance {self.guidance:g}, size {self.size or 'chosen by the model'}"
+        if self.task.trained and self.size != self.task.trained:
+            rows, columns = self.task.trained
+            width, height = columns * PIXELS_PER_TOKEN, rows * PIXELS_PER_TOKEN
+            chosen += f" (these weights were trained on {width}x{height} pixels alone: other sizes may look worse)"
         if self.clipped is None or self.size is None:
             return chosen
         rows, columns = self.size
@@ -221,9 +282,10 @@ class Plan:
 
 
 def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
-    """Fill in what `request` leaves open. Raises InputError for a photo of an impossible shape."""
+    """Fill in what `request` leaves open. Raises InputError for a photo of an impossible shape, and for what models of
+    this kind can't do."""
     defaults = defaults or ModelDefaults()
-    task = TABLE[request.task]
+    task = task_of(request.task, defaults.kind)
     area = request.image_area or _area(request.resolution) or defaults.image_area.get(task.name) or task.image_area
     guidance = request.guidance_scale
     if guidance is None:
@@ -233,6 +295,11 @@ def plan(request: Request, defaults: ModelDefaults | None = None) -> Plan:
     if max_new_tokens is None and not task.interleaved:
         max_new_tokens = PICTURE_TEXT_TOKENS
     size, clipped = _size(request, area, defaults.aspect_ratio.get(task.name, task.aspect_ratio))
+    if task.diagonal and size is None:
+        raise InputError(
+            f"aspect_ratio model can't be used with {defaults.kind} models, which must know the size beforehand: "
+            "choose a ratio, or custom with width and height"
+        )
     return Plan(
         task=task,
         guidance=guidance,

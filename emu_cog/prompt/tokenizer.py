@@ -14,6 +14,9 @@ from emu_cog.prompt.tokens import EXTRA_COUNT, ROLES, TokenIds
 
 RANKS_FILE = "emu3.tiktoken"
 VISION_FILE = "emu3_vision_tokens.txt"
+FILES = ((RANKS_FILE, VISION_FILE), ("unis.tiktoken", "unis_vision_tokens.txt"))
+"""The two files under Emu3's names, and under Xiaomi-Robotics-U0's: in the two public repositories they are the same,
+byte by byte."""
 # How text is cut before byte-pair merging; from upstream's tokenization_emu3.py. Every digit stands alone.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,8 +46,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read `emu3.tiktoken` and `emu3_vision_tokens.txt` from `folder`; CheckpointError names what is wrong."""
-        return cls(_read_ranks(folder / RANKS_FILE), _read_vision_tokens(folder / VISION_FILE))
+        """Read `emu3.tiktoken` and `emu3_vision_tokens.txt` from `folder`, or U0's two files; CheckpointError names
+        what is wrong."""
+        ranks, vision = file_names(folder)
+        return cls(_read_ranks(folder / ranks), _read_vision_tokens(folder / vision))
 
     def _token_ids(self, ranks: dict[bytes, int], vision_tokens: list[str]) -> TokenIds:
         missing = [name for name in (*ROLES.values(), _VISUAL_0) if name not in self._special]
@@ -70,6 +75,11 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def file_names(folder: Path) -> tuple[str, str]:
+    """The pair of FILES that `folder` holds; where it holds neither, the first."""
+    return next((pair for pair in FILES if any((folder / name).exists() for name in pair)), FILES[0])
 
 
 def _numbered(names: list[str]) -> int:

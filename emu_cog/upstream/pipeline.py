@@ -34,6 +34,15 @@ _KINDS: dict[str, Kind] = {"text": "text", "global_cot": "global_reasoning", "im
 _INSTEAD = "EMU_BACKEND=native can"
 
 
+def _check_kind(kind: str) -> None:
+    """InputError for models that others post-trained: upstream's code has BAAI's templates alone."""
+    if kind in tasks.TABLES and kind not in ("image", "base"):
+        raise InputError(
+            f"EMU_CHECKPOINT={kind} with EMU_BACKEND=upstream: upstream's code has no prompts for it; leave one of the "
+            "two out"
+        )
+
+
 class UpstreamPipeline:
     """A model loaded by upstream's code. Not re-entrant: one `stream` at a time."""
 
@@ -63,6 +72,7 @@ class UpstreamPipeline:
         folder, vision, target = Path(checkpoint), Path(vision_tokenizer), choose_device(device)
         chosen, spread = choose_dtype(dtype, target), choose_spread(device_map)
         defaults = tasks.ModelDefaults.read(folder, kind=kind)
+        _check_kind(defaults.kind)
         check_memory_budget(
             folder, vision, defaults, device=target, dtype=chosen, spread=spread, max_context=max_context
         )
@@ -85,6 +95,7 @@ class UpstreamPipeline:
                 f"EMU_QUANTIZE={settings.quantize} with EMU_BACKEND=upstream: upstream's code has no 8-bit weights; "
                 f"leave one of the two out; {_INSTEAD}"
             )
+        _check_kind(settings.checkpoint)
         check_settings(device=settings.device, dtype=settings.dtype, device_map=settings.device_map, quantize=None)
         try:
             clone = ensure_clone(

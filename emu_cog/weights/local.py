@@ -37,11 +37,12 @@ class Found:
 
 
 def candidates(root: Path, part: Part) -> list[Path]:
-    """Folders by the names of `part` in `root` or one level down. A clone of upstream's code is none of them."""
+    """Folders by the names of `part` in `root` or one level down, and last those that hold its files among others. A
+    clone of upstream's code is none of them."""
     places = [root]
     if root.is_dir():
         places += sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    folders = [place / name for place in places for name in part.names]
+    folders = [place / name for names in (part.names, part.within) for place in places for name in names]
     return [f for f in folders if f.is_dir() and not (f / ".git").exists()]
 
 
@@ -70,7 +71,8 @@ def find(root: Path, part: Part) -> tuple[Found | None, list[str]]:
             log.warning("local: %s", reasons[-1])
             continue
         log.info("local: %s is complete (revision %s)", folder, revision)
-        return Found(folder, revision, keeps_manifest=os.access(folder, os.W_OK)), reasons
+        keeps_manifest = folder.name in part.names and os.access(folder, os.W_OK)
+        return Found(folder, revision, keeps_manifest=keeps_manifest), reasons
     return None, reasons or [f"no folder {' or '.join(part.names)} in {root} or one level below it"]
 
 

@@ -11,7 +11,7 @@ from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
 from emu_cog.settings import Settings
 from emu_cog.weights import local
-from emu_cog.weights.checkpoint import PARTS, Part, check_part
+from emu_cog.weights.checkpoint import MODEL_REPOS, PARTS, Part, check_part
 from emu_cog.weights.fetch import Piece, fetch_all, gigabytes
 from emu_cog.weights.http import Patience, Remote
 from emu_cog.weights.hub import Hub
@@ -21,7 +21,7 @@ from emu_cog.weights.store import resolve
 
 
 def pin_all(settings: Settings, *, patience: Patience | None = None) -> Mapping[str, Pin]:
-    """Ask the hub what it holds now and write that to `settings.weights_pins`: all three repositories, or nothing.
+    """Ask the hub what it holds now and write that to `settings.weights_pins`: all repositories, or nothing.
 
     Commits are those of the branch main, the vision tokenizer's the pinned one. The hub lists the SHA-256 of large
     files; small ones are fetched and hashed, after a check against git's hash. Raises CheckpointError.
@@ -29,7 +29,7 @@ def pin_all(settings: Settings, *, patience: Patience | None = None) -> Mapping[
     hub = Hub(settings.environ, patience or Patience())
     hub.check()
     before = read_pins(settings.weights_pins)
-    pins = {part.repo.name: _pin_of(hub, part) for part in PARTS.values()}
+    pins = {PARTS[key].repo.name: _pin_of(hub, PARTS[key]) for key in (*MODEL_REPOS, "vision")}
     for name, pin in pins.items():
         old = before.get(name, Pin())
         known = old.commit or old.seen
@@ -84,7 +84,7 @@ def verify(settings: Settings) -> Iterator[Verdict]:
 
     Raises InputError where there is nothing that could be held against anything, CheckpointError for a missing part.
     """
-    if settings.checkpoint in ("image", "base"):
+    if settings.checkpoint in MODEL_REPOS:
         pins = read_pins(settings.weights_pins)
         for part in (PARTS[settings.checkpoint], PARTS["vision"]):
             yield _verdict(_folder(settings, part), pins.get(part.repo.name, Pin()))
@@ -110,7 +110,8 @@ def _verdict(folder: Path, pin: Pin) -> Verdict:
     manifest = read_manifest(folder)
     if manifest is None and not pin.files:
         raise InputError(
-            f"{folder} has no manifest to be held against: only image and base, once brought or found whole, keep one"
+            f"{folder} has no manifest to be held against: only {', '.join(MODEL_REPOS)}, once brought or found whole, "
+            "keep one"
         )
     expected = {name: ("weights.pins.json", entry) for name, entry in pin.files.items()}
     if manifest is not None:

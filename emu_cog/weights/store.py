@@ -1,8 +1,8 @@
 """Where the weights are, or how they get there: a complete local folder, the CDN's tar, the Hugging Face hub.
 
-A checkpoint is two folders, the language model's and the vision tokenizer's. Each is looked for on the disk; what is
-missing is brought, by one process at a time, into a staging folder and put in place by one rename. A folder is used
-only after every file in it was found whole.
+A checkpoint is two folders, the language model's and the vision tokenizer's, or three where the former lacks the files
+of its text tokenizer. Each is looked for on the disk; what is missing is brought, by one process at a time, into a
+staging folder and put in place by one rename. A folder is used only after every file in it was found whole.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.log import log
+from emu_cog.model.headers import CONFIG_FILE, FLASH_TYPE, MARKER, U0_TYPE, config_json, read_headers
 from emu_cog.settings import Settings
 from emu_cog.weights import local, pget
 from emu_cog.weights.cdn import Archive
-from emu_cog.weights.checkpoint import CDN_TAR, PARTS, Part
+from emu_cog.weights.checkpoint import CDN_TAR, MODEL_REPOS, PARTS, Part, has_tokenizer
 from emu_cog.weights.fetch import DiskFullError
 from emu_cog.weights.http import Patience
 from emu_cog.weights.hub import Hub
@@ -27,7 +28,7 @@ from emu_cog.weights.local import Found
 from emu_cog.weights.manifest import COMMIT, Pin, read_manifest, read_pins
 from emu_cog.weights.staging import STAGING_FOLDER, Staging, sweep
 
-Kind = Literal["image", "base", "mini", "folder"]
+Kind = Literal["image", "base", "u0", "u0-flash", "flash", "mini", "folder"]
 SOURCES = ("local", "cdn", "hub")
 """What EMU_WEIGHTS_SOURCE accepts, in the order they are tried. What is complete on the disk is always used."""
 _LOCK = ".weights.lock"
@@ -41,17 +42,19 @@ _VISION_NAMES = ("Emu3.5-VisionTokenizer", "vision_tokenizer", "vision")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Two folders to load from. `revision` is the model's: a commit, the archive's ETag or date, or "local"."""
+    """The folders to load from. `revision` is the model's: a commit, the archive's ETag or date, or "local"."""
 
     model: Path
     vision_tokenizer: Path
     revision: str
     kind: Kind
+    tokenizer: Path | None = None
+    """Where the tokenizer files lie, if not in `model`."""
 
     @property
     def guidance(self) -> str:
-        """Whose defaults hold where the checkpoint itself does not say: the "image" or the "base" model's."""
-        return "base" if self.kind == "base" else "image"
+        """Whose defaults hold where the checkpoint itself does not say: a key of `tasks.TABLES`."""
+        return "image" if self.kind in ("mini", "folder") else self.kind
 
 
 def resolve(
@@ -60,7 +63,7 @@ def resolve(
     on_progress: Callable[[int, int], None] | None = None,
     patience: Patience | None = None,
 ) -> Checkpoint:
-    """The folders of `settings.checkpoint`: "image", "base", "mini" or a folder's path; downloaded when missing.
+    """The folders of `settings.checkpoint`: a key of MODEL_REPOS, "mini" or a folder's path; downloaded when missing.
 
     `on_progress` is called with (bytes done, bytes in all or 0) while weights arrive. Raises InputError for settings
     that can't be meant, DiskFullError when there is no room, CheckpointError with each source's reason otherwise.
@@ -72,15 +75,18 @@ def resolve(
     )
     if settings.checkpoint == "mini":
         return Checkpoint(MINIATURE / "model", vision or MINIATURE / "vision", "mini", "mini")
-    if settings.checkpoint in ("image", "base"):
+    if settings.checkpoint in MODEL_REPOS:
         found = store.resolve([PARTS[settings.checkpoint], *([] if vision else [PARTS["vision"]])])
-        model_found = found[settings.checkpoint]
-        kind: Kind = "image" if settings.checkpoint == "image" else "base"
-        return Checkpoint(model_found.folder, vision or found["vision"].folder, model_found.revision, kind)
-    model = _named_folder("EMU_CHECKPOINT", settings.checkpoint)
-    vision = vision or _vision_beside(model) or store.resolve([PARTS["vision"]])["vision"].folder
-    manifest = read_manifest(model)
-    return Checkpoint(model, vision, manifest.revision if manifest else "local", _kind(model))
+        model, revision = found[settings.checkpoint].folder, found[settings.checkpoint].revision
+        vision, kind = vision or found["vision"].folder, cast("Kind", settings.checkpoint)
+    else:
+        model = _named_folder("EMU_CHECKPOINT", settings.checkpoint)
+        manifest, kind = read_manifest(model), _kind(model)
+        revision = manifest.revision if manifest else "local"
+        vision = vision or _vision_beside(model) or store.resolve([PARTS["vision"]])["vision"].folder
+    elsewhere = kind in ("u0", "u0-flash", "flash") and not has_tokenizer(model)
+    tokenizer = store.resolve([PARTS["tokenizer"]])["tokenizer"].folder if elsewhere else None
+    return Checkpoint(model, vision, revision, kind, tokenizer)
 
 
 def _check_source(settings: Settings) -> None:
@@ -93,7 +99,7 @@ def _check_source(settings: Settings) -> None:
 def _named_folder(variable: str, value: str) -> Path:
     path = Path(value).expanduser()
     if not path.is_dir():
-        names = "" if variable == "EMU_VISION_TOKENIZER" else "mini, image, base or "
+        names = "" if variable == "EMU_VISION_TOKENIZER" else f"mini, {', '.join(MODEL_REPOS)} or "
         raise InputError(f"{variable}={value} is no folder (from {Path.cwd()}); accepted are {names}a folder's path")
     return path
 
@@ -105,8 +111,19 @@ def _vision_beside(model: Path) -> Path | None:
 
 
 def _kind(model: Path) -> Kind:
+    """By the folder's name, else by what made it: which of the two repositories wrote its config.json."""
     name = model.absolute().name
-    return "image" if name in PARTS["image"].names else "base" if name in PARTS["base"].names else "folder"
+    for key in MODEL_REPOS:
+        if name in PARTS[key].names:
+            return cast("Kind", key)
+    if not (model / CONFIG_FILE).is_file():
+        return "folder"
+    made_by = config_json(model).get("model_type")
+    if made_by == FLASH_TYPE:
+        return "flash"
+    if made_by == U0_TYPE:
+        return "u0-flash" if MARKER in read_headers(model) else "u0"
+    return "folder"
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,9 @@ class Store:
         return Hub(self.settings.environ, self.patience)
 
     def pin(self, part: Part) -> Pin:
-        return self.pins.get(part.repo.name, Pin())
+        """What is pinned of the files that `part` wants: two parts may come from one repository."""
+        pin = self.pins.get(part.repo.name, Pin())
+        return replace(pin, files={name: entry for name, entry in pin.files.items() if part.wants(name)})
 
     def resolve(self, parts: list[Part]) -> dict[str, Found]:
         """Part key to complete folder, for each of `parts`."""
@@ -225,7 +244,7 @@ class Store:
         archive = Archive(own or CDN_TAR, pins, self.patience, self._scratch, self.on_progress)
         done = []
         try:
-            if not own and any(staging.part.key == "base" for staging in wanted):
+            if not own and any(staging.part.key not in ("image", "vision") for staging in wanted):
                 raise CheckpointError("the CDN has the image model only; EMU_WEIGHTS_CDN_URL may name another tar")
             for staging in archive.download(wanted, {s.part.key: local.candidates(self.root, s.part) for s in wanted}):
                 done.append((staging, Found(*staging.publish())))

@@ -126,7 +126,7 @@ def make_tiny(
         head_dim=head_dim,
     )
     state = _language_model(shape, vocabulary, logit_bias, seed=seed, sharpness=sharpness)
-    _write_shards(folders.model, {name: value.to(dtype) for name, value in state.items()}, shards)
+    write_shards(folders.model, {name: value.to(dtype) for name, value in state.items()}, shards)
     settings = _config_json(shape, vocabulary, context, rms_norm_eps, rope_theta, dtype) | dict(config or {})
     _write_json(folders.model / "config.json", {k: v for k, v in settings.items() if v is not None})
     ids = vocabulary.ids
@@ -168,7 +168,7 @@ class _Shape:
     head_dim: int
 
 
-def _noise(seed: int, name: str, *shape: int) -> Tensor:
+def noise(seed: int, name: str, *shape: int) -> Tensor:
     """Uniform fp32 numbers of mean 0 and variance 1: an affine map of 24 raw bits each."""
     count = int(np.prod(shape))
     raw = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw((count + 1) // 2)
@@ -186,11 +186,11 @@ def _language_model(
     if channels > h // 2:
         raise ValueError(f"logit_bias has {channels} entries, at most {h // 2} fit into {h} hidden channels")
 
-    def noise(name: str, *dims: int, gain: float = 1.0) -> Tensor:
-        return _noise(seed, name, *dims) * (gain / dims[-1] ** 0.5)
+    def scaled(name: str, *dims: int, gain: float = 1.0) -> Tensor:
+        return noise(seed, name, *dims) * (gain / dims[-1] ** 0.5)
 
-    embedding = _noise(seed, "model.embed_tokens.weight", size, h)
-    head = noise("lm_head.weight", size, h, gain=sharpness)
+    embedding = noise(seed, "model.embed_tokens.weight", size, h)
+    head = scaled("lm_head.weight", size, h, gain=sharpness)
     left = _LEVEL / (1 + _LAYER_VARIANCE * shape.layers) ** 0.5  # the level after the final norm
     embedding[:, :channels] = 0.0
     head[:, :channels] = 0.0
@@ -203,11 +203,11 @@ def _language_model(
     for i in range(shape.layers):
         p = f"model.layers.{i}."
         for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            state[f"{p}self_attn.{name}_proj.weight"] = noise(f"{p}self_attn.{name}_proj.weight", rows, h, gain=1.5)
-        state[f"{p}self_attn.o_proj.weight"] = noise(f"{p}self_attn.o_proj.weight", h, queries, gain=1.5)
+            state[f"{p}self_attn.{name}_proj.weight"] = scaled(f"{p}self_attn.{name}_proj.weight", rows, h, gain=1.5)
+        state[f"{p}self_attn.o_proj.weight"] = scaled(f"{p}self_attn.o_proj.weight", h, queries, gain=1.5)
         for name in ("gate", "up"):
-            state[f"{p}mlp.{name}_proj.weight"] = noise(f"{p}mlp.{name}_proj.weight", inner, h, gain=1.5)
-        state[f"{p}mlp.down_proj.weight"] = noise(f"{p}mlp.down_proj.weight", h, inner, gain=1.0)
+            state[f"{p}mlp.{name}_proj.weight"] = scaled(f"{p}mlp.{name}_proj.weight", inner, h, gain=1.5)
+        state[f"{p}mlp.down_proj.weight"] = scaled(f"{p}mlp.down_proj.weight", h, inner, gain=1.0)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             state[f"{p}{name}.weight"][:channels] = 0.0
         for name, dims, level in (
@@ -216,8 +216,8 @@ def _language_model(
             ("self_attn.q_norm", shape.head_dim, 1.5),
             ("self_attn.k_norm", shape.head_dim, 1.5),
         ):
-            state[f"{p}{name}.weight"] = level + 0.1 * _noise(seed, f"{p}{name}.weight", dims)
-    state["model.norm.weight"] = 1.0 + 0.1 * _noise(seed, "model.norm.weight", h)
+            state[f"{p}{name}.weight"] = level + 0.1 * noise(seed, f"{p}{name}.weight", dims)
+    state["model.norm.weight"] = 1.0 + 0.1 * noise(seed, "model.norm.weight", h)
     state["model.norm.weight"][:channels] = 1.0
     return state
 
@@ -281,7 +281,7 @@ def _config_json(
     }
 
 
-def _write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> None:
+def write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> None:
     """One `model.safetensors`, or numbered shards with an index, in the layout of `save_pretrained`."""
     for old in (*folder.glob("model*.safetensors"), *folder.glob("*.index.json")):
         old.unlink()
@@ -311,7 +311,7 @@ def _write_vision(folder: Path, config: VisionConfig, seed: int) -> None:
 
 def _vision_weights(shapes: Iterable[tuple[str, tuple[int, ...]]], seed: int) -> Iterable[tuple[str, Tensor]]:
     for name, shape in shapes:
-        value = _noise(seed, f"vision.{name}", *shape)
+        value = noise(seed, f"vision.{name}", *shape)
         if name == "quantize.embedding.weight":
             # Equal norms, so that every code can have the largest dot product; computed in double precision, so that
             # the last bit does not depend on the order of summation.

@@ -17,6 +17,7 @@ from _models import tiny
 from PIL import Image
 from safetensors.torch import load_file
 
+from emu_cog.model.headers import shard_files
 from emu_cog.request import Sampling
 
 
@@ -161,7 +162,7 @@ def passages(ids: Any, tokenizer: Any) -> dict[str, list[int]]:
 
 def digest(folders: tiny.TinyFolders) -> str:
     """SHA-256 over every tensor of a checkpoint, by name: shows whether `make_tiny` still makes the same one."""
-    state = load_file(folders.model / "model.safetensors")
+    state = {name: value for file in shard_files(folders.model) for name, value in load_file(file).items()}
     state |= {f"vision.{k}": v for k, v in torch.load(folders.vision / "model.ckpt", weights_only=True).items()}
     total = hashlib.sha256()
     for name in sorted(state):
