@@ -97,7 +97,8 @@ class ProgressMeter:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
-    """What a request cost, in wall seconds. `tokens` are sampled ones; `size` is the last picture's (width, height);
+    """What a request cost, in wall seconds. `tokens` are sampled ones, `passes` the forward passes that made image
+    tokens, 0 where that is not known; `size` is the last picture's (width, height);
     `clipped` is the requested aspect ratio where pictures of that area can't have it.
 
     Requests generated side by side share the time of prefill and decoding: each counts all of it.
@@ -108,6 +109,7 @@ class RunStats:
     clipped: str | None = None
     pictures: int = 0
     tokens: int = 0
+    passes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     vq_seconds: float = 0.0

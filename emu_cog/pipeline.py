@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from emu_cog.engine.engine import Engine, Submission
-from emu_cog.engine.runner import MAX_SEQUENCES, ModelRunner
+from emu_cog.engine.runner import CPU_SEQUENCES, MAX_SEQUENCES, ModelRunner
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Prefilled, Stats, Tokens, Trace
 from emu_cog.engine.sequence import Event as EngineEvent
 from emu_cog.errors import CheckpointError, InputError
@@ -30,7 +30,6 @@ from emu_cog.model.device import check_settings, choose_device, choose_dtype, ch
 from emu_cog.model.loader import NOT_BUILT, load_language_model
 from emu_cog.model.quantize import check_format
 from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.linear import CPU_ROWS
 from emu_cog.prompt import geometry, prompts, tasks
 from emu_cog.prompt.segments import ImageCodes, Reader
 from emu_cog.prompt.tokenizer import Tokenizer
@@ -70,10 +69,11 @@ class Pipeline:
         budget: Budget,
         revision: str,
         runner: ModelRunner,
+        decoding: str = "auto",
     ) -> None:
         self.lm, self.vision, self.tokenizer, self.defaults = lm, vision, tokenizer, defaults
         self.budget, self.revision = budget, revision
-        self.runner, self.engine = runner, Engine(runner)
+        self.runner, self.engine = runner, Engine(runner, decoding=decoding)
 
     @classmethod
     def load(
@@ -87,6 +87,7 @@ class Pipeline:
         max_context: int | None = None,
         max_outputs: int | None = None,
         quantize: str | None = None,
+        decoding: str = "auto",
         compile: bool = True,
         revision: str | None = None,
         kind: str = "image",
@@ -99,7 +100,8 @@ class Pipeline:
         always runs in float32. At most `max_outputs` outputs are generated at a time (default: 8 on a CPU, on a GPU
         what memory holds, up to 32), of at most `max_context` tokens each; memory must hold them (default: one
         picture), which is checked before anything is loaded. `quantize` ("fp8", "int8") converts the layers' weights to
-        8 bits; `compile` False keeps steps in plain PyTorch and the vision decoder uncompiled.
+        8 bits; `decoding` is one of settings.DECODINGS; `compile` False keeps steps in plain PyTorch and the vision
+        decoder uncompiled.
 
         Raises CheckpointError naming the file, key or shape that is wrong, InputError with the numbers
         where memory is short.
@@ -127,7 +129,7 @@ class Pipeline:
             folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
         )
         lm.context = min(lm.context, budget.tokens(), max_context or lm.context)
-        slots = max_outputs or budget.slots(most=MAX_SEQUENCES if target.type == "cuda" else CPU_ROWS // 2)
+        slots = max_outputs or budget.slots(most=MAX_SEQUENCES if target.type == "cuda" else CPU_SEQUENCES)
         slots = min(slots, MAX_SEQUENCES)
         tokens = min(budget.tokens(), slots * lm.context)
         log.info(
@@ -154,6 +156,7 @@ class Pipeline:
             budget=budget,
             revision=revision or folder.name,
             runner=ModelRunner.best(lm, slots=slots, tokens=tokens, compile=compile),
+            decoding=decoding,
         )
 
     @classmethod
@@ -174,6 +177,7 @@ class Pipeline:
             max_context=settings.max_context,
             max_outputs=settings.max_outputs,
             quantize=settings.quantize,
+            decoding=settings.decoding,
             compile=settings.compile,
             revision=found.revision,
             kind=found.guidance,
@@ -181,8 +185,11 @@ class Pipeline:
         )
 
     def warm_up(self) -> None:
-        """Make the first request as fast as later ones: on a GPU captures every step and makes a small picture."""
+        """Make the first request as fast as later ones: measures how many tokens a pass pays for, and on a GPU captures
+        every step and makes a small picture."""
         if self.lm.device.type != "cuda":
+            if self.engine.decoding == "auto":
+                self.engine.call(partial(self.runner.seconds, 1))
             return
         typical = tasks.plan(Request(prompt="-"), self.defaults)
         started = time.perf_counter()
@@ -350,6 +357,7 @@ class Running:
             self._stats = replace(
                 self._stats,
                 tokens=event.sampled,
+                passes=event.passes,
                 prefill_seconds=event.prefill_seconds,
                 decode_seconds=event.decode_seconds,
             )

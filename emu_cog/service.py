@@ -128,6 +128,8 @@ def _check(cancelled: threading.Event | None) -> None:
 def _record(stats: RunStats, record_metric: Callable[[str, Any], None]) -> None:
     """Report what a request cost: as metrics, and in the log. `image_output_count` is the usual billing metric."""
     metrics: dict[str, Any] = {"seed": stats.seed, "image_output_count": stats.pictures, "tokens": stats.tokens}
+    if stats.passes:
+        metrics["passes"] = stats.passes
     if stats.size:
         width, height = stats.size
         metrics |= {"width": width, "height": height}

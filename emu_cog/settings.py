@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,9 @@ UPSTREAM_COMMIT = "8fcf1da48f9c5252fe0a0b8dc842e07b6efcd745"
 PINS_FILE = Path(__file__).resolve().parent.parent / "weights.pins.json"
 """Commits, sizes and SHA-256 of the repositories above, as far as known."""
 
+DECODINGS = ("auto", "sequential", "parallel")
+"""Image tokens of a pass: as many as pay, one, or as many as fit. The pictures are the same."""
+
 
 def _whole(env: Mapping[str, str], name: str) -> int | None:
     value = env.get(name)
@@ -24,6 +27,14 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     if not value.isdecimal() or int(value) < 1:
         raise InputError(f"{name}={value!r} must be a whole number from 1")
     return int(value)
+
+
+def _one_of(env: Mapping[str, str], name: str, accepted: Sequence[str]) -> str:
+    """The variable, or the first of `accepted`."""
+    value = env.get(name, accepted[0])
+    if value not in accepted:
+        raise InputError(f"{name}={value!r} must be {', '.join(accepted[:-1])} or {accepted[-1]}")
+    return value
 
 
 def _switch(env: Mapping[str, str], name: str) -> bool:
@@ -53,6 +64,7 @@ class Settings:
     max_context: int | None = None
     max_outputs: int | None = None
     quantize: str | None = None
+    decoding: str = "auto"
     compile: bool = True
     compile_cache: Path | None = None
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -79,6 +91,7 @@ class Settings:
             max_context=_whole(env, "EMU_MAX_CONTEXT"),
             max_outputs=_whole(env, "EMU_MAX_OUTPUTS"),
             quantize=get("QUANTIZE"),
+            decoding=_one_of(env, "EMU_DECODING", DECODINGS),
             compile=_switch(env, "EMU_COMPILE"),
             compile_cache=Path(cache) if (cache := get("COMPILE_CACHE")) else None,
             environ=env,

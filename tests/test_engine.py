@@ -377,7 +377,7 @@ def test_an_unexpected_error_reaches_everyone_and_the_engine_goes_on(
     output, config = prepare(pipeline, COMPANY[0][1])
     expected = answers(list(pipeline.engine.generate([output], config)))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.runner, "step", lambda sequences: 1 / 0)
+        patch.setattr(pipeline.runner, "step", lambda sequences, width: 1 / 0)
         submissions = [pipeline.engine.submit([output], config) for _ in range(3)]
         for submission in submissions:
             with pytest.raises(ZeroDivisionError):

@@ -36,7 +36,7 @@ def test_streams_that_are_mixed_up_are_noticed(pipeline: Pipeline, monkeypatch: 
     def wrong(self: ModelRunner, s: object) -> None:
         begin(self, s)  # type: ignore[arg-type]
         if s.slot:  # type: ignore[attr-defined]
-            self.state.cfg_scale[s.slot] += 1.0  # type: ignore[attr-defined]
+            self.state.cfg_scale[s.slot] += 20.0  # type: ignore[attr-defined]
 
     requests = [one for one in catalogue(photos()) if one.num_outputs == 1][:2]
     monkeypatch.setattr(ModelRunner, "begin", wrong)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,18 +24,21 @@ from torch import Tensor
 from emu_cog.engine.runner import ModelRunner
 from emu_cog.engine.scheduler import Prompt, Scheduler
 from emu_cog.engine.sequence import (
+    Choice,
     Draw,
     Ended,
     EngineRequest,
     Event,
     Feed,
     GenerationConfig,
+    Kind,
     Prefilled,
     SequenceState,
     Stats,
     Tokens,
     Trace,
     answer,
+    choose,
 )
 from emu_cog.engine.window import best_width, expected_tokens
 from emu_cog.model.qwen3 import Chunk
@@ -47,8 +50,6 @@ ROUND = 8
 PREFILL_CHUNK = 2048
 """Prompt tokens per pass: on an H200 the products run at 780 TFLOP/s from 1024 on; 0.2 s at 34 B."""
 TICK = 0.1
-Decoding = Literal["auto", "sequential", "parallel"]
-"""Tokens of a picture per pass: as many as pay, one, or as many as fit a pass. The picture is the same."""
 T = TypeVar("T")
 
 
@@ -96,7 +97,7 @@ class Submission:
 class Engine:
     """Generates for any number of submissions, side by side as far as `runner` has room."""
 
-    def __init__(self, runner: ModelRunner, *, decoding: Decoding = "auto") -> None:
+    def __init__(self, runner: ModelRunner, *, decoding: str = "auto") -> None:
         self.decoding, self._last_width = decoding, 1
         self.lm, self.runner, self.ids = runner.lm, runner, runner.lm.ids
         assert self.lm.context <= runner.tokens, "the cache must hold the longest sequence"
@@ -258,7 +259,8 @@ class Engine:
         self.runner.place(s)
         submission.put(Prefilled(s.index))
         assert prompt.last is not None
-        entry.answer = answer(s, self.runner.text_logits(prompt.last), self.ids, self.lm.context)
+        (choice,) = self._choose([s], prompt.last, ["text"])
+        entry.answer = answer(s, choice, self.ids, self.lm.context)
         self._go_on(entry, None)
 
     def _step(self) -> bool:
@@ -280,8 +282,14 @@ class Engine:
             submission.stats.steps += 1
         for submission in {entry.submission for entry in ready if isinstance(entry.state.doing, Draw)}:
             submission.stats.passes += 1
-        reading = [i for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read]
-        logits = dict(zip(reading, self.runner.text_logits(hidden[reading]).split(1) if reading else (), strict=True))
+        reading = {i: s.doing.read for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read}
+        choices = dict(
+            zip(
+                reading,
+                self._choose([sequences[i] for i in reading], hidden[list(reading)], list(reading.values())),
+                strict=True,
+            )
+        )
         drawing = [i for i, s in enumerate(sequences) if isinstance(s.doing, Draw)]
         for i, entry in enumerate(ready):
             s = entry.state
@@ -290,7 +298,7 @@ class Engine:
             if isinstance(s.doing, Feed):
                 s.lengths[0] += 1
                 s.lengths[1] += s.doing.both
-                self._go_on(entry, logits.get(i))
+                self._go_on(entry, choices.get(i))
             elif isinstance(s.doing, Draw):
                 if s.trace and not s.forced:
                     try:
@@ -306,6 +314,10 @@ class Engine:
         if not self.runner.captured:
             self._catch_up(pictures, width)
         return not any(self._likely_made(s, width) for s in pictures)
+
+    def _choose(self, sequences: Sequence[SequenceState], hidden: Tensor, kinds: Sequence[Kind]) -> list[Choice]:
+        """What each sequence samples after its hidden state (n, hidden)."""
+        return choose(sequences, kinds, self.runner.text_logits(hidden), self.ids) if sequences else []
 
     def _width(self, sequences: Sequence[SequenceState]) -> int:
         """Tokens of each picture that the next step draws. A trace is called with every distribution, one by one."""
@@ -372,12 +384,12 @@ class Engine:
                 s.opened = False
                 self._go_on(entry, None)
 
-    def _go_on(self, entry: _Entry, logits: Tensor | None) -> None:
+    def _go_on(self, entry: _Entry, choice: Choice | None) -> None:
         """Let the answer choose what it does next, or end."""
         s, submission = entry.state, entry.submission
         assert entry.answer is not None
         try:
-            s.doing = entry.answer.send(logits)
+            s.doing = entry.answer.send(choice)
         except StopIteration as stop:
             s.doing = None
             submission.put(Ended(s.index, stop.value, s.sampled))
@@ -426,7 +438,7 @@ class _Entry:
 
     def __init__(self, state: SequenceState, prompt: Prompt, submission: Submission) -> None:
         self.state, self.prompt, self.submission = state, prompt, submission
-        self.answer: Generator[Feed | Draw, Tensor | None, Any] | None = None
+        self.answer: Generator[Feed | Draw, Choice | None, Any] | None = None
         self.seen = 0
         """Tokens of the image in progress that the host has read."""
         self.gone = False

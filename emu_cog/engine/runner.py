@@ -34,6 +34,8 @@ from emu_cog.request import Sampling
 
 MAX_SEQUENCES = 32
 """Sequences of one step."""
+CPU_SEQUENCES = 8
+"""The same on a CPU, by default: what more of them gain is less than what each then waits."""
 EAGER_ROWS = 64
 """Rows of every eager pass on a GPU, padding included."""
 MEASURE_SECONDS = 2.0

@@ -6,7 +6,7 @@ stream sees its own prompt and every image block made so far, but none of the te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ from emu_cog.prompt.tokens import TokenIds, block_length, body_length
 from emu_cog.request import Sampling
 
 Reason = Literal["image", "eos", "limit", "context"]
+Kind = Literal["text", "digit", "first digit"]
+"""What is sampled from text logits: any token, or a digit of a size, the first of two not 0."""
 Trace = Callable[[str, Tensor], None]
 """Called with the kind ("text", "digit" or "visual") and the (1, V) distribution of each sampled token."""
 SMALLEST = (10, 10)
@@ -111,12 +113,12 @@ Event = Prefilled | Tokens | Opened | Ended | Stats
 @dataclass(frozen=True)
 class Feed:
     """Feed `token` to the conditional stream, or to `both`; the sequence waits until `room` tokens fit its pages. With
-    `read` it gets the text logits (1, V) that follow."""
+    `read` it gets what is sampled next."""
 
     token: int
     both: bool
     room: int = 1
-    read: bool = False
+    read: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,15 @@ class Draw:
     @property
     def room(self) -> int:
         return 1 + self.total
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, or a digit, that was sampled from `probs` (1, V). It counts once the answer takes it."""
+
+    kind: Kind
+    token: int
+    probs: Tensor
 
 
 @dataclass(kw_only=True, eq=False)
@@ -179,21 +190,38 @@ class SequenceState:
         self.made += tokens
         self.lengths = [length + tokens for length in self.lengths]
 
-    def sample(self, kind: str, logits: Tensor, sampling: Sampling) -> int:
-        """One sample of (1, V) logits, read by the host."""
-        probs = probabilities(logits, sampling)
+    def distribution(self, kind: Kind, logits: Tensor, ids: TokenIds) -> Tensor:
+        """What is sampled from text logits (1, V): (1, V) or (1, 10)."""
+        if kind == "text":
+            return probabilities(logits, self.config.text)
+        digits = logits[:, list(ids.digits)]
+        if kind == "first digit":
+            digits[:, 0] = -torch.inf
+        return probabilities(digits, self.config.image)
+
+    def take(self, choice: Choice) -> int:
+        """Count the choice as sampled."""
         if self.trace:
-            self.trace(kind, probs)
-        uniform = self.uniforms.take(self.sampled, 1)
+            self.trace(choice.kind.removeprefix("first "), choice.probs)
         self.sampled += 1
-        return int(sample(probs, uniform.to(probs.device)))
+        return choice.token
+
+
+def choose(sequences: Sequence[SequenceState], kinds: Sequence[Kind], logits: Tensor, ids: TokenIds) -> list[Choice]:
+    """The next sample of each sequence, from its row of the text logits (n, V). Row by row, so that no operation
+    divides its work by their number; but the host waits for the device once, for all of them."""
+    rows = zip(sequences, kinds, logits.split(1), strict=True)
+    probs = [s.distribution(kind, row, ids) for s, kind, row in rows]
+    uniforms = torch.cat([s.uniforms.take(s.sampled, 1) for s in sequences]).to(logits.device)
+    tokens = torch.cat([sample(*row) for row in zip(probs, uniforms.split(1), strict=True)]).tolist()
+    return [Choice(*row) for row in zip(kinds, tokens, probs, strict=True)]
 
 
 def answer(
-    s: SequenceState, logits: Tensor | None, ids: TokenIds, context: int
-) -> Generator[Feed | Draw, Tensor | None, Reason]:
-    """Write sequence `s` after its prompt, whose last text logits are `logits`. Yields what is to be done next, is sent
-    the text logits that it asked for, and returns why it ended."""
+    s: SequenceState, choice: Choice | None, ids: TokenIds, context: int
+) -> Generator[Feed | Draw, Choice | None, Reason]:
+    """Write sequence `s` after its prompt, which `choice` follows. Yields what is to be done next, is sent the choice
+    that it asked for, and returns why it ended."""
     limit = s.config.max_new_tokens
     while True:
         # 1. The next text token, unless the answer must end here. A sequence that owes an image begins it instead.
@@ -205,8 +233,8 @@ def answer(
         elif s.lengths[0] + 1 + (block_length(*(s.size or SMALLEST)) if owes else 0) > context:
             reason = "context"
         else:
-            assert logits is not None
-            token = s.sample("text", logits, s.config.text)
+            assert choice is not None
+            token = s.take(choice)
             reason = "eos" if token == ids.eos else None
         if reason and not owes:
             if reason == "eos":
@@ -215,7 +243,7 @@ def answer(
         # 2. Text. Upstream's logits processor feeds every EOI to the unconditional stream, even one within text.
         if not reason and token != ids.boi:
             s.emit(Tokens(s.index, (token,)))
-            logits = yield Feed(token, both=token == ids.eoi, read=True)
+            choice = yield Feed(token, both=token == ids.eoi, read="text")
             continue
         # 3. An image. One that is begun is always finished, so the whole of it must fit first.
         block = block_length(*(s.size or SMALLEST))
@@ -235,10 +263,10 @@ def answer(
         s.images += 1
         if s.config.single_image:
             return "image"
-        logits = yield Feed(ids.eoi, both=True, read=True)
+        choice = yield Feed(ids.eoi, both=True, read="text")
 
 
-def _choose_size(s: SequenceState, ids: TokenIds, block: int) -> Generator[Feed | Draw, Tensor | None, tuple[int, int]]:
+def _choose_size(s: SequenceState, ids: TokenIds, block: int) -> Generator[Feed | Draw, Choice | None, tuple[int, int]]:
     """Let the model write `h*w` matching [1-9][0-9]*[1-9][0-9], from unguided logits.
 
     Source: in_image_logits_processor in upstream's logits_processor.py.
@@ -246,12 +274,9 @@ def _choose_size(s: SequenceState, ids: TokenIds, block: int) -> Generator[Feed 
     digits: list[int] = []
     token = ids.boi
     for place in range(4):
-        text = yield Feed(token, both=True, room=block, read=True)
-        assert text is not None
-        logits = text[:, list(ids.digits)]
-        if place % 2 == 0:
-            logits[:, 0] = -torch.inf  # no leading zero
-        digits.append(s.sample("digit", logits, s.config.image))
+        choice = yield Feed(token, both=True, room=block, read="digit" if place % 2 else "first digit")
+        assert choice is not None
+        digits.append(s.take(choice))
         token = ids.digits[digits[-1]]
         if place == 1:
             yield Feed(token, both=True)

@@ -4,9 +4,10 @@ CLONE is a clone of https://github.com/baaivision/Emu3.5 at the pinned commit (`
 Everything runs on a CPU in fp32 with eager attention; `emu_cog/upstream/adapter.py` lists what is not upstream's.
 `--out DIR` writes the vectors elsewhere, to compare them with the committed ones.
 
-Each run is made twice: at top-k 1, and with real sampling. The latter takes its samples as this project does, by
-inverting the cumulative distribution at the i-th number of NumPy's Philox for the i-th sampled token, where upstream
-calls torch.multinomial. So upstream computes every distribution, and our engine must give the same tokens.
+Each run is made twice: at top-k 1, and with real sampling. The latter takes its samples as this project does, where
+upstream calls torch.multinomial: the i-th sampled token by inverting the cumulative distribution at the i-th number of
+NumPy's Philox, a code by adding the i-th position's Gumbel noise. So upstream computes every distribution, and our
+engine must give the same tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LogitsProcessor  # noqa: E402
 
+from emu_cog.ops.noise import gumbel_noise  # noqa: E402
 from emu_cog.prompt.tokens import TokenIds  # noqa: E402
 from emu_cog.upstream import adapter  # noqa: E402
 from emu_cog.upstream import clone as clones  # noqa: E402
@@ -39,7 +41,7 @@ class Listener(LogitsProcessor):
     """Placed after upstream's processor: records each sampled distribution and, given a seed, samples from it."""
 
     def __init__(self, ids: TokenIds, prompt: int, *, size_known: bool, seed: int | None) -> None:
-        self.ids, self.prompt, self.size_known = ids, prompt, size_known
+        self.ids, self.prompt, self.size_known, self.seed = ids, prompt, size_known, seed
         self.numbers = None if seed is None else np.random.Generator(np.random.Philox(seed)).random(100_000)
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -51,8 +53,13 @@ class Listener(LogitsProcessor):
         self.steps.append((kept.numpy().astype(np.uint32), probs[kept].numpy()))
         if self.numbers is None:
             return scores
-        mass = probs.double().numpy().cumsum()
-        chosen = int(np.searchsorted(mass, self.numbers[len(self.steps) - 1] * mass[-1], side="right"))
+        number, visual = len(self.steps) - 1, self.ids.visual
+        if float(probs[visual:].sum()) > 0:
+            noise = gumbel_noise(torch.tensor([self.seed]), torch.tensor([number]), len(probs) - visual)[0]
+            chosen = visual + int((probs[visual:].log() + noise).argmax())
+        else:
+            mass = probs.double().numpy().cumsum()
+            chosen = int(np.searchsorted(mass, self.numbers[number] * mass[-1], side="right"))
         alone = torch.full_like(scores, -torch.inf)
         alone[0, chosen] = 0.0
         return alone
