@@ -199,7 +199,8 @@ class Pipeline:
             self.engine.call(partial(self.vision.compiled.warm_up, sizes))
         compiled = time.perf_counter()
         if self.runner.captured:
-            self.engine.call(self.runner.warm_up)
+            several = self.engine.decoding != "sequential"
+            self.engine.call(partial(self.runner.warm_up, several=several))
         captured = time.perf_counter()
         for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4)):
             pass

@@ -302,11 +302,11 @@ class ModelRunner:
     # -- 4. kernels and capture ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Capture the steps for every number of sequences and every width, and measure what they take."""
+    def warm_up(self, *, several: bool = True) -> None:
+        """Capture the steps for every number of sequences, with `several` of every width, and measure what they take."""
         for size in _sizes(self.slots):
             self._graph(size, 1, False, False)
-            for width in self.widths(size):
+            for width in self.widths(size) if several else (1,):
                 graph = self._graph(size, width, True, False)
                 graph.write([self.state.padding] * size)
                 self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
