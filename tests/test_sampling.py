@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from emu_cog.ops.sampling import Uniforms, guide, keep_top_k, keep_top_p, probabilities, sample
+from emu_cog.ops.sampling import TIES, Uniforms, guide, keep_top_k, keep_top_p, likely, probabilities, sample
 from emu_cog.request import Sampling
+
+FILTERS = [(100, 1.0, 1.0), (100, 0.9, 1.0), (1, 1.0, 1.0), (2000, 0.5, 0.7), (0, 0.9, 1.0), (2990, 1.0, 1.3)]
 
 
 def test_guidance_on_logits_equals_guidance_on_log_softmaxes() -> None:
@@ -49,6 +51,31 @@ def test_temperature_comes_before_top_p() -> None:
     assert (hot > 0).tolist() == [[True, True, False]]
     cold = probabilities(scores, Sampling(temperature=0.5, top_p=0.7))
     assert (cold > 0).tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=k, top_p=p, temperature=t) for k, p, t in FILTERS], ids=str)
+def test_likely_tokens_are_those_with_a_probability(sampling: Sampling) -> None:
+    logits = 2 * torch.randn(1, 3000, generator=torch.Generator().manual_seed(4))
+    logits[0, ::7] = logits[0, 3]  # many are equal
+    logits[0, 5] = logits[0].topk(100).values[-1]
+    expected = probabilities(logits, sampling)
+    tokens, probs, complete = likely(logits, sampling)
+    assert tokens[0].diff().min() > 0
+    if k := sampling.top_k:
+        assert bool(complete) == (int((logits >= logits.topk(k).values[:, -1:]).sum()) < k + TIES)
+    if complete:
+        torch.testing.assert_close(torch.zeros_like(expected).scatter(-1, tokens, probs), expected, rtol=1e-5, atol=0)
+        for u in torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).split(1):
+            assert tokens[0, sample(probs, u)] == sample(expected, u)
+
+
+def test_more_equal_scores_than_it_looks_at_are_told() -> None:
+    logits = torch.zeros(1, 3000)
+    logits[0, :5] = 1.0
+    assert likely(logits, Sampling(top_k=5))[2].tolist() == [True]
+    assert likely(logits, Sampling(top_k=6))[2].tolist() == [False]
+    logits[0, 100:] = -1.0
+    assert likely(logits, Sampling(top_k=60))[2].tolist() == [True]  # 95 equal ones, of which 55 are kept by rank
 
 
 def test_samples_follow_the_distribution() -> None:

@@ -303,7 +303,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, *, several: bool = True) -> None:
-        """Capture the steps for every number of sequences, with `several` of every width, and measure what they take."""
+        """Capture the steps for every number of sequences, with `several` of every width; measure what they take."""
         for size in _sizes(self.slots):
             self._graph(size, 1, False, False)
             for width in self.widths(size) if several else (1,):

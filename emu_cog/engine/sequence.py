@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emu_cog.engine.window import Acceptance
-from emu_cog.ops.sampling import Uniforms, probabilities, sample
+from emu_cog.ops.sampling import Uniforms, likely, probabilities, sample
 from emu_cog.prompt.tokens import TokenIds, block_length, body_length
 from emu_cog.request import Sampling
 
@@ -139,11 +139,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, or a digit, that was sampled from `probs` (1, V). It counts once the answer takes it."""
+    """A token, or a digit, that was sampled from the (1, V) text logits, or the (1, 10) of digits. It counts once the
+    answer takes it."""
 
     kind: Kind
     token: int
-    probs: Tensor
+    logits: Tensor
 
 
 @dataclass(kw_only=True, eq=False)
@@ -190,19 +191,14 @@ class SequenceState:
         self.made += tokens
         self.lengths = [length + tokens for length in self.lengths]
 
-    def distribution(self, kind: Kind, logits: Tensor, ids: TokenIds) -> Tensor:
-        """What is sampled from text logits (1, V): (1, V) or (1, 10)."""
-        if kind == "text":
-            return probabilities(logits, self.config.text)
-        digits = logits[:, list(ids.digits)]
-        if kind == "first digit":
-            digits[:, 0] = -torch.inf
-        return probabilities(digits, self.config.image)
+    def sampling(self, kind: Kind) -> Sampling:
+        return self.config.text if kind == "text" else self.config.image
 
     def take(self, choice: Choice) -> int:
         """Count the choice as sampled."""
         if self.trace:
-            self.trace(choice.kind.removeprefix("first "), choice.probs)
+            probs = probabilities(choice.logits, self.sampling(choice.kind))
+            self.trace(choice.kind.removeprefix("first "), probs)
         self.sampled += 1
         return choice.token
 
@@ -210,11 +206,24 @@ class SequenceState:
 def choose(sequences: Sequence[SequenceState], kinds: Sequence[Kind], logits: Tensor, ids: TokenIds) -> list[Choice]:
     """The next sample of each sequence, from its row of the text logits (n, V). Row by row, so that no operation
     divides its work by their number; but the host waits for the device once, for all of them."""
-    rows = zip(sequences, kinds, logits.split(1), strict=True)
-    probs = [s.distribution(kind, row, ids) for s, kind, row in rows]
-    uniforms = torch.cat([s.uniforms.take(s.sampled, 1) for s in sequences]).to(logits.device)
-    tokens = torch.cat([sample(*row) for row in zip(probs, uniforms.split(1), strict=True)]).tolist()
-    return [Choice(*row) for row in zip(kinds, tokens, probs, strict=True)]
+    rows = list(logits.split(1))
+    for i, kind in enumerate(kinds):
+        if kind != "text":
+            rows[i] = rows[i][:, list(ids.digits)]
+            rows[i][:, : kind == "first digit"] = -torch.inf
+    uniforms = torch.cat([s.uniforms.take(s.sampled, 1) for s in sequences]).to(logits.device).split(1)
+    found = []
+    for s, kind, row, uniform in zip(sequences, kinds, rows, uniforms, strict=True):
+        tokens, probs, complete = likely(row, s.sampling(kind))
+        found.append(torch.cat([tokens[0, sample(probs, uniform)], complete]))
+    choices = []
+    for s, kind, row, uniform, (token, complete) in zip(
+        sequences, kinds, rows, uniforms, torch.stack(found).tolist(), strict=True
+    ):
+        if not complete:
+            token = int(sample(probabilities(row, s.sampling(kind)), uniform))
+        choices.append(Choice(kind, token, row))
+    return choices
 
 
 def answer(
