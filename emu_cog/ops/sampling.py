@@ -70,8 +70,8 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
 
 def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """`probabilities` of (1, V) logits without those that top-k makes 0, so that V numbers are read once instead of
-    sorted: tokens (1, n) in ascending order, their probabilities (1, n), and whether these are all, (1,) bool: not where
-    TIES other scores or more equal the k-th."""
+    sorted: tokens (1, n) in ascending order, their probabilities (1, n), and whether these are all, (1,) bool: not
+    where TIES other scores or more equal the k-th."""
     k, count = sampling.top_k, logits.shape[-1]
     if not 0 < k < count - TIES:
         tokens = torch.arange(count, device=logits.device)[None]
