@@ -97,7 +97,7 @@ def test_any_streams_may_be_in_a_pass(spans: list[tuple[int, int]], padding: int
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("form", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_window_is_its_tokens_one_by_one(form: str | None) -> None:
     """To the last bit, also where the keys' division changes within it, behind a page's end, and beside padding."""
     lm = small_model(form=form, num_attention_heads=6, num_key_value_heads=2)
@@ -173,8 +173,7 @@ def pictures(vocabulary: int = 1000) -> SlotState:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("nucleus", [False, True])
+@pytest.mark.parametrize(("nucleus", "width"), [(False, 1), (True, 2), pytest.param(False, 4, marks=pytest.mark.slow)])
 def test_samples_are_the_references_ties_and_all(nucleus: bool, width: int) -> None:
     """Slots in any order, each with its own filters; EOL and EOI are forced, the finished and the padding stay."""
     slow, fast = pictures(), pictures()
