@@ -38,16 +38,15 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     folders: dict[str, tiny.TinyFolders] = {}
     loaded: dict[tuple[str, str], Pipeline] = {}
 
-    def make(layout: str, quantize: str | None = None) -> Pipeline:
+    def make(layout: str, form: str = "float32") -> Pipeline:
         if layout not in folders:
             folders[layout] = flashar.make_checkpoint(layout, tmp_path_factory.mktemp(layout))
             defaults = {"kind": flashar.KINDS[layout], "image_area": 96 * 96, "aspect_ratio": "1:1"}
             (folders[layout].model / "defaults.json").write_text(json.dumps(defaults))
-        key = layout, str(quantize)
-        if key not in loaded:
-            made = folders[layout]
-            loaded[key] = Pipeline.load(made.model, made.vision, device="cpu", max_outputs=6, quantize=quantize)
-        return loaded[key]
+        if (layout, form) not in loaded:
+            made, of = folders[layout], {"quantize": form} if form == "int8" else {"dtype": form}
+            loaded[layout, form] = Pipeline.load(made.model, made.vision, device="cpu", max_outputs=6, **of)
+        return loaded[layout, form]
 
     return make
 
@@ -172,11 +171,11 @@ def traces(pipeline: Pipeline, requests: Sequence[Request]) -> list[list[torch.T
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_picture_does_not_depend_on_its_company(quantize: str | None, load: Load) -> None:
+@pytest.mark.parametrize("form", ["float32", "int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_picture_does_not_depend_on_its_company(form: str, load: Load) -> None:
     """To the last bit, in passes of other sizes and beside pictures that come and go; the last one has diagonals of
     more rows than a pass, alone or not."""
-    pipeline = load("u0", quantize)
+    pipeline = load("u0", form)
     requests = [
         Request(prompt="a cup", size=(3, 5), seed=3),
         Request(prompt="a long red boat on the shore", size=(11, 9), seed=4, guidance_scale=1.0),
@@ -192,8 +191,10 @@ def test_a_picture_does_not_depend_on_its_company(quantize: str | None, load: Lo
 
 
 def test_outputs_have_consecutive_seeds(load: Load) -> None:
+    """They share the pages that their prompt fills, in which no cell is kept."""
     pipeline = load("lxazjk")
-    request = Request(prompt="a cup", size=(5, 4), seed=8, num_outputs=3)
+    request = Request(prompt="a red boat " * 19, size=(5, 4), seed=8, num_outputs=3)
+    assert len(pipeline.prepare(request).outputs[0].conditional) > 64
     together = drawn(pipeline, request)
     assert [picture.settings["seed"] for picture in together] == [8, 9, 10]
     alone = [drawn(pipeline, replace(request, seed=seed, num_outputs=1))[0] for seed in (8, 9, 10)]

@@ -95,10 +95,10 @@ def test_steps_that_read_the_device_give_the_eager_tokens(model: FlashModel, mon
     """Alone and side by side, with distributions that differ by rounding alone. With fewer rows than the kernels have,
     so that small pictures need all widths, too."""
     monkeypatch.setattr(diagonals, "WIDTHS", (4, 8, 16, 32))
-    monkeypatch.setattr(diagonals, "MAX_ROWS", 32)
     cases = list(CASES.values())
     expected = drawn(DiagonalRunner(model, slots=6, tokens=6 * 4096), cases, traced=True)
     runner = uncaptured(model, LastOps, monkeypatch)
+    runner.pass_rows = 32
     for (size, _), (codes, probs), (other, others) in zip(
         cases, expected, drawn(runner, cases, traced=True), strict=True
     ):

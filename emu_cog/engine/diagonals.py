@@ -1,8 +1,8 @@
 """Pictures drawn by diagonals (FlashAR): one step of the engine is the next diagonal of every picture in progress.
 
 A step samples a diagonal from the states of the one before, and feeds it. The host knows how many cells that are, so it
-reads nothing between two looks; the device keeps the counters that the cells follow from. Passes have up to MAX_ROWS
-rows, two for each cell: there no row's result depends on the others, so a picture is the same in any company.
+reads nothing between two looks; the device keeps the counters that the cells follow from. A step of many pictures takes
+several passes of up to `pass_rows` rows, two for each cell.
 """
 
 from __future__ import annotations
@@ -66,10 +66,13 @@ class DiagonalRunner(ModelRunner):
 
     lm: FlashModel
 
-    def __init__(self, lm: FlashModel, *, slots: int, tokens: int) -> None:
+    def __init__(self, lm: FlashModel, *, slots: int, tokens: int, pass_rows: int = MAX_ROWS) -> None:
+        """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
+        beyond, products are PyTorch's."""
         super().__init__(lm, slots=slots, tokens=tokens)
+        self.pass_rows = pass_rows
         state, streams = self.state, 2 * (slots + 1)
-        state.scores = state.scores.new_zeros((MAX_CELLS, lm.ids.visual_count))
+        state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
         self.rows = torch.ones_like(state.columns)
         self.image_tables = torch.zeros_like(state.tables)
         """The vertical layers', which keep cells alone."""
@@ -162,7 +165,7 @@ class DiagonalRunner(ModelRunner):
     def _passes(self, sequences: Sequence[SequenceState]) -> Iterator[tuple[list[int], int]]:
         """Places in `sequences` of the pictures that share a pass, and the cells that it has room for in each."""
         counts = [_cells(s) for s in sequences]
-        most = MAX_ROWS if self.captured else CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
+        most = self.pass_rows if self.captured else CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
         left = sorted(range(len(sequences)), key=lambda i: -counts[i])
         while left:
             cells = counts[left[0]]
@@ -293,7 +296,7 @@ class DiagonalRunner(ModelRunner):
         """Capture the passes over diagonals of up to 64 cells, and measure what they take."""
         taken = []
         for width in WIDTHS[:-1]:
-            for size in (size for size in _sizes(self.slots) if 2 * size * width <= MAX_ROWS):
+            for size in (size for size in _sizes(self.slots) if 2 * size * width <= self.pass_rows):
                 graph = self._graph(size, width, True, False)
                 graph.write([self.state.padding] * size)
                 taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")

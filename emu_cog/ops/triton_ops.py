@@ -216,7 +216,9 @@ class TritonOps:
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
-        grid = (m // width * _up(width, tokens), kv, splits if width == 1 else 2 * splits)
+        # Only the tokens of a window that read up to themselves may differ in how their keys are divided.
+        alike = width == 1 or batch.last is not None
+        grid = (m // width * _up(width, tokens), kv, splits if alike else 2 * splits)
         layers.attend_kernel[grid](
             q,
             keys,

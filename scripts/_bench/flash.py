@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +23,8 @@ from emu_cog.prompt.tokens import block_length
 LARGE, SMALL = (64, 64), (8, 8)
 PICTURES = (1, 4)
 REPEATS = 2
+WIDE = 512
+"""Rows of the largest diagonals of four pictures."""
 
 
 def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) -> None:
@@ -33,7 +36,7 @@ def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) 
         bench.report.not_measured(f"flash, {name}", str(error))
         return
     lm = models.flash_model(bench.size, device=bench.device, dtype=dtype, quantize=form)
-    longest = PROMPT + 2 * block_length(*size) + PAGE
+    longest = PROMPT + block_length(*size) + PAGE
     per_token = 2 * KVCache.bytes_per_token(lm.config, dtype) * len(lm.devices) / len(lm.weights.layers)
     room = int((0.95 * machine.free_bytes(bench.device) - WORKSPACE) // (longest * per_token))
     if room < 1:
@@ -42,30 +45,48 @@ def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) 
     slots = min(max(PICTURES), room)
     lm.context = min(lm.context, longest)
     runner = DiagonalRunner.best(lm, slots=slots, tokens=slots * longest, compile=bench.compile)
+    alone = _pictures(bench, runner, name, size, PICTURES, None)
+    if bench.device.type == "cuda":
+        used = torch.cuda.memory_allocated(bench.device) / GIB
+        what = f"flash, {name}: memory with a cache for {slots} pictures"
+        bench.report.add(Row(part="flash", what=what, value=used, unit="GiB"))
+    if runner.captured and form is None:  # 8-bit weights would be converted in each pass
+        del runner
+        machine.free_bytes(bench.device)
+        wide = DiagonalRunner(lm, slots=slots, tokens=slots * longest, pass_rows=WIDE)
+        wide.captured = True  # by the kernels that are built
+        _pictures(bench, wide, f"{name}, passes of up to {WIDE} rows", size, PICTURES[1:], alone)
+
+
+def _pictures(
+    bench: Bench,
+    runner: DiagonalRunner,
+    name: str,
+    size: tuple[int, int],
+    counts: Sequence[int],
+    alone: float | None,
+) -> float | None:
+    """A row for each number of pictures; `alone` are the seconds of one, which are returned."""
     engine = Engine(runner)
     if runner.captured:
         engine.call(runner.warm_up)
     _seconds(engine, (2, 2), 1)
-    alone = None
-    for pictures in PICTURES:
+    for pictures in counts:
         what = f"flash, {name}: {pictures} picture{'s' * (pictures > 1)} of {size[0]} x {size[1]}, prompt to codes"
-        if pictures > slots:
+        if pictures > runner.slots:
             bench.report.not_measured(what, "it does not fit the cache")
             continue
         seconds, stats = min((_seconds(engine, size, pictures) for _ in range(REPEATS)), key=lambda timed: timed[0])
         alone = alone or seconds
-        floor = stats.passes * lm.flash.bytes_read / bench.bandwidth
+        floor = stats.passes * runner.lm.flash.bytes_read / bench.bandwidth
         against = f"{seconds / alone:.2f} x one picture" if pictures > 1 else f"{seconds / floor:.2f} x reading weights"
         per_pass = 1e3 * stats.decode_seconds / stats.passes
         note = f"{stats.passes} steps of {per_pass:.2f} ms, prompts {1e3 * stats.prefill_seconds:.0f} ms"
         if not runner.captured:
             note += ", in plain PyTorch"
         bench.report.add(Row(part="flash", what=what, value=seconds, unit="s", against=against, note=note))
-    if bench.device.type == "cuda":
-        used = torch.cuda.memory_allocated(bench.device) / GIB
-        what = f"flash, {name}: memory with a cache for {slots} pictures"
-        bench.report.add(Row(part="flash", what=what, value=used, unit="GiB"))
     engine.close()
+    return alone
 
 
 def _seconds(engine: Engine, size: tuple[int, int], pictures: int) -> tuple[float, Stats]:
