@@ -269,6 +269,13 @@ def test_what_does_not_fit_is_refused_before_any_work(load: Load, monkeypatch: p
         pipeline.prepare(Request(prompt="a cup", size=(20, 20)))
 
 
+def test_where_memory_is_short_several_gpus_are_no_advice(load: Load, tmp_path: Path) -> None:
+    made = make_flashar(tmp_path, layout="lxazjk", hidden=32, logit_bias={})
+    with pytest.raises(InputError, match="not enough memory: .*fp8 or int8.*smaller EMU_MAX_CONTEXT") as caught:
+        Pipeline.load(made.model, made.vision, device="cpu", kind="flash", max_outputs=10**9)
+    assert "EMU_DEVICE_MAP" not in str(caught.value)
+
+
 def test_the_longest_that_fits_is_drawn(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """EOL and EOI take no place in the cache, but the check counts them."""
     pipeline = load("lxazjk")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from emu_cog.engine.diagonals import DiagonalRunner, Diagonals
 from emu_cog.engine.engine import Engine
 from emu_cog.engine.runner import ModelRunner, _Captured
 from emu_cog.engine.sequence import EngineRequest, GenerationConfig, SequenceState
+from emu_cog.events import Picture
+from emu_cog.model import torch_settings
 from emu_cog.model.flashar import FlashModel
 from emu_cog.ops.interface import Batch, Ops, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
-from emu_cog.request import Sampling
+from emu_cog.pipeline import Pipeline
+from emu_cog.request import Request, Sampling
 from tests.flashar_kit import load
 from tests.test_diagonals import codes_of, config_of
 
@@ -129,6 +133,7 @@ def sequence(runner: DiagonalRunner, slot: int, size: tuple[int, int], **samplin
     runner.begin(s)
     runner.place(s)
     state = torch.randn((2, 2 * runner.lm.config.hidden_size), generator=torch.Generator().manual_seed(slot))
+    state = state.to(runner.lm.device, runner.lm.dtype)
     next(runner.answer(s, dict(enumerate(state.split(1)))))
     s.doing = Diagonals(size)
     runner.open(s, s.doing)
@@ -217,3 +222,62 @@ def test_the_log_says_why_steps_are_not_captured(model: FlashModel, caplog: pyte
     with caplog.at_level("INFO", logger="emu_cog"):
         assert not DiagonalRunner.best(model, slots=1, tokens=4096, compile=True).captured
     assert "plain PyTorch: the device is cpu" in caplog.text
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(folder: Path, **settings: object) -> Pipeline:
+    made = flashar.make_checkpoint("u0", folder)
+    return Pipeline.load(made.model, made.vision, kind="u0-flash", **({"device": "cuda", "max_outputs": 8} | settings))  # type: ignore[arg-type]
+
+
+def codes_at_once(pipeline: Pipeline, requests: Sequence[Request]) -> list[tuple[tuple[int, ...], ...]]:
+    running = [pipeline.submit(request) for request in requests]
+    return [event.codes for one in running for event in one if isinstance(event, Picture)]
+
+
+REQUESTS = [
+    Request(prompt="a red boat", seed=seed, size=size, image_top_k=9, image_top_p=top_p)
+    for seed, (size, top_p) in enumerate([((12, 16), 0.9), ((30, 20), 1.0), ((3, 5), 1.0), ((50, 40), 0.8)])
+]
+
+
+@pytest.mark.gpu
+def test_captured_diagonals_give_the_eager_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_settings, "apply", lambda device: torch_settings.exact())  # TF32 would be the noise
+    found = []
+    for compile in (False, True):
+        pipeline = on_gpu(tmp_path / str(compile), dtype="float32", compile=compile)
+        assert pipeline.runner.captured == compile
+        found.append(codes_at_once(pipeline, REQUESTS))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_pictures_are_the_same_in_any_company(quantize: str | None, compile: bool, tmp_path: Path) -> None:
+    """In bfloat16, where another order of sums would show."""
+    pipeline = on_gpu(tmp_path, dtype="bfloat16", quantize=quantize, compile=compile)
+    together = codes_at_once(pipeline, REQUESTS)
+    assert together == [codes_at_once(pipeline, [request])[0] for request in REQUESTS]
+
+
+@pytest.mark.gpu
+def test_captured_diagonals_do_not_synchronize(tmp_path: Path) -> None:
+    """While the pictures and the room that their diagonals need stay the same."""
+    runner = on_gpu(tmp_path, dtype="bfloat16").runner
+    assert isinstance(runner, DiagonalRunner)
+    with torch.inference_mode():
+        two = [sequence(runner, slot, (12, 12), top_k=9) for slot in range(2)]
+        runner.step(two)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(22):
+                for s in two:
+                    s.move(1)
+                runner.step(two)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert runner.made(two) == [23, 23]

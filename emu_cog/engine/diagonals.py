@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import sdpa_kernel
 
 from emu_cog.engine.runner import EAGER_ROWS, ModelRunner, _device_seconds, _sizes
 from emu_cog.engine.sequence import Draw, Feed, Opened, Reason, SequenceState, Tokens
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
-from emu_cog.model.qwen3 import ATTENTION, Chunk
+from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
 
@@ -130,7 +129,7 @@ class DiagonalRunner(ModelRunner):
         """Draw the next diagonal of each picture. There is no text, so that no hidden states are returned."""
         nucleus = any(s.config.image.top_p < 1.0 for s in sequences)
         self._scores.clear()
-        with self._current_device(), sdpa_kernel(ATTENTION, set_priority=True):
+        with self._current_device():
             for places, cells in self._passes(sequences):
                 group = [sequences[i] for i in places]
                 if self.captured:
@@ -184,10 +183,9 @@ class DiagonalRunner(ModelRunner):
 
     # -- 3. on the device ------------------------------------------------------------------------------------
 
-    def _places(self, slots: Tensor, width: int) -> Places:
-        state = self.state
-        # After the last diagonal there is none.
-        return Places.of(state.step[slots], self.rows[slots], state.columns[slots], width)
+    def _next(self, slots: Tensor, width: int) -> Places:
+        """The diagonal that each picture draws next; a complete one has none."""
+        return Places.of(self.state.step[slots], self.rows[slots], self.state.columns[slots], width)
 
     def _sample(self, slots: Tensor, at: Places, block: int, nucleus: bool) -> None:
         """Sample the cells of a diagonal and store them. Gates are computed in multiples of `block` rows."""
@@ -245,7 +243,7 @@ class DiagonalRunner(ModelRunner):
             s, count = sequences[i], _cells(sequences[i])
             assert isinstance(s.doing, Diagonals)
             slots = torch.tensor([s.slot], device=self.lm.device)
-            at = self._places(slots, count)
+            at = self._next(slots, count)
             self._sample(slots, at, 1, nucleus)
             self._remember(sequences, [i], count)
             if s.made + 1 < s.doing.total:  # nothing follows from the last one
@@ -312,7 +310,7 @@ class DiagonalRunner(ModelRunner):
     def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
         """A step of diagonals of up to `width` cells that reads everything from the device: h (2 slots, hidden) of
         their first cells."""
-        at = self._places(slots, width)
+        at = self._next(slots, width)
         self._sample(slots, at, MAX_ROWS, nucleus)
         h, v = draw(self.lm.ops, self.lm.flash, *self._batches(slots, at), self.cache)
         self._keep(slots, width, h, v)
