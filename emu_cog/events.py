@@ -75,12 +75,12 @@ class ProgressMeter:
         if self._single[output]:
             self._whole[output], self._made[output] = size[0] * size[1], 0
 
-    def tokens(self, output: int, ids: Sequence[int]) -> None:
-        """`output` has made `ids`."""
+    def tokens(self, output: int, ids: Sequence[int], ahead: int = 0) -> None:
+        """`output` has made `ids`, and `ahead` visual tokens that come later in reading order."""
         single, whole = self._single[output], self._whole[output]
         self._made[output] += sum(token >= self._first_visual for token in ids) if single else len(ids)
         if whole:
-            self._advance(output, PROMPT_SHARE + (1 - PROMPT_SHARE) * min(self._made[output] / whole, 1.0))
+            self._advance(output, PROMPT_SHARE + (1 - PROMPT_SHARE) * min((self._made[output] + ahead) / whole, 1.0))
 
     def ended(self, output: int) -> None:
         self._advance(output, 1.0)

@@ -66,13 +66,15 @@ class Budget:
             f"{needed / GIB:.2f} GiB of {self.available / GIB:.2f} on {self.device}"
         )
 
-    def check(self, tokens: int, outputs: int) -> None:
-        """Log the estimate; InputError with the numbers where it does not fit."""
+    def check(self, tokens: int, outputs: int, *, spreads: bool = True) -> None:
+        """Log the estimate; InputError with the numbers where it does not fit. `spreads`: the layers of such a model
+        may be on several GPUs."""
         table = self.table(tokens, outputs)
         if self.outputs(tokens) < outputs:
             raise InputError(
-                f"not enough memory: {table}. Use 8-bit weights (EMU_QUANTIZE=fp8 or int8), several GPUs "
-                "(EMU_DEVICE_MAP=auto), a smaller EMU_MAX_CONTEXT or EMU_MAX_OUTPUTS, or a larger GPU"
+                f"not enough memory: {table}. Use 8-bit weights (EMU_QUANTIZE=fp8 or int8), "
+                f"{'several GPUs (EMU_DEVICE_MAP=auto), ' if spreads else ''}"
+                "a smaller EMU_MAX_CONTEXT or EMU_MAX_OUTPUTS, or a larger GPU"
             )
         log.info("memory: %s", table)
 
@@ -114,7 +116,7 @@ def check_memory_budget(
         area=usual.image_area,
         quantize=quantize,
     )
-    budget.check(max_context or picture, max_outputs)
+    budget.check(max_context or picture, max_outputs, spreads=not usual.task.diagonal)
     return replace(budget, picture=min(picture, max_context or picture))
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from emu_cog.engine.diagonals import MAX_CELLS, DiagonalRunner
 from emu_cog.engine.engine import Engine, Submission
 from emu_cog.engine.runner import CPU_SEQUENCES, MAX_SEQUENCES, ModelRunner
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Prefilled, Stats, Tokens, Trace
@@ -27,7 +28,8 @@ from emu_cog.log import log
 from emu_cog.memory import Budget, check_memory_budget
 from emu_cog.model import torch_settings
 from emu_cog.model.device import check_settings, choose_device, choose_dtype, choose_spread
-from emu_cog.model.loader import NOT_BUILT, load_language_model
+from emu_cog.model.flashar import FlashModel
+from emu_cog.model.loader import load_flash_model, load_language_model
 from emu_cog.model.quantize import check_format
 from emu_cog.model.qwen3 import LanguageModel
 from emu_cog.prompt import geometry, prompts, tasks
@@ -113,7 +115,7 @@ class Pipeline:
         check_format(quantize, target)
         tokenizer = Tokenizer.load(Path(tokenizer_folder) if tokenizer_folder else folder)
         defaults = tasks.ModelDefaults.read(folder, kind=kind)
-        check_built(defaults.kind)
+        check_spread(defaults.kind, device_map)
         budget = check_memory_budget(
             folder,
             vision_folder,
@@ -125,9 +127,13 @@ class Pipeline:
             max_context=max_context,
             max_outputs=max_outputs or 1,
         )
-        lm = load_language_model(
-            folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
-        )
+        lm: LanguageModel
+        if by_diagonals(defaults.kind):
+            lm = load_flash_model(folder, tokenizer.ids, device=target, dtype=weights_dtype, quantize=quantize)
+        else:
+            lm = load_language_model(
+                folder, tokenizer.ids, device=target, dtype=weights_dtype, device_map=device_map, quantize=quantize
+            )
         lm.context = min(lm.context, budget.tokens(), max_context or lm.context)
         slots = max_outputs or budget.slots(most=MAX_SEQUENCES if target.type == "cuda" else CPU_SEQUENCES)
         slots = min(slots, MAX_SEQUENCES)
@@ -148,6 +154,7 @@ class Pipeline:
             )
         if compile and target.type == "cuda":
             CompiledDecoder(vision)
+        runner = DiagonalRunner if isinstance(lm, FlashModel) else ModelRunner
         return cls(
             lm,
             vision,
@@ -155,7 +162,7 @@ class Pipeline:
             defaults,
             budget=budget,
             revision=revision or folder.name,
-            runner=ModelRunner.best(lm, slots=slots, tokens=tokens, compile=compile),
+            runner=runner.best(lm, slots=slots, tokens=tokens, compile=compile),
             decoding=decoding,
         )
 
@@ -165,7 +172,7 @@ class Pipeline:
         check_settings(
             device=settings.device, dtype=settings.dtype, device_map=settings.device_map, quantize=settings.quantize
         )
-        check_built(settings.checkpoint)
+        check_spread(settings.checkpoint, settings.device_map)
         torch_settings.keep_compiled(compile_cache(settings))
         found = resolve(settings)
         return cls.load(
@@ -227,12 +234,18 @@ class Pipeline:
             images.append(codes)
             vq_seconds += seconds
         prompt = prompts.build(plan.task, request.prompt, images, self.tokenizer)
+        # What is drawn by diagonals begins with its header: no text comes before it.
+        header = self.tokenizer.ids.header(*plan.size) if plan.task.diagonal and plan.size else ()
         return Prepared(
             request=request,
             plan=plan,
             seed=seed,
             outputs=tuple(
-                EngineRequest(conditional=prompt.conditional, unconditional=prompt.unconditional, seed=seed + i)
+                EngineRequest(
+                    conditional=(*prompt.conditional, *header),
+                    unconditional=(*prompt.unconditional, *header),
+                    seed=seed + i,
+                )
                 for i in range(request.num_outputs)
             ),
             config=generation_config(plan),
@@ -286,6 +299,10 @@ class Pipeline:
         blank = [[[0] * columns] * rows for rows, columns in shapes]
         prompt = prompts.build(plan.task, request.prompt, blank, self.tokenizer)
         plan.check_room(len(prompt.conditional), references=len(shapes), context=self.lm.context)
+        if plan.task.diagonal and plan.size and min(plan.size) > MAX_CELLS:
+            raise InputError(
+                f"size={plan.size} can't be drawn by diagonals: one side must have at most {MAX_CELLS} tokens"
+            )
 
 
 class Running:
@@ -389,7 +406,7 @@ class Running:
         elif isinstance(event, Opened):
             self._meter.opened(event.index, event.size)
         elif isinstance(event, Tokens):
-            self._meter.tokens(event.index, event.ids)
+            self._meter.tokens(event.index, event.ids, event.ahead)
         elif isinstance(event, Ended):
             self._meter.ended(event.index)
 
@@ -402,10 +419,17 @@ class Running:
         return min(room, config.max_new_tokens or room)
 
 
-def check_built(kind: str) -> None:
-    """InputError for kinds of models whose pictures are decoded by diagonals."""
-    if any(task.diagonal for task in tasks.TABLES.get(kind, {}).values()):
-        raise InputError(f"EMU_CHECKPOINT={kind} can't be used: {NOT_BUILT}; use mini, image, base or u0")
+def by_diagonals(kind: str) -> bool:
+    """Whether models of `kind` draw their pictures by diagonals."""
+    return any(task.diagonal for task in tasks.TABLES.get(kind, {}).values())
+
+
+def check_spread(kind: str, device_map: str | None) -> None:
+    """InputError where the layers of a model that needs one device are to be spread over several."""
+    if by_diagonals(kind) and choose_spread(device_map):
+        raise InputError(
+            f"EMU_DEVICE_MAP=auto can't be used with {kind} models, whose layers must be on one device: leave it empty"
+        )
 
 
 def compile_cache(settings: Settings) -> Path:
@@ -423,7 +447,7 @@ def generation_config(plan: tasks.Plan) -> GenerationConfig:
         image=plan.image,
         text=plan.text,
         size=plan.size,
-        max_new_tokens=plan.max_new_tokens,
+        max_new_tokens=0 if plan.task.diagonal else plan.max_new_tokens,
         single_image=not plan.task.interleaved,
     )
 

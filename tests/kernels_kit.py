@@ -121,6 +121,7 @@ def steps(capability: int, weight_dtype: torch.dtype, row_counts: Sequence[int])
             ops.logits(hidden[::2], weights.text_head)
             logits = ops.logits(hidden, weights.visual_head)
             ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)
+            ops.codes(logits, state, at[:: 2 * width], at[: rows // 2].view(-1, width), nucleus=False)
     return found
 
 

@@ -188,6 +188,19 @@ def bench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     return run
 
 
+@pytest.mark.slow
+def test_pictures_by_diagonals_are_measured_in_every_format(bench_here: Bench) -> None:
+    _, found = bench_here("--only", "flash")
+    rows = {row["what"]: row for row in found["rows"] if row["part"] == "flash"}  # type: ignore[union-attr,index]
+    assert list(rows) == [
+        f"flash, {form}: {many} of 8 x 8, prompt to codes"
+        for form in ("float32", "fp8", "int8")
+        for many in ("1 picture", "4 pictures")
+    ]
+    assert all(row["note"].startswith("15 steps of ") for row in rows.values())
+    assert not found["not_measured"]
+
+
 def test_a_budget_that_is_spent_leaves_parts_out(bench_here: Bench) -> None:
     output, found = bench_here("--budget", "0.001", "--only", "images,prefill")
     assert set(found["not_measured"]) == {"images", "prefill"}  # type: ignore[call-overload]

@@ -45,10 +45,10 @@ def test_8_bit_weights_come_near_the_full_ones(form: str, folders: Folders) -> N
     folder = folders("u0").model
     pictures = flashar.pictures("u0", Tokenizer.load(folder))[:1]
     full, small = load(folder), load(folder, quantize=form)
-    layers = (*small.weights.decoder.layers, *small.weights.vertical)
+    layers = (*small.flash.decoder.layers, *small.flash.vertical)
     assert all(w.scale is not None for layer in layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    assert torch.equal(small.weights.decoder.head, full.weights.decoder.head)
-    assert small.weights.bytes_read < full.weights.bytes_read
+    assert torch.equal(small.flash.decoder.head, full.flash.decoder.head)
+    assert small.flash.bytes_read < full.flash.bytes_read
     (exact,) = run_native(full, pictures)
     (near,) = run_native(small, pictures, follow=[exact["tokens"]])
     for key in ("h", "v"):
@@ -76,7 +76,7 @@ def test_bfloat16_follows_float32(folders: Folders) -> None:
 
 def test_only_visual_rows_of_the_heads_are_kept(folders: Folders) -> None:
     folder = folders("lxazjk").model
-    ids, state, w = Tokenizer.load(folder).ids, state_of(folder), load(folder).weights
+    ids, state, w = Tokenizer.load(folder).ids, state_of(folder), load(folder).flash
     both = torch.cat([state["horizontal_head.weight"], state["vertical_head.weight"]], dim=1)
     assert torch.equal(w.decoder.head, both[ids.visual :])
     assert w.decoder.visual_head.shape == (ids.visual_count, 64)
@@ -87,7 +87,7 @@ def test_weights_in_flashar_safetensors_are_taken_first(folders: Folders, tmp_pa
     folder = copy(folders("lxazjk").model, tmp_path)
     (folder / "model.safetensors").rename(folder / "flashar.safetensors")
     save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
-    assert torch.equal(load(folder).weights.decoder.head, load(folders("lxazjk").model).weights.decoder.head)
+    assert torch.equal(load(folder).flash.decoder.head, load(folders("lxazjk").model).flash.decoder.head)
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -159,11 +159,11 @@ def test_damage_is_named(name: str, folders: Folders, tmp_path: Path) -> None:
 
 
 def test_a_config_that_names_no_branch_has_it_at_the_last_layers(folders: Folders, tmp_path: Path) -> None:
-    assert load(folders("u0").model).weights.start == 0
+    assert load(folders("u0").model).flash.start == 0
     folder = copy(folders("lxazjk").model, tmp_path)
-    assert load(folder).weights.start == 1
+    assert load(folder).flash.start == 1
     edit_config(folder, vertical_layers=None, vertical_start_layer=None)
-    assert load(folder).weights.start == 2
+    assert load(folder).flash.start == 2
 
 
 def test_it_is_not_loaded_as_a_plain_decoder(folders: Folders) -> None:
@@ -176,7 +176,7 @@ def test_it_is_not_loaded_as_a_plain_decoder(folders: Folders) -> None:
 def test_memory_is_estimated_for_what_is_kept(dtype: torch.dtype, form: str | None, folders: Folders) -> None:
     """Without the heads' text rows, 3 GB of the released weights; and with the vertical layers' keys and values."""
     made = folders("lxazjk")
-    w = load(made.model, dtype=dtype, quantize=form).weights
+    w = load(made.model, dtype=dtype, quantize=form).flash
     gates = (w.pair_in, w.pair_out, w.pair_bias, w.corner, w.corner_bias)
     tensors = [w.decoder.embed, w.decoder.norm, w.decoder.head, w.vertical_norm, *gates]
     for layer in (*w.decoder.layers, *w.vertical):

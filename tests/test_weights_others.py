@@ -155,16 +155,22 @@ def test_what_cannot_be_run_is_refused_before_anything_is_downloaded(
     hub: HubServer, tmp_path: Path, checkpoint: str, backend: str
 ) -> None:
     chosen = replace(settings(hub, tmp_path / "w", checkpoint=checkpoint), device="cpu", backend=backend)
-    says = "FlashAR decoding is not built yet; use mini, " if backend == "native" else "with EMU_BACKEND=upstream: "
-    with pytest.raises(InputError, match=f"EMU_CHECKPOINT={checkpoint} .*{says}"):
+    says = f"EMU_CHECKPOINT={checkpoint} .*with EMU_BACKEND=upstream: "
+    if backend == "native":
+        chosen, says = replace(chosen, device_map="auto"), f"EMU_DEVICE_MAP=auto can't be used with {checkpoint} models"
+    with pytest.raises(InputError, match=says):
         load(chosen)
     assert not hub.seen
     assert not (tmp_path / "w").exists()
 
 
-def test_a_folder_of_such_weights_is_refused_too(hub: HubServer, tmp_path: Path) -> None:
-    put(tmp_path / "mine", wanted(U0_FLASH))
-    put(tmp_path / "vision", wanted(VISION))
-    chosen = settings(hub, tmp_path / "w", source="local", checkpoint=str(tmp_path / "mine"))
-    with pytest.raises(InputError, match="FlashAR decoding is not built yet"):
-        load(replace(chosen, device="cpu"))
+@pytest.mark.parametrize("checkpoint", ["flash", "u0-flash", "a folder"])
+def test_weights_that_draw_by_diagonals_draw(checkpoint: str, hub: HubServer, tmp_path: Path) -> None:
+    chosen = settings(hub, tmp_path / "w", source="hub", checkpoint=checkpoint)
+    if checkpoint == "a folder":
+        put(tmp_path / "mine", wanted(U0_FLASH))
+        put(tmp_path / "vision", wanted(VISION))
+        chosen = settings(hub, tmp_path / "w", source="local", checkpoint=str(tmp_path / "mine"))
+    pipeline = load(replace(chosen, device="cpu"))
+    events = pipeline.stream(Request(prompt="boat", size=(2, 3), seed=1))
+    assert [event.image.size for event in events if isinstance(event, Picture)] == [(48, 32)]

@@ -37,7 +37,6 @@ from emu_cog.engine.sequence import (
     Stats,
     Tokens,
     Trace,
-    answer,
     choose,
 )
 from emu_cog.engine.window import best_width, expected_tokens
@@ -239,8 +238,8 @@ class Engine:
         at = 0
         for stream, begin, end in chunk:
             at += end - begin
-            if stream == 0 and end == len(prompt.streams[0]):
-                prompt.last = hidden[at - 1 : at].clone()
+            if end == len(prompt.streams[stream]):
+                prompt.last[stream] = hidden[at - 1 : at].clone()
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)
         prompt.seconds += time.perf_counter() - started
@@ -261,9 +260,7 @@ class Engine:
         prompt.begin(self.runner.cache, s)
         self.runner.place(s)
         submission.put(Prefilled(s.index))
-        assert prompt.last is not None
-        (choice,) = self._choose([s], prompt.last, ["text"])
-        entry.answer = answer(s, choice, self.ids, self.lm.context)
+        entry.answer = self.runner.answer(s, prompt.last)
         self._go_on(entry, None)
 
     def _step(self) -> bool:
@@ -348,8 +345,9 @@ class Engine:
         return likely >= s.doing.total
 
     def _trace_picture(self, s: SequenceState, trace: Trace, row: int) -> None:
-        filters = s.config.image
-        trace("visual", probabilities(self.runner.scores(row), Sampling(top_k=filters.top_k, top_p=filters.top_p)))
+        filters = Sampling(top_k=s.config.image.top_k, top_p=s.config.image.top_p)
+        for scores in self.runner.scores(row).split(1):
+            trace("visual", probabilities(scores, filters))
 
     def _prepared(self, entry: _Entry) -> bool:
         """Whether the sequence has the pages for what it does next."""
@@ -380,7 +378,7 @@ class Engine:
             assert isinstance(s.doing, Draw)
             visual = sum(token >= self.ids.visual for token in ids)
             s.sampled += visual
-            entry.submission.put(Tokens(s.index, ids))
+            entry.submission.put(Tokens(s.index, ids, s.doing.ahead(s.made)))
             entry.seen = s.made
             if s.made == s.doing.total:
                 entry.seen = s.made = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.sequence import LARGEST, Draw, EngineRequest, Feed, GenerationConfig, SequenceState
+from emu_cog.engine.sequence import (
+    LARGEST,
+    Choice,
+    Draw,
+    EngineRequest,
+    Feed,
+    GenerationConfig,
+    Reason,
+    SequenceState,
+    answer,
+    choose,
+)
 from emu_cog.log import log
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk, LanguageModel
@@ -137,6 +148,11 @@ class ModelRunner:
         drafts = torch.where(place % (columns + 1) == columns, ids.eol, ids.visual)
         state.out[slot, : draw.total] = torch.where(place == draw.total - 1, ids.eoi, drafts)
         self._write([(s, self.lm.ids.img)])
+
+    def answer(self, s: SequenceState, last: Mapping[int, Tensor]) -> Generator[Feed | Draw, Choice | None, Reason]:
+        """What `s` does after its prompts, whose last hidden states (1, hidden) are `last`, by stream."""
+        (choice,) = choose([s], ["text"], self.text_logits(last[0]), self.lm.ids)
+        return answer(s, choice, self.lm.ids, self.lm.context)
 
     def place(self, s: SequenceState) -> None:
         """Write the block tables of `s`, after it has taken pages."""
@@ -327,17 +343,21 @@ class ModelRunner:
             log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
             self.lm.ops = ops
             try:
-                slots = torch.full((1,), self.state.padding, device=self.lm.device)
-                prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
-                self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
-                for width in (1, 2):
-                    self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
+                self._run_once()
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
             except BaseException:
                 self.lm.ops = TorchOps()
                 raise
         self.captured = True
+
+    def _run_once(self) -> None:
+        """Run each kernel once, over the padding."""
+        slots = torch.full((1,), self.state.padding, device=self.lm.device)
+        prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
+        self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
+        for width in (1, 2):
+            self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
 
     def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
         """A step that reads everything from the device: the hidden states (2 slots, hidden) of the first tokens."""

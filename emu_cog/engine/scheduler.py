@@ -52,8 +52,8 @@ class Prompt:
         self.read = 0
         """Chunks that have been read."""
         self.seconds = 0.0
-        self.last: Tensor | None = None
-        """The conditional prompt's last hidden state (1, hidden), once it is read."""
+        self.last: dict[int, Tensor] = {}
+        """By stream, the prompt's last hidden state (1, hidden), once it is read."""
 
     @property
     def unread(self) -> bool:

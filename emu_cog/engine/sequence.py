@@ -69,10 +69,12 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The next ids of the answer of output `index`, in order, forced ones included."""
+    """The next ids of the answer of output `index`, in order, forced ones included. `ahead` tokens of its image are
+    made besides, but follow others that are not."""
 
     index: int
     ids: tuple[int, ...]
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,19 @@ class Draw:
     def room(self) -> int:
         return 1 + self.total
 
+    def forced(self, step: int) -> bool:
+        """Whether token `step` is EOL or EOI."""
+        columns = self.size[1]
+        return step % (columns + 1) == columns
+
+    def tokens(self, made: int) -> int:
+        """Tokens in each stream when `made` of `total` are made."""
+        return made
+
+    def ahead(self, made: int) -> int:
+        """Tokens made by then that others are to precede."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -170,7 +185,7 @@ class SequenceState:
     opened: bool = False
     """Whether the image that it is to draw has been begun."""
     made: int = 0
-    """Tokens made of the image in progress, as far as the host knows."""
+    """How far the image in progress is, of its Draw's `total`, as far as the host knows."""
     unread: int = 0
     """Passes over the image since then."""
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -183,13 +198,14 @@ class SequenceState:
     def forced(self) -> bool:
         """Whether the next token of the image in progress is EOL or EOI."""
         assert isinstance(self.doing, Draw)
-        columns = self.doing.size[1]
-        return self.made % (columns + 1) == columns
+        return self.doing.forced(self.made)
 
-    def move(self, tokens: int) -> None:
-        """`tokens` more of the image in progress are made, and in both streams."""
-        self.made += tokens
-        self.lengths = [length + tokens for length in self.lengths]
+    def move(self, steps: int) -> None:
+        """`steps` more of the image in progress are made, and in both streams."""
+        assert isinstance(self.doing, Draw)
+        before = self.doing.tokens(self.made)
+        self.made += steps
+        self.lengths = [length + self.doing.tokens(self.made) - before for length in self.lengths]
 
     def sampling(self, kind: Kind) -> Sampling:
         return self.config.text if kind == "text" else self.config.image

@@ -5,10 +5,10 @@ calls); XiaomiRobotics/Xiaomi-Robotics-U0 at 777c620, xr_u0_flashar/model.py, is
 
 Cell (r, c) is sampled from its left neighbour's final hidden state h and its upper neighbour's vertical hidden state v,
 so that all cells of a diagonal r + c are sampled together and fed in one pass: each attends to its stream's prompt, all
-earlier diagonals and all of its own. The vertical branch reads what enters the decoder's layer `start`; its layers have
-a cache of their own, which holds cells alone. There is no EOL and no EOI in between.
+earlier diagonals and all of its own. The vertical branch reads what enters the decoder's layer `start`; its layers
+cache cells alone. There is no EOL and no EOI in between.
 
-In the caches, a stream's cells follow each other in the order in which they are sampled. Their RoPE positions are those
+In the cache, a stream's cells follow each other in the order in which they are sampled. Their RoPE positions are those
 of the grid, row by row, after the longer of the two prompts (`rotary_positions`).
 """
 
@@ -30,8 +30,8 @@ from emu_cog.model.qwen3 import (
     ATTENTION,
     Chunk,
     Destination,
+    LanguageModel,
     batch_of,
-    check_vocabulary,
     destinations,
     empty_layer,
     empty_weights,
@@ -39,8 +39,7 @@ from emu_cog.model.qwen3 import (
     run_layers,
 )
 from emu_cog.ops import linear
-from emu_cog.ops.interface import Batch, Layer, ModelWeights, Ops
-from emu_cog.ops.reference import TorchOps
+from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops
 from emu_cog.prompt.tokens import TokenIds
 
 
@@ -100,6 +99,14 @@ class Diagonal:
         return [row * self.columns + self.number - row for row in range(self.top, self.top + self.count)]
 
     @property
+    def drawn(self) -> int:
+        """Cells of the diagonals before; beyond the last one all cells."""
+        rows, columns, number = self.rows, self.columns, self.number
+        triangles = (max(n, 0) for n in (number, number - rows, number - columns, number - rows - columns))
+        whole, below, beside, both = (n * (n + 1) // 2 for n in triangles)
+        return whole - below - beside + both
+
+    @property
     def before(self) -> Diagonal:
         return Diagonal(self.number - 1, self.rows, self.columns)
 
@@ -124,6 +131,40 @@ def rotary_positions(diagonal: Diagonal, longest: int) -> list[int]:
     return [longest + cell for cell in diagonal.cells]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """A diagonal of each of n pictures on the device, as `Diagonal` has it for the host: (n, width) int64 each, where
+    `live`; all other places hold what can be read or written without harm."""
+
+    live: Tensor  # bool
+    cell: Tensor  # r * columns + c, or 0
+    left: Tensor
+    above: Tensor
+    count: Tensor  # (n, 1), not positive beyond the last diagonal
+    drawn: Tensor  # (n, 1)
+
+    @classmethod
+    def of(cls, number: Tensor, rows: Tensor, columns: Tensor, width: int) -> Places:
+        """Up to `width` cells of the diagonals `number` (n,) of grids of `rows` x `columns` (n,)."""
+        number, rows, columns = number[:, None], rows[:, None], columns[:, None]
+        top, before = (number - columns + 1).clamp(min=0), (number - columns).clamp(min=0)
+        count = torch.minimum(rows - 1, number) - top + 1
+        row = top + torch.arange(width, device=number.device)
+        live = row < top + count
+        whole, below, beside, both = (
+            n.clamp(min=0) * (n.clamp(min=0) + 1) // 2
+            for n in (number, number - rows, number - columns, number - rows - columns)
+        )
+        return cls(
+            live=live,
+            cell=torch.where(live, row * (columns - 1) + number, 0),
+            left=torch.where(live & (row < number), row - before, -1),
+            above=torch.where(live & (row > 0), row - 1 - before, -1),
+            count=count,
+            drawn=whole - below - beside + both,
+        )
+
+
 # -- 2. passes ---------------------------------------------------------------------------------------------
 
 
@@ -140,15 +181,14 @@ def run_decoder(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tupl
     return h, inner
 
 
-def draw(
-    ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache, image: Batch, image_cache: KVCache
-) -> tuple[Tensor, Tensor]:
-    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch in
-    the vertical layers' cache, which counts cells alone."""
+def draw(ops: Ops, w: FlashWeights, batch: Batch, image: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch as
+    the vertical layers store it, which count cells alone; theirs are the cache's last layers."""
     h, residual = run_decoder(ops, w, batch, cache)
     eps, first = w.decoder.shape.eps, w.vertical[0]
     x = ops.add_norm(None, residual, first.input_norm, eps, first.qkv)
-    v, _ = run_layers(ops, w.vertical, (w.vertical_norm, None), w.decoder, x, residual, image, image_cache)
+    last, below = (w.vertical_norm, None), len(w.decoder.layers)
+    v, _ = run_layers(ops, w.vertical, last, w.decoder, x, residual, image, cache, first=below)
     return h, v
 
 
@@ -163,15 +203,12 @@ def corner_share(w: FlashWeights, h: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(h.float(), w.corner, w.corner_bias))
 
 
-def head_input(w: FlashWeights, h: Tensor, v: Tensor, left: Tensor, above: Tensor) -> Tensor:
-    """What the heads read for a diagonal's cells: (count, 2 hidden), from h and v (N, hidden) of the diagonal before.
-    `left` and `above` (count,) int64 are the neighbours' places there, -1 where a cell has none; the first cell has
-    neither, and h and v are the prompt's.
+def head_input(w: FlashWeights, h: Tensor, v: Tensor, leftmost: Tensor, top: Tensor) -> Tensor:
+    """What the heads read for cells with their left neighbour's h and upper neighbour's v (M, hidden): (M, 2 hidden).
+    Which have none says `leftmost` and `top` (M, 1); the first cell has neither, and the prompt's h and v.
 
     Heads are linear, so the gate weighs their input: one product with both heads side by side is g H(h) + (1 - g) V(v).
     """
-    h, v = h[left.clamp(min=0)], v[above.clamp(min=0)]
-    leftmost, top = left[:, None] < 0, above[:, None] < 0
     gate = share(w, h, v).masked_fill(leftmost, 0.0).masked_fill(top, 1.0)
     gate = torch.where(leftmost & top, corner_share(w, h), gate)
     return torch.cat([gate * h, (1 - gate) * v], dim=-1).to(h.dtype)
@@ -180,61 +217,60 @@ def head_input(w: FlashWeights, h: Tensor, v: Tensor, left: Tensor, above: Tenso
 @dataclass(frozen=True, kw_only=True)
 class Cells:
     """A diagonal of one stream: its `tokens`, top to bottom, at RoPE positions `rotary`. They are stored in the
-    stream's `pages` from place `start` on, and in its pages of the vertical cache from place `drawn` on, the number of
-    cells before."""
+    stream's `pages` after the `prompt` tokens and `drawn` cells before."""
 
     tokens: Sequence[int]
     rotary: Sequence[int]
-    start: int
-    pages: Sequence[int]
+    prompt: int
     drawn: int
-    image_pages: Sequence[int]
+    pages: Sequence[int]
 
 
-class FlashModel:
-    """The model as an engine sees it: prompts and diagonals in, h, v and the logits of visual tokens out."""
+def image_pages(prompt: int, pages: Sequence[int]) -> Sequence[int]:
+    """Where the vertical layers keep the cells of a stream that has `pages`, the first after `prompt` tokens: in those
+    that are not full of prompt, which other streams may share. They always suffice."""
+    return pages[prompt // PAGE :]
 
-    def __init__(self, config: Qwen3Config, weights: FlashWeights, ids: TokenIds) -> None:
-        check_vocabulary(config, ids)
-        self.config, self.weights, self.ids = config, weights, ids
-        self.context = int(config.max_position_embeddings)
-        self.device, self.dtype = weights.decoder.embed.device, weights.decoder.embed.dtype
-        self.ops: Ops = TorchOps()
 
-    def new_caches(self, *, pages: int, image_pages: int) -> tuple[KVCache, KVCache]:
-        """The decoder's cache and the vertical layers', of so many pages besides the first, which nobody has."""
-        counts = ((len(self.weights.decoder.layers), pages), (len(self.weights.vertical), image_pages))
-        one, two = (
-            KVCache(self.config, pages=1 + count, dtype=self.dtype, devices=[self.device] * layers)
-            for layers, count in counts
-        )
-        return one, two
+class FlashModel(LanguageModel):
+    """The model as the engine sees it: prompts and diagonals in; h, v and the logits of visual tokens out. `weights`
+    are the decoder's."""
+
+    def __init__(self, config: Qwen3Config, flash: FlashWeights, ids: TokenIds) -> None:
+        super().__init__(config, flash.decoder, ids)
+        self.flash = flash
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer is, the vertical ones last."""
+        return [*super().devices, *(layer.qkv.data.device for layer in self.flash.vertical)]
 
     @torch.inference_mode()
-    def read(self, cache: KVCache, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
-        """One pass over prompts, in chunks: h and v (all tokens, hidden) each."""
+    def feed(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
+        """One pass over prompts, in chunks: h and v side by side (all tokens, 2 hidden)."""
         with sdpa_kernel(ATTENTION, set_priority=True):
-            return run_decoder(self.ops, self.weights, batch_of(chunks).to(self.device), cache)
+            return torch.cat(run_decoder(self.ops, self.flash, batch_of(chunks).to(self.device), cache), dim=-1)
 
     @torch.inference_mode()
-    def draw(self, cache: KVCache, image_cache: KVCache, streams: Sequence[Cells]) -> tuple[Tensor, Tensor]:
+    def draw(self, cache: KVCache, streams: Sequence[Cells]) -> tuple[Tensor, Tensor]:
         """One pass over a diagonal of each stream: h and v (all cells, hidden) each."""
         rotary = torch.tensor([position for cells in streams for position in cells.rotary])
         batch, image = (
             _opened(batch_of(chunks), rotary).to(self.device)
             for chunks in (
-                [Chunk(cells.tokens, cells.start, cells.pages) for cells in streams],
-                [Chunk(cells.tokens, cells.drawn, cells.image_pages) for cells in streams],
+                [Chunk(cells.tokens, cells.prompt + cells.drawn, cells.pages) for cells in streams],
+                [Chunk(cells.tokens, cells.drawn, image_pages(cells.prompt, cells.pages)) for cells in streams],
             )
         )
         with sdpa_kernel(ATTENTION, set_priority=True):
-            return draw(self.ops, self.weights, batch, cache, image, image_cache)
+            return draw(self.ops, self.flash, batch, image, cache)
 
     @torch.inference_mode()
     def logits(self, h: Tensor, v: Tensor, diagonal: Diagonal) -> Tensor:
         """One stream's logits (count, visual tokens) fp32 of a diagonal, from h and v of the one before."""
         left, above = (torch.tensor(places, device=self.device) for places in (diagonal.left, diagonal.above))
-        return self.ops.logits(head_input(self.weights, h, v, left, above), self.weights.decoder.visual_head)
+        h, v = h[left.clamp(min=0)], v[above.clamp(min=0)]
+        return self.visual_logits(head_input(self.flash, h, v, left[:, None] < 0, above[:, None] < 0))
 
 
 def _opened(batch: Batch, rotary: Tensor) -> Batch:

@@ -99,7 +99,7 @@ def load_language_model(
         expected.pop("lm_head.weight", None)
     headers = read_headers(folder)
     if MARKER in headers:
-        raise CheckpointError(f"{folder} holds FlashAR weights ({MARKER}): {NOT_BUILT}")
+        raise CheckpointError(f"{folder} holds FlashAR weights ({MARKER}): its kind is flash or u0-flash")
     check_state(expected, headers, where=str(folder))
     places = _places(model, dtype, device, quantize) if device_map == "auto" else {"": device}
 
@@ -111,9 +111,6 @@ def load_language_model(
     _read_weights(dict(destinations(config, weights, quantize)), headers, places, dtype)
     log.info("weights read in %.1f s", time.perf_counter() - started)
     return LanguageModel(config, weights, ids)
-
-
-NOT_BUILT = "FlashAR decoding is not built yet"
 
 
 def load_flash_model(

@@ -131,6 +131,9 @@ class Batch:
     on, or padding."""
     rotary: Tensor | None = None
     """(M,) int64: the tokens' RoPE positions, where these are not `positions`."""
+    last: Tensor | None = None
+    """(M,) int64, for captured steps: the last position of its stream that each token reads, where that is not its own.
+    The same in all of a window, or 0 in padding."""
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -163,8 +166,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if self.tokens.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "streams", "tables")}
-        return replace(self, **moved, rotary=None if self.rotary is None else self.rotary.to(device))
+        names = ("tokens", "positions", "streams", "tables", "rotary", "last")
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        )
 
 
 @dataclass(kw_only=True)
@@ -275,3 +280,7 @@ class Ops(Protocol):
         `SlotState.fed`. Accept those that follow from right drafts alone, at least one, and move the state on by them;
         the others are the next drafts. Slots without an active picture stay as they are. `nucleus` False says that no
         picture's top-p is below 1."""
+
+    def codes(self, logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, *, nucleus: bool) -> Tensor:
+        """Sample codes (n, width) for pictures in `slots` (n,), from (n * 2 * width, V) logits. `numbers` (n, width)
+        are those of their tokens' noise. Writes `scores` and nothing else of the state."""

@@ -63,15 +63,19 @@ class TorchOps:
     def sample(
         self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
     ) -> None:
+        numbers = state.sampled[slots, None] + visual_number(state, slots, width)
+        accept(state, slots, self.codes(logits, state, slots, numbers, nucleus=nucleus), ids)
+
+    def codes(self, logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, *, nucleus: bool) -> Tensor:
+        width = numbers.shape[1]
         conditional, unconditional = logits.view(len(slots), 2, width, -1).unbind(1)
         guided = guide(conditional, unconditional, state.cfg_scale[slots, None, None])
         scores = state.scores[: len(slots) * width]
         scores.copy_((guided / state.temperature[slots, None, None]).flatten(0, 1))
         top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
         kept = keep_sorted(scores, top_k, top_p if nucleus else None)
-        numbers, seeds = (state.sampled[slots, None] + visual_number(state, slots, width)).flatten(), state.seed[slots]
-        noise = gumbel_noise(seeds.repeat_interleave(width), numbers, scores.shape[1])
-        accept(state, slots, (kept + noise).argmax(dim=-1).view(-1, width), ids)
+        noise = gumbel_noise(state.seed[slots].repeat_interleave(width), numbers.flatten(), scores.shape[1])
+        return (kept + noise).argmax(dim=-1).view(-1, width)
 
 
 def visual_number(state: SlotState, slots: Tensor, width: int) -> Tensor:

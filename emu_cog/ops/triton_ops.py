@@ -208,7 +208,7 @@ class TritonOps:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         m, heads, dim = q.shape
-        if m > MAX_ROWS:
+        if m > MAX_ROWS and batch.last is None:
             return self._torch.attend(q, keys, values, batch, into)
         kv, splits = keys.shape[0], self.config.key_splits
         group, width = heads // kv, batch.width
@@ -216,12 +216,14 @@ class TritonOps:
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
-        grid = (m // width * _up(width, tokens), kv, splits if width == 1 else 2 * splits)
+        # Only the tokens of a window that read up to themselves may differ in how their keys are divided.
+        alike = width == 1 or batch.last is not None
+        grid = (m // width * _up(width, tokens), kv, splits if alike else 2 * splits)
         layers.attend_kernel[grid](
             q,
             keys,
             values,
-            batch.positions,
+            batch.positions if batch.last is None else batch.last,
             batch.streams,
             batch.tables,
             acc,
@@ -269,9 +271,42 @@ class TritonOps:
     def sample(
         self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
     ) -> None:
+        best, counts = self._picked(logits, state, slots, width, None, nucleus)
+        sampling_kernels.accept_kernel[(len(slots),)](
+            slots,
+            best,
+            counts,
+            state.columns,
+            state.total,
+            state.step,
+            state.token,
+            state.position,
+            state.out,
+            state.out.shape[1],
+            ids.visual,
+            ids.eol,
+            ids.eoi,
+            WIDTH=width,
+            num_warps=8,
+            **self.launch,
+        )
+
+    def codes(self, logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, *, nucleus: bool) -> Tensor:
+        n, width = numbers.shape
+        best, counts = self._picked(logits, state, slots, width, numbers.contiguous(), nucleus)
+        codes = 2**31 - 1 - (best & 0xFFFFFFFF)  # as `pick_kernel` has packed them
+        best.fill_(-(2**63))  # for the next step, as `accept_kernel` does
+        counts.zero_()
+        return codes.view(n, width)
+
+    def _picked(
+        self, logits: Tensor, state: SlotState, slots: Tensor, width: int, numbers: Tensor | None, nucleus: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Guide, filter and pick: what `pick_kernel` has found (rows,), and the counts to be reset with it. `numbers`
+        are those of the noise, where they don't follow from the picture's next token."""
         rows, vocabulary = len(slots) * width, logits.shape[1]
         if rows not in self._scratch:
-            # The last kernel resets both to the values they have here.
+            # Whoever takes the codes resets both to the values they have here.
             self._scratch[rows] = (
                 torch.zeros((rows, 4, 256), dtype=torch.int32, device=logits.device),
                 torch.full((rows,), -(2**63), dtype=torch.int64, device=logits.device),
@@ -298,28 +333,14 @@ class TritonOps:
             state.sampled,
             state.columns,
             state.step,
+            state.step if numbers is None else numbers,
             best,
             width,
             vocabulary,
+            NUMBERED=numbers is not None,
             **blocks,
         )
-        sampling_kernels.accept_kernel[(len(slots),)](
-            slots,
-            best,
-            counts,
-            state.columns,
-            state.total,
-            state.step,
-            state.token,
-            state.position,
-            state.out,
-            state.out.shape[1],
-            ids.visual,
-            ids.eol,
-            ids.eoi,
-            WIDTH=width,
-            **some,
-        )
+        return best, counts
 
 
 def _replay_seconds(work: Callable[[], object]) -> float:

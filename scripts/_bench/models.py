@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from _bench.sizes import Size
+from emu_cog.model.flashar import FlashModel, empty_flash_weights
 from emu_cog.model.loader import read_config
 from emu_cog.model.quantize import quantized
 from emu_cog.model.qwen3 import LanguageModel, empty_weights
 from emu_cog.ops import linear
-from emu_cog.ops.interface import ModelWeights, Weight
+from emu_cog.ops.interface import Layer, ModelWeights, Weight
 from emu_cog.vision.ibq import IBQ, VisionConfig
 
 
@@ -29,27 +30,60 @@ def language_model(
     config, ids = config_of(size), size.ids()
     weights = empty_weights(config, ids, dtype=dtype, place=lambda _: device, quantize=quantize)
     generator = torch.Generator(device).manual_seed(0)
-
-    def fill(weight: Weight) -> None:
-        # Laid out alike, or the same random numbers would be other weights.
-        full = weight.data if weight.scale is None else linear.empty(*weight.data.shape, dtype=dtype, device=device)
-        full.normal_(std=full.shape[1] ** -0.5, generator=generator)
-        if weight.scale is not None and quantize:
-            data, scale = quantized(full, quantize)
-            weight.data.copy_(data)
-            weight.scale.copy_(scale)
-
-    for layer in weights.layers:
-        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            fill(weight)
-        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
-            norm.fill_(1.0)
+    _fill_layers(weights.layers, generator, dtype, quantize)
     weights.norm.fill_(1.0)
-    fill(Weight(weights.embed))
-    fill(Weight(weights.head))
+    _fill(Weight(weights.embed), generator, dtype, quantize)
+    _fill(Weight(weights.head), generator, dtype, quantize)
     # Logits with a standard deviation of about 2, as sharp as a trained model's, so that top-k matters.
     weights.head.mul_(2.0)
     return LanguageModel(config, weights, ids)
+
+
+VERTICAL = 4
+"""Vertical layers of both released FlashAR models."""
+
+
+def flash_model(size: Size, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> FlashModel:
+    """The same with vertical layers beside the last ones, FlashAR's gates and its two heads of visual tokens."""
+    config, ids = config_of(size), size.ids()
+    config.tie_word_embeddings = True
+    vertical = min(VERTICAL, size.layers)
+    flash = empty_flash_weights(
+        config, ids, vertical=vertical, start=size.layers - vertical, dtype=dtype, device=device, quantize=quantize
+    )
+    generator, decoder = torch.Generator(device).manual_seed(0), flash.decoder
+    _fill_layers((*decoder.layers, *flash.vertical), generator, dtype, quantize)
+    decoder.norm.fill_(1.0)
+    flash.vertical_norm.fill_(1.0)
+    for matrix in (decoder.embed, decoder.head):
+        _fill(Weight(matrix), generator, dtype, quantize)
+    # Half of what each head reads is weighed away by its gate.
+    decoder.head.mul_(4.0)
+    for gate in (flash.pair_in, flash.pair_out, flash.corner):
+        gate.normal_(std=gate.shape[1] ** -0.5, generator=generator)
+    flash.pair_bias.zero_()
+    flash.corner_bias.zero_()
+    return FlashModel(config, flash, ids)
+
+
+def _fill_layers(layers: Sequence[Layer], generator: torch.Generator, dtype: torch.dtype, quantize: str | None) -> None:
+    for layer in layers:
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            _fill(weight, generator, dtype, quantize)
+        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
+            norm.fill_(1.0)
+
+
+def _fill(weight: Weight, generator: torch.Generator, dtype: torch.dtype, quantize: str | None) -> None:
+    # Laid out alike, or the same random numbers would be other weights.
+    full = weight.data
+    if weight.scale is not None:
+        full = linear.empty(*weight.data.shape, dtype=dtype, device=weight.data.device)
+    full.normal_(std=full.shape[1] ** -0.5, generator=generator)
+    if weight.scale is not None and quantize:
+        data, scale = quantized(full, quantize)
+        weight.data.copy_(data)
+        weight.scale.copy_(scale)
 
 
 def tensors(weights: ModelWeights) -> Iterator[Tensor]:

@@ -11,7 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from _bench import arrivals, company, decoding, loading, machine, miniature, models, pictures, quality, reference, soak
+from _bench import (
+    arrivals,
+    company,
+    decoding,
+    flash,
+    loading,
+    machine,
+    miniature,
+    models,
+    pictures,
+    quality,
+    reference,
+    soak,
+)
 from _bench.decoding import Bench
 from _bench.report import Part, Report, Row, run_parts
 from _bench.sizes import SIZES, choose
@@ -42,9 +55,9 @@ PARTS = (
 )
 """The order of the run: by importance, but 8-bit weights after everything that needs the full ones. On 80 GB the full
 weights have no room beside what 8-bit weights leave allocated."""
-ON_REQUEST = ("many-fp8", "many-int8", "windows-fp8", "windows-int8", "arrivals", "soak")
+ON_REQUEST = ("many-fp8", "many-int8", "windows-fp8", "windows-int8", "flash", "arrivals", "soak")
 """Parts that run only where --only names them."""
-WITHOUT_MODEL = {"vq", "mini", "company", "loading", "arrivals", "soak"}
+WITHOUT_MODEL = {"vq", "mini", "company", "loading", "flash", "arrivals", "soak"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,7 @@ class _Session:
             "int8": (lambda: self.small("int8"), 30),
             "company": (self.company, 60),
             "loading": (self.loading, 40),
+            "flash": (self.flash, 90),
             "arrivals": (self.arrivals, 60),
             "soak": (self.soak, 60),
         }
@@ -286,6 +300,15 @@ class _Session:
 
     def soak(self) -> None:
         soak.measure(self.bench.report, self.bench.device, compile=self.bench.compile, requests=self.wanted.requests)
+
+    def flash(self) -> None:
+        """FlashAR's own weights take the place of the model's."""
+        bench, device, dtype = self.bench, self.bench.device, self.bench.lm.dtype
+        self.engine, self.full = None, False
+        bench.lm = models.language_model(SIZES["tiny"], device=device, dtype=dtype)
+        for form in (None, "fp8", "int8"):
+            machine.free_bytes(device)
+            flash.measure(bench, dtype, form, large=self.pace is GPU)
 
     def arrivals(self) -> None:
         arrivals.measure(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emu_cog.model.flashar import Cells, Diagonal, FlashModel, corner_share, diagonals, rotary_positions, share
+from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.interface import pages_for
 from emu_cog.ops.sampling import guide
@@ -51,10 +52,8 @@ class _Drawing:
         self.diagonals = list(diagonals(rows, columns))
         self.longest = max(map(len, picture.prompts))
         self.pages: list[list[int]] = []
-        self.image_pages: list[list[int]] = []
         self.states: list[tuple[Tensor, Tensor]] = []
         """h and v of the diagonal before, by stream."""
-        self.drawn = 0
         self.arrays = {
             "h": np.zeros((streams, 1 + rows * columns, hidden), np.float32),
             "v": np.zeros((streams, 1 + rows * columns, hidden), np.float32),
@@ -79,10 +78,10 @@ class _Drawing:
         for stream, (h, v) in enumerate(self.states):
             _, columns = self.picture.size
             if diagonal.number == 0:
-                self.arrays["gate"][stream, 0, 0] = float(corner_share(model.weights, h))
+                self.arrays["gate"][stream, 0, 0] = float(corner_share(model.flash, h))
             for cell, left, above in zip(diagonal.cells, diagonal.left, diagonal.above, strict=True):
                 if diagonal.number and left >= 0 and above >= 0:
-                    gate = share(model.weights, h[left : left + 1], v[above : above + 1])
+                    gate = share(model.flash, h[left : left + 1], v[above : above + 1])
                     self.arrays["gate"][stream, cell // columns, cell % columns] = float(gate)
         codes: list[int] = (self.arrays["tokens"] if follow is None else follow)[diagonal.cells].tolist()
         return codes
@@ -94,24 +93,24 @@ def _draw(
 ) -> list[_Drawing]:
     made = [_Drawing(picture, model.config.hidden_size, model.ids.visual_count) for picture in wanted]
     cells = [math.prod(picture.size) for picture in wanted]
-    needed = [
-        (pages_for(len(prompt) + count), pages_for(count))
+    needed = sum(
+        pages_for(len(prompt) + count)
         for picture, count in zip(wanted, cells, strict=True)
         for prompt in picture.prompts
-    ]
-    cache, image_cache = model.new_caches(pages=sum(n for n, _ in needed), image_pages=sum(n for _, n in needed))
+    )
+    cache = KVCache(model.config, pages=1 + needed, dtype=model.dtype, devices=model.devices)
     for one, count in zip(made, cells, strict=True):
         for prompt in one.picture.prompts:
             one.pages.append(cache.take(pages_for(len(prompt) + count))[::-1])  # in no order
-            one.image_pages.append(image_cache.take(pages_for(count))[::-1])
 
     # 1. prompts, each stream's by itself
     for one in made:
         last = []
         for prompt, pages in zip(one.picture.prompts, one.pages, strict=True):
             for begin in range(0, len(prompt), chunk):
-                h, v = model.read(cache, [Chunk(prompt[begin : begin + chunk], begin, pages)])
-            last.append((h[-1:], v[-1:]))
+                hidden = model.feed(cache, [Chunk(prompt[begin : begin + chunk], begin, pages)])
+            h, v = hidden[-1:].chunk(2, dim=-1)
+            last.append((h, v))
         one.keep(last, [0])
 
     # 2. a diagonal of each picture per pass
@@ -124,17 +123,15 @@ def _draw(
                 Cells(
                     tokens=[model.ids.visual + code for code in codes],
                     rotary=rotary_positions(diagonal, one.longest),
-                    start=len(prompt) + one.drawn,
+                    prompt=len(prompt),
+                    drawn=diagonal.drawn,
                     pages=pages,
-                    drawn=one.drawn,
-                    image_pages=image_pages,
                 )
-                for prompt, pages, image_pages in zip(one.picture.prompts, one.pages, one.image_pages, strict=True)
+                for prompt, pages in zip(one.picture.prompts, one.pages, strict=True)
             ]
         counts = [len(cells.tokens) for cells in streams]
-        h, v = (states.split(counts) for states in model.draw(cache, image_cache, streams))
+        h, v = (states.split(counts) for states in model.draw(cache, streams))
         states = iter(zip(h, v, strict=True))
         for _, one, diagonal in drawing:
             one.keep([next(states) for _ in one.picture.prompts], [1 + cell for cell in diagonal.cells])
-            one.drawn += diagonal.count
     return made

@@ -134,9 +134,11 @@ def pick_kernel(
     sampled_ptr,
     columns_ptr,
     step_ptr,  # (slots,) int64
+    number_ptr,  # (rows,) int64 if NUMBERED: the noise's; else those of the picture's next tokens
     best_ptr,  # (rows,) int64, the smallest int on entry: the largest noisy score's key, then 2^31 - 1 - its code
     width,
     V,
+    NUMBERED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -149,9 +151,12 @@ def pick_kernel(
     threshold, _ = _prefix(counts_ptr + row * 4 * BINS, tl.load(k_ptr + slot), 4)
     kept = (i < V) & (_ordered(scores) >= threshold)
     if tl.max(kept.to(tl.int32), axis=0) > 0:
-        columns = tl.load(columns_ptr + slot)
-        place = tl.load(step_ptr + slot) + row % width
-        number = tl.load(sampled_ptr + slot) + place // (columns + 1) * columns + place % (columns + 1)
+        if NUMBERED:
+            number = tl.load(number_ptr + row)
+        else:
+            columns = tl.load(columns_ptr + slot)
+            place = tl.load(step_ptr + slot) + row % width
+            number = tl.load(sampled_ptr + slot) + place // (columns + 1) * columns + place % (columns + 1)
         counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         zero = counter * 0
         a, b, c, d = tl.philox(tl.load(seed_ptr + slot), counter, zero + number.to(tl.int32), zero, zero)

@@ -1,0 +1,329 @@
+"""Pictures drawn by diagonals (FlashAR): one step of the engine is the next diagonal of every picture in progress.
+
+A step samples a diagonal from the states of the one before, and feeds it. The host knows how many cells that are, so it
+reads nothing between two looks; the device keeps the counters that the cells follow from. A step of many pictures takes
+several passes of up to `pass_rows` rows, two for each cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from emu_cog.engine.runner import EAGER_ROWS, ModelRunner, _device_seconds, _sizes
+from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, SequenceState, Tokens
+from emu_cog.log import log
+from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
+from emu_cog.model.qwen3 import Chunk
+from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
+from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
+
+WIDTHS = (16, 32, 64, 128)
+"""Cells of a diagonal, rounded up, that steps are captured for."""
+MAX_CELLS = WIDTHS[-1]
+
+
+@dataclass(frozen=True)
+class Diagonals(Draw):
+    """Make the (rows, columns) image whose header, IMG included, ends both prompts: diagonal by diagonal."""
+
+    @property
+    def total(self) -> int:
+        """Diagonals to be made."""
+        return sum(self.size) - 1
+
+    @property
+    def room(self) -> int:
+        return self.size[0] * self.size[1]
+
+    def cells(self, number: int) -> int:
+        """Cells of diagonal `number`."""
+        return Diagonal(number, *self.size).count
+
+    def forced(self, step: int) -> bool:
+        return False
+
+    def tokens(self, made: int) -> int:
+        return Diagonal(made, *self.size).drawn
+
+    def complete(self, made: int) -> int:
+        """Image rows whose cells are all made."""
+        rows, columns = self.size
+        return min(max(made - columns + 1, 0), rows)
+
+    def ahead(self, made: int) -> int:
+        return self.tokens(made) - self.complete(made) * self.size[1]
+
+
+class DiagonalRunner(ModelRunner):
+    """Runs the passes of a FlashModel. In its state a slot's `step` counts diagonals, `position` are the lengths of its
+    prompts, and `out` holds its cells row by row."""
+
+    lm: FlashModel
+
+    def __init__(self, lm: FlashModel, *, slots: int, tokens: int, pass_rows: int = MAX_ROWS) -> None:
+        """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
+        beyond, products are PyTorch's."""
+        super().__init__(lm, slots=slots, tokens=tokens)
+        self.pass_rows = pass_rows
+        state, streams = self.state, 2 * (slots + 1)
+        state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
+        self.rows = torch.ones_like(state.columns)
+        self.image_tables = torch.zeros_like(state.tables)
+        """The vertical layers', which keep cells alone."""
+        # What the next diagonal is sampled from: of the one before, or in the first place of the prompt's last token.
+        self.h, self.v = torch.zeros(
+            (2, streams, MAX_CELLS, lm.config.hidden_size), dtype=lm.dtype, device=lm.device
+        ).unbind()
+        self._scores: dict[int, Tensor] = {}
+
+    # -- 1. sequences come and go ----------------------------------------------------------------------------
+
+    def answer(self, s: SequenceState, last: Mapping[int, Tensor]) -> Generator[Feed | Draw, Choice | None, Reason]:
+        for stream, hidden in last.items():
+            self.h[2 * s.slot + stream, 0], self.v[2 * s.slot + stream, 0] = hidden[0].chunk(2)
+        return self._picture(s)
+
+    def _picture(self, s: SequenceState) -> Generator[Feed | Draw, Choice | None, Reason]:
+        assert s.config.size, "these models know the size beforehand"
+        image = Diagonals(s.config.size)
+        if max(s.lengths) + image.room > self.lm.context:
+            return "context"
+        s.emit(Opened(s.index, image.size))
+        s.emit(Tokens(s.index, self.lm.ids.header(*image.size)))
+        yield image
+        s.images += 1
+        return "image"
+
+    def open(self, s: SequenceState, draw: Draw) -> None:
+        state, (rows, columns), slot = self.state, draw.size, s.slot
+        if rows * columns > state.out.shape[1]:
+            self._widen(rows * columns)
+        self.rows[slot], state.columns[slot], state.total[slot], state.step[slot] = rows, columns, draw.total, 0
+        state.seed[slot], state.sampled[slot] = s.request.seed, s.sampled
+        state.position[2 * slot : 2 * slot + 2] = torch.tensor(s.lengths)
+
+    def place(self, s: SequenceState) -> None:
+        super().place(s)
+        for stream, prompt in enumerate((s.request.conditional, s.request.unconditional)):
+            pages = image_pages(len(prompt), s.pages[stream])
+            self.image_tables[2 * s.slot + stream, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def end(self, s: SequenceState) -> None:
+        super().end(s)
+        self.image_tables[2 * s.slot : 2 * s.slot + 2] = 0
+
+    # -- 2. one step of all pictures -------------------------------------------------------------------------
+
+    def widths(self, sequences: int) -> list[int]:
+        return [1]
+
+    def seconds(self, sequences: int) -> dict[int, float]:
+        return {1: 1.0}
+
+    def step(self, sequences: Sequence[SequenceState], width: int = 1) -> Tensor:
+        """Draw the next diagonal of each picture. There is no text, so that no hidden states are returned."""
+        nucleus = any(s.config.image.top_p < 1.0 for s in sequences)
+        self._scores.clear()
+        with self._current_device():
+            for places, cells in self._passes(sequences):
+                group = [sequences[i] for i in places]
+                if self.captured:
+                    self._replay(group, cells, True, nucleus)
+                    self._remember(sequences, places, cells)
+                else:
+                    self._eager_pass(sequences, places, nucleus)
+        return self.h[:0, 0]
+
+    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
+        """The tokens of each picture's rows that have become complete, EOL and EOI included. Synchronizes with the
+        device."""
+        parts, spans = [], []
+        for s, begin in begun:
+            assert isinstance(s.doing, Diagonals)
+            span = range(s.doing.complete(begin), s.doing.complete(s.made))
+            parts.append(self.state.out[s.slot, span.start * s.doing.size[1] : span.stop * s.doing.size[1]])
+            spans.append((span, s.doing.size))
+        tokens, ids, found = iter(torch.cat(parts).tolist()), self.lm.ids, []
+        for span, (rows, columns) in spans:
+            row_ids: list[int] = []
+            for row in span:
+                row_ids += [next(tokens) for _ in range(columns)]
+                row_ids.append(ids.eoi if row == rows - 1 else ids.eol)
+            found.append(tuple(row_ids))
+        return found
+
+    def scores(self, row: int) -> Tensor:
+        """What the diagonal of sequence `row` of the last step was sampled from, where it has a trace: (cells, V)."""
+        return self._scores[row]
+
+    def _passes(self, sequences: Sequence[SequenceState]) -> Iterator[tuple[list[int], int]]:
+        """Places in `sequences` of the pictures that share a pass, and the cells that it has room for in each."""
+        counts = [_cells(s) for s in sequences]
+        most = self.pass_rows if self.captured else CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
+        left = sorted(range(len(sequences)), key=lambda i: -counts[i])
+        while left:
+            cells = counts[left[0]]
+            if self.captured:
+                cells = next(width for width in WIDTHS if width >= cells)
+            several = max(most // (2 * cells), 1)
+            yield left[:several], cells
+            left = left[several:]
+
+    def _remember(self, sequences: Sequence[SequenceState], places: Sequence[int], cells: int) -> None:
+        """Keep the scores of a pass for the traces of its pictures."""
+        for row, i in enumerate(places):
+            if sequences[i].trace:
+                scores = self.state.scores[row * cells : row * cells + _cells(sequences[i])]
+                self._scores[i] = scores.clone()
+
+    # -- 3. on the device ------------------------------------------------------------------------------------
+
+    def _next(self, slots: Tensor, width: int) -> Places:
+        """The diagonal that each picture draws next; a complete one has none."""
+        return Places.of(self.state.step[slots], self.rows[slots], self.state.columns[slots], width)
+
+    def _sample(self, slots: Tensor, at: Places, block: int, nucleus: bool) -> None:
+        """Sample the cells of a diagonal and store them. Gates are computed in multiples of `block` rows."""
+        state, ids = self.state, self.lm.ids
+        streams = _pairs(slots)[:, :, None]
+        h = self.h[streams, at.left.clamp(min=0)[:, None]].flatten(0, 2)  # (n * 2 * width, hidden)
+        v = self.v[streams, at.above.clamp(min=0)[:, None]].flatten(0, 2)
+        leftmost, top = ((x < 0)[:, None].expand(-1, 2, -1).reshape(-1, 1) for x in (at.left, at.above))
+        rows, padding = len(h), (0, 0, 0, -len(h) % block)
+        inputs = head_input(self.lm.flash, *(F.pad(x, padding) for x in (h, v, leftmost, top)))[:rows]
+        logits = self.lm.visual_logits(inputs)
+        numbers = state.sampled[slots, None] + at.cell
+        codes = self.lm.ops.codes(logits, state, slots, numbers, nucleus=nucleus)
+        state.out[torch.where(at.live, slots[:, None], state.padding), at.cell] = ids.visual + codes
+
+    def _batches(self, slots: Tensor, at: Places) -> tuple[Batch, Batch]:
+        """The pass over a diagonal, as the decoder and as the vertical layers see it; all other rows are padding."""
+        state, pairs, (n, width) = self.state, _pairs(slots), at.cell.shape
+        live, prompt = at.live[:, None], state.position[pairs][:, :, None]  # (n, 1, width), (n, 2, 1)
+        tokens = state.out[slots[:, None], at.cell][:, None]
+        drawn = (at.drawn + torch.arange(width, device=slots.device))[:, None]
+        last = (at.drawn + at.count - 1)[:, None]
+
+        def flat(x: Tensor, padding: int = 0) -> Tensor:
+            return torch.where(live, x, padding).expand(n, 2, width).flatten()
+
+        batch = Batch(
+            tokens=flat(tokens),
+            positions=flat(prompt + drawn),
+            streams=flat(pairs[:, :, None], 2 * state.padding),
+            tables=state.tables,
+            width=width,
+            rotary=flat(prompt.amax(dim=1, keepdim=True) + at.cell[:, None]),
+            last=flat(prompt + last),
+        )
+        return batch, replace(batch, positions=flat(drawn), tables=self.image_tables, last=flat(last))
+
+    def _keep(self, slots: Tensor, width: int, h: Tensor, v: Tensor) -> None:
+        """Store the states of a diagonal."""
+        streams = _pairs(slots).flatten()
+        self.h[streams, :width] = h.view(len(streams), width, -1)
+        self.v[streams, :width] = v.view(len(streams), width, -1)
+
+    def _move(self, slots: Tensor) -> None:
+        self.state.step[slots] = torch.minimum(self.state.step[slots] + 1, self.state.total[slots])
+
+    # -- 4. in plain torch -----------------------------------------------------------------------------------
+
+    def _eager_pass(self, sequences: Sequence[SequenceState], places: Sequence[int], nucleus: bool) -> None:
+        """Sampling is a picture's own; what is fed shares a pass whose products have a fixed number of rows."""
+        fed: list[tuple[Tensor, int]] = []
+        batches: list[tuple[Batch, Batch]] = []
+        spans: list[tuple[list[Span], list[Span]]] = []
+        for i in places:
+            s, count = sequences[i], _cells(sequences[i])
+            assert isinstance(s.doing, Diagonals)
+            slots = torch.tensor([s.slot], device=self.lm.device)
+            at = self._next(slots, count)
+            self._sample(slots, at, 1, nucleus)
+            self._remember(sequences, [i], count)
+            if s.made + 1 < s.doing.total:  # nothing follows from the last one
+                drawn = s.doing.tokens(s.made)
+                prompts = len(s.request.conditional), len(s.request.unconditional)
+                streams = [2 * s.slot, 2 * s.slot + 1]
+                fed.append((slots, count))
+                batches.append(self._batches(slots, at))
+                spans.append(
+                    (
+                        [Span(x, n + drawn, count, open=True) for x, n in zip(streams, prompts, strict=True)],
+                        [Span(x, drawn, count, open=True) for x in streams],
+                    )
+                )
+            self._move(slots)
+        if not fed:
+            return
+        batch, image = (
+            self._joined([both[i] for both in batches], [span for both in spans for span in both[i]]) for i in (0, 1)
+        )
+        h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
+        row = 0
+        for slots, count in fed:
+            self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
+            row += 2 * count
+
+    def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
+        """One pass over several batches, padded like every eager pass."""
+        block = CPU_BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
+        rows = sum(len(batch.tokens) for batch in batches)
+
+        def joined(parts: Sequence[Tensor], padding: int = 0) -> Tensor:
+            return F.pad(torch.cat(list(parts)), (0, -rows % block), value=padding)
+
+        return Batch(
+            tokens=joined([batch.tokens for batch in batches]),
+            positions=joined([batch.positions for batch in batches]),
+            streams=joined([batch.streams for batch in batches], 2 * self.state.padding),
+            tables=batches[0].tables,
+            spans=tuple(spans),
+            rotary=joined([batch.rotary for batch in batches if batch.rotary is not None]),
+        )
+
+    # -- 5. kernels and capture ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def warm_up(self, *, several: bool = True) -> None:
+        """Capture the passes over diagonals of up to 64 cells, and measure what they take."""
+        taken = []
+        for width in WIDTHS[:-1]:
+            for size in (size for size in _sizes(self.slots) if 2 * size * width <= self.pass_rows):
+                graph = self._graph(size, width, True, False)
+                graph.write([self.state.padding] * size)
+                taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")
+        log.info("a pass takes, by pictures x cells of each: %s", ", ".join(taken))
+
+    def _run_once(self) -> None:
+        prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
+        self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
+        slots = torch.full((1,), self.state.padding, device=self.lm.device)
+        for width in WIDTHS[:2]:
+            self._device_step(slots, width, True, False)
+
+    def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
+        """A step of diagonals of up to `width` cells that reads everything from the device: h (2 slots, hidden) of
+        their first cells."""
+        at = self._next(slots, width)
+        self._sample(slots, at, MAX_ROWS, nucleus)
+        h, v = draw(self.lm.ops, self.lm.flash, *self._batches(slots, at), self.cache)
+        self._keep(slots, width, h, v)
+        self._move(slots)
+        return h[::width]
+
+
+def _cells(s: SequenceState) -> int:
+    """Cells of the next diagonal."""
+    assert isinstance(s.doing, Diagonals)
+    return s.doing.cells(s.made)
+
+
+def _pairs(slots: Tensor) -> Tensor:
+    """Both streams of each slot: (n, 2)."""
+    return 2 * slots[:, None] + torch.arange(2, device=slots.device)

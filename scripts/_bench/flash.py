@@ -1,0 +1,100 @@
+"""Pictures drawn by diagonals, at a released model's shape with FlashAR's layers and heads, random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from _bench import machine, models
+from _bench.decoding import PROMPT, WORKSPACE, Bench, image_only, prompt
+from _bench.report import Row
+from emu_cog.engine.diagonals import DiagonalRunner
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.sequence import EngineRequest, Stats
+from emu_cog.errors import InputError
+from emu_cog.memory import GIB
+from emu_cog.model.kv_cache import KVCache
+from emu_cog.model.quantize import check_format
+from emu_cog.ops.interface import PAGE
+from emu_cog.prompt.tokens import block_length
+
+LARGE, SMALL = (64, 64), (8, 8)
+PICTURES = (1, 4)
+REPEATS = 2
+WIDE = 512
+"""Rows of the largest diagonals of four pictures."""
+
+
+def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) -> None:
+    """Seconds from prompt to codes, of one picture and of several side by side, with weights in `dtype` or `form`."""
+    name, size = form or str(dtype).removeprefix("torch."), LARGE if large else SMALL
+    try:
+        check_format(form, bench.device)
+    except InputError as error:
+        bench.report.not_measured(f"flash, {name}", str(error))
+        return
+    lm = models.flash_model(bench.size, device=bench.device, dtype=dtype, quantize=form)
+    longest = PROMPT + block_length(*size) + PAGE
+    per_token = 2 * KVCache.bytes_per_token(lm.config, dtype) * len(lm.devices) / len(lm.weights.layers)
+    room = int((0.95 * machine.free_bytes(bench.device) - WORKSPACE) // (longest * per_token))
+    if room < 1:
+        bench.report.not_measured(f"flash, {name}", "memory holds no picture beside the weights")
+        return
+    slots = min(max(PICTURES), room)
+    lm.context = min(lm.context, longest)
+    runner = DiagonalRunner.best(lm, slots=slots, tokens=slots * longest, compile=bench.compile)
+    alone = _pictures(bench, runner, name, size, PICTURES, None)
+    if bench.device.type == "cuda":
+        used = torch.cuda.memory_allocated(bench.device) / GIB
+        what = f"flash, {name}: memory with a cache for {slots} pictures"
+        bench.report.add(Row(part="flash", what=what, value=used, unit="GiB"))
+    if runner.captured and form is None:  # 8-bit weights would be converted in each pass
+        del runner
+        machine.free_bytes(bench.device)
+        wide = DiagonalRunner(lm, slots=slots, tokens=slots * longest, pass_rows=WIDE)
+        wide.captured = True  # by the kernels that are built
+        _pictures(bench, wide, f"{name}, passes of up to {WIDE} rows", size, PICTURES[1:], alone)
+
+
+def _pictures(
+    bench: Bench,
+    runner: DiagonalRunner,
+    name: str,
+    size: tuple[int, int],
+    counts: Sequence[int],
+    alone: float | None,
+) -> float | None:
+    """A row for each number of pictures; `alone` are the seconds of one, which are returned."""
+    engine = Engine(runner)
+    if runner.captured:
+        engine.call(runner.warm_up)
+    _seconds(engine, (2, 2), 1)
+    for pictures in counts:
+        what = f"flash, {name}: {pictures} picture{'s' * (pictures > 1)} of {size[0]} x {size[1]}, prompt to codes"
+        if pictures > runner.slots:
+            bench.report.not_measured(what, "it does not fit the cache")
+            continue
+        seconds, stats = min((_seconds(engine, size, pictures) for _ in range(REPEATS)), key=lambda timed: timed[0])
+        alone = alone or seconds
+        floor = stats.passes * runner.lm.flash.bytes_read / bench.bandwidth
+        against = f"{seconds / alone:.2f} x one picture" if pictures > 1 else f"{seconds / floor:.2f} x reading weights"
+        per_pass = 1e3 * stats.decode_seconds / stats.passes
+        note = f"{stats.passes} steps of {per_pass:.2f} ms, prompts {1e3 * stats.prefill_seconds:.0f} ms"
+        if not runner.captured:
+            note += ", in plain PyTorch"
+        bench.report.add(Row(part="flash", what=what, value=seconds, unit="s", against=against, note=note))
+    engine.close()
+    return alone
+
+
+def _seconds(engine: Engine, size: tuple[int, int], pictures: int) -> tuple[float, Stats]:
+    """Of that many outputs of one request."""
+    ids, header = engine.ids, engine.ids.header(*size)
+    conditional, unconditional = (*prompt(ids, PROMPT, 1), *header), (*prompt(ids, PROMPT // 2, 2), *header)
+    requests = [EngineRequest(conditional=conditional, unconditional=unconditional, seed=i) for i in range(pictures)]
+    started = time.perf_counter()
+    (*_, stats) = engine.generate(requests, image_only(size))
+    assert isinstance(stats, Stats)
+    return time.perf_counter() - started, stats

@@ -1,0 +1,102 @@
+"""A diagonal through Triton's kernels against plain torch: on a GPU, or else under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from _models.flashar import make_flashar
+
+from emu_cog.engine.diagonals import DiagonalRunner
+from emu_cog.model.flashar import FlashModel
+from emu_cog.model.loader import load_flash_model
+from emu_cog.ops.autotune import Card, default_config
+from emu_cog.ops.interface import MAX_ROWS, Ops
+from emu_cog.prompt.tokenizer import Tokenizer
+from tests.test_diagonals_captured import LastOps, sequence
+from tests.test_kernels import DEVICE, anywhere, pytestmark  # noqa: F401 - a fixture and the marks of this file
+
+
+def kernels(lm: FlashModel, **changes: object) -> Ops:
+    from emu_cog.ops.triton_ops import TritonOps
+
+    return TritonOps(replace(default_config(lm.weights, Card.of(DEVICE)), **changes), lm.dtype)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], FlashModel]:
+    """`model(form)`: one layer and a vertical one beside it."""
+    shape = {"layers": 1, "vertical_layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64}
+    folder = make_flashar(tmp_path_factory.mktemp("flash"), layout="u0", logit_bias={}, **shape).model
+    ids = Tokenizer.load(folder).ids
+
+    def make(form: str | None) -> FlashModel:
+        return load_flash_model(folder, ids, device=DEVICE, dtype=torch.float32, quantize=form)
+
+    return make
+
+
+@torch.inference_mode()
+def states(lm: FlashModel, ops: Ops, slots: list[int], *, width: int, steps: int = 3) -> list[torch.Tensor]:
+    """What steps of two pictures leave behind: their cells, and by picture and step h and v."""
+    lm.ops = ops
+    runner = DiagonalRunner(lm, slots=3, tokens=3 * 4096)
+    pictures = [sequence(runner, slot, (3, 3 + slot), top_k=9) for slot in range(2)]
+    found = []
+    for _ in range(steps):
+        runner._device_step(torch.tensor(slots, device=DEVICE), width, True, False)
+        for s in pictures:
+            s.move(1)
+            count = s.doing.cells(s.made - 1)  # type: ignore[union-attr]
+            found += [x[2 * s.slot : 2 * s.slot + 2, :count].clone() for x in (runner.h, runner.v)]
+    return [runner.state.out[:2, :12], *found]
+
+
+def test_two_diagonals_are_the_references(model: Callable[[str | None], FlashModel]) -> None:
+    """Keys in several parts, and room for more cells than there are."""
+    agree(model(None), 1e-5, [1], width=2, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "tolerance"), [(None, 1e-5), ("int8", 3e-3)])
+def test_diagonals_are_the_references(
+    form: str | None, tolerance: float, model: Callable[[str | None], FlashModel]
+) -> None:
+    """Two pictures and padding. 8-bit products take fp16."""
+    agree(model(form), tolerance, [0, 1, 3], width=4)
+
+
+def agree(lm: FlashModel, tolerance: float, slots: list[int], *, width: int, steps: int = 3) -> None:
+    slow = states(lm, LastOps(), slots, width=width, steps=steps)
+    fast = states(lm, kernels(lm, key_splits=2, queries=16), slots, width=width, steps=steps)
+    assert torch.equal(slow[0], fast[0])
+    assert (slow[0] > 0).sum() == sum(slot < 3 for slot in slots) * steps * (steps + 1) // 2
+    for a, b in zip(slow[1:], fast[1:], strict=True):
+        assert float((a - b).abs().max() / a.abs().max()) <= tolerance
+
+
+@pytest.mark.slow
+def test_no_cell_depends_on_the_room_of_its_pass(model: Callable[[str | None], FlashModel]) -> None:
+    """To the last bit, whatever the padding and the pictures beside it."""
+    lm = model(None)
+    ops = kernels(lm, key_splits=2, queries=16)
+    small, large = states(lm, ops, [0, 1], width=4), states(lm, ops, [1, 3, 0, 3], width=8)
+    assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+
+
+@pytest.mark.slow
+def test_more_rows_than_the_kernels_multiply(model: Callable[[str | None], FlashModel]) -> None:
+    """Attention goes on through the kernels, which know from the device how far to read."""
+    agree(model(None), 1e-5, [0, 1], width=MAX_ROWS // 4 + 1, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("anywhere")
+def test_all_kernels_are_built_during_setup(model: Callable[[str | None], FlashModel]) -> None:
+    lm = model("int8")
+    runner = DiagonalRunner.best(lm, slots=2, tokens=2 * 4096, compile=True)
+    assert runner.captured
+    assert not isinstance(lm.ops, LastOps)
+    assert not runner.state.step.any()
