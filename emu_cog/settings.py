@@ -17,7 +17,7 @@ PINS_FILE = Path(__file__).resolve().parent.parent / "weights.pins.json"
 """Commits, sizes and SHA-256 of the repositories above, as far as known."""
 
 DECODINGS = ("auto", "sequential", "parallel")
-"""Image tokens of a pass: as many as pay, one, or as many as fit. The pictures are the same."""
+"""Image tokens of a pass: as many as pay, one, or several even where that pays less. The pictures are the same."""
 
 
 def _whole(env: Mapping[str, str], name: str) -> int | None:

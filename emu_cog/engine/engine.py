@@ -324,9 +324,10 @@ class Engine:
         drawing = [s for s in sequences if isinstance(s.doing, Draw)]
         if self.decoding == "sequential" or not drawing or any(s.trace for s in drawing):
             return 1
+        seconds = self.runner.seconds(len(sequences))
         if self.decoding == "parallel":
-            return self.runner.widths(len(sequences))[-1]
-        return best_width(self.runner.seconds(len(sequences)), [s.acceptance.chance for s in drawing])
+            seconds = {width: s for width, s in seconds.items() if width > 1} or seconds
+        return best_width(seconds, [s.acceptance.chance for s in drawing])
 
     def _catch_up(self, sequences: Sequence[SequenceState], width: int) -> None:
         """Read how far the pictures have come whose last passes kept the device alone knows how many tokens."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emu_cog.engine.window import Acceptance
-from emu_cog.ops.sampling import Uniforms, likely, probabilities, sample
+from emu_cog.ops.sampling import TIES, Uniforms, probabilities, sample, sample_likely
 from emu_cog.prompt.tokens import TokenIds, block_length, body_length
 from emu_cog.request import Sampling
 
@@ -220,25 +220,27 @@ class SequenceState:
 
 
 def choose(sequences: Sequence[SequenceState], kinds: Sequence[Kind], logits: Tensor, ids: TokenIds) -> list[Choice]:
-    """The next sample of each sequence, from its row of the text logits (n, V). Row by row, so that no operation
-    divides its work by their number; but the host waits for the device once, for all of them."""
+    """The next sample of each sequence, from its row of the text logits (n, V): no one's depends on the others. The
+    host waits for the device once, for all of them."""
     rows = list(logits.split(1))
-    for i, kind in enumerate(kinds):
+    alike: dict[Sampling, list[int]] = {}
+    uniforms = torch.cat([s.uniforms.take(s.sampled, 1) for s in sequences]).to(logits.device)
+    tokens, complete = torch.zeros((2, len(rows)), dtype=torch.int64, device=logits.device).unbind()
+    for i, (s, kind) in enumerate(zip(sequences, kinds, strict=True)):
         if kind != "text":
             rows[i] = rows[i][:, list(ids.digits)]
             rows[i][:, : kind == "first digit"] = -torch.inf
-    uniforms = torch.cat([s.uniforms.take(s.sampled, 1) for s in sequences]).to(logits.device).split(1)
-    found = []
-    for s, kind, row, uniform in zip(sequences, kinds, rows, uniforms, strict=True):
-        tokens, probs, complete = likely(row, s.sampling(kind))
-        found.append(torch.cat([tokens[0, sample(probs, uniform)], complete]))
+        elif 0 < s.config.text.top_k <= logits.shape[1] - TIES:
+            alike.setdefault(s.config.text, []).append(i)
+    for sampling, some in alike.items():
+        found, sure = sample_likely(logits[some], sampling, uniforms[some])
+        tokens[some], complete[some] = found, sure.long()
     choices = []
-    for s, kind, row, uniform, (token, complete) in zip(
-        sequences, kinds, rows, uniforms, torch.stack(found).tolist(), strict=True
-    ):
-        if not complete:
-            token = int(sample(probabilities(row, s.sampling(kind)), uniform))
-        choices.append(Choice(kind, token, row))
+    for i, (token, whole) in enumerate(torch.stack([tokens, complete], dim=1).tolist()):
+        if not whole:
+            probs = probabilities(rows[i], sequences[i].sampling(kinds[i]))
+            token = int(sample(probs, uniforms[i : i + 1]))
+        choices.append(Choice(kinds[i], token, rows[i]))
     return choices
 
 

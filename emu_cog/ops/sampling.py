@@ -9,11 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from emu_cog.request import Sampling
 
 TIES = 64
 """Scores beyond the k-th that may equal it."""
+SAMPLED_ROWS = 32
+"""Rows of every pass that samples text, padding included."""
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
@@ -48,10 +51,11 @@ def keep_sorted(scores: Tensor, k: Tensor, p: Tensor | None) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """-inf outside each row's nucleus: the likeliest tokens up to and including the one that takes the sum over p."""
+    """-inf outside each row's nucleus: the likeliest tokens up to and including the one that takes the sum over p, of
+    equal ones the first."""
     if p >= 1.0:
         return scores
-    ordered, order = scores.sort(dim=-1, descending=True)
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     outside = _outside_nucleus(ordered, p)
     return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
@@ -68,23 +72,32 @@ def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
     return keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p).softmax(dim=-1)
 
 
-def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """`probabilities` of (1, V) logits without those that top-k makes 0, so that V numbers are read once instead of
-    sorted: tokens (1, n) in ascending order, their probabilities (1, n), and whether these are all, (1,) bool: not
-    where TIES other scores or more equal the k-th."""
-    k, count = sampling.top_k, logits.shape[-1]
-    if not 0 < k < count - TIES:
-        tokens = torch.arange(count, device=logits.device)[None]
-        return tokens, probabilities(logits, sampling), torch.ones_like(tokens[:, 0], dtype=torch.bool)
-    scores = logits if sampling.temperature == 1.0 else logits / sampling.temperature
-    scores, tokens = scores.topk(k + TIES, dim=-1)
-    threshold = scores[:, k - 1 : k]
-    complete = scores[:, -1] < threshold[:, 0]
-    scores = scores.masked_fill(scores < threshold, -torch.inf)
-    if sampling.top_p < 1.0:
-        scores = scores.masked_fill(_outside_nucleus(scores, sampling.top_p), -torch.inf)
+def sample_likely(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample` of `probabilities` for (N, V) logits and (N,) numbers, from the top-k alone, so that V numbers are read
+    once instead of sorted: (N,) tokens, and (N,) bool, False where TIES scores or more equal the k-th and the token may
+    be wrong. `sampling.top_k` must be from 1 to V - TIES.
+
+    Whatever N, sums are taken in passes of SAMPLED_ROWS rows: no result depends on the others.
+    """
+    k, rows = sampling.top_k, len(logits)
+    if rows > SAMPLED_ROWS:
+        parts = [
+            sample_likely(some, sampling, numbers)
+            for some, numbers in zip(logits.split(SAMPLED_ROWS), uniform.split(SAMPLED_ROWS), strict=True)
+        ]
+        tokens, complete = (torch.cat(part) for part in zip(*parts, strict=True))
+        return tokens, complete
+    scores, tokens = (logits / sampling.temperature).topk(k + TIES, dim=-1)
+    complete = scores[:, -1] < scores[:, k - 1]
+    scores = scores.masked_fill(scores < scores[:, k - 1 : k], -torch.inf)
     tokens, order = tokens.sort(dim=-1)
-    return tokens, scores.gather(-1, order).softmax(dim=-1), complete
+    scores = F.pad(scores.gather(-1, order), (0, 0, 0, SAMPLED_ROWS - rows))
+    if sampling.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        outside = _outside_nucleus(ordered, sampling.top_p)
+        scores = scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    places = sample(scores.softmax(dim=-1), F.pad(uniform, (0, SAMPLED_ROWS - rows)))[:rows]
+    return tokens.gather(-1, places[:, None])[:, 0], complete
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
