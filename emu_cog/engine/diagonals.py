@@ -22,7 +22,7 @@ from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 48, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
 MAX_CELLS = WIDTHS[-1]
 
