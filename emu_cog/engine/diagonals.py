@@ -129,14 +129,20 @@ class DiagonalRunner(ModelRunner):
         """Draw the next diagonal of each picture. There is no text, so that no hidden states are returned."""
         nucleus = any(s.config.image.top_p < 1.0 for s in sequences)
         self._scores.clear()
+        drawn: list[int] = []
         with self._current_device():
-            for places, cells in self._passes(sequences):
-                group = [sequences[i] for i in places]
-                if self.captured:
-                    self._replay(group, cells, True, nucleus)
-                    self._remember(sequences, places, cells)
-                else:
-                    self._eager_pass(sequences, places, nucleus)
+            try:
+                for places, cells in self._passes(sequences):
+                    if self.captured:
+                        self._replay([sequences[i] for i in places], cells, True, nucleus)
+                        self._remember(sequences, places, cells)
+                    else:
+                        self._eager_pass(sequences, places, nucleus)
+                    drawn += places
+            except torch.OutOfMemoryError:  # before the pictures of that pass were moved on; the others are
+                for i in drawn:
+                    sequences[i].move(1)
+                raise
         return self.h[:0, 0]
 
     def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
@@ -258,17 +264,17 @@ class DiagonalRunner(ModelRunner):
                         [Span(x, drawn, count, open=True) for x in streams],
                     )
                 )
-            self._move(slots)
-        if not fed:
-            return
-        batch, image = (
-            self._joined([both[i] for both in batches], [span for both in spans for span in both[i]]) for i in (0, 1)
-        )
-        h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
-        row = 0
-        for slots, count in fed:
-            self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
-            row += 2 * count
+        if fed:
+            batch, image = (
+                self._joined([both[i] for both in batches], [span for both in spans for span in both[i]])
+                for i in (0, 1)
+            )
+            h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
+            row = 0
+            for slots, count in fed:
+                self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
+                row += 2 * count
+        self._move(torch.tensor([sequences[i].slot for i in places], device=self.lm.device))
 
     def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
         """One pass over several batches, padded like every eager pass."""
