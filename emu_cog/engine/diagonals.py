@@ -20,11 +20,14 @@ from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
-from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
+from emu_cog.ops.linear import CPU_ROWS
+from emu_cog.ops.reference import TorchOps
 
 WIDTHS = (16, 32, 48, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
 MAX_CELLS = WIDTHS[-1]
+BLOCK = 32
+"""Rows that a CPU multiplies at a time, as `ops.linear.CPU_BLOCK`: a diagonal has more rows than a token."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class DiagonalRunner(ModelRunner):
         """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
         beyond, products are PyTorch's."""
         super().__init__(lm, slots=slots, tokens=tokens)
+        if isinstance(lm.ops, TorchOps):
+            lm.ops.block = BLOCK
         self.pass_rows = pass_rows
         state, streams = self.state, 2 * (slots + 1)
         state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
@@ -278,7 +283,7 @@ class DiagonalRunner(ModelRunner):
 
     def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
         """One pass over several batches, padded like every eager pass."""
-        block = CPU_BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
+        block = BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
         rows = sum(len(batch.tokens) for batch in batches)
 
         def joined(parts: Sequence[Tensor], padding: int = 0) -> Tensor:
