@@ -15,6 +15,7 @@ from _compare import flashar
 from _models import tiny
 from _models.flashar import make_flashar
 
+from emu_cog.engine import diagonals as diagonals_module
 from emu_cog.engine.diagonals import Diagonals
 from emu_cog.engine.engine import Engine, Submission
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
@@ -218,6 +219,27 @@ def test_one_that_is_cancelled_leaves_the_others_alone_and_its_pages_free(load: 
     assert pipeline.runner.cache.free == free
     assert not pipeline.runner.state.tables.any()
     assert not pipeline.runner.image_tables.any()  # type: ignore[attr-defined]
+
+
+def test_memory_that_runs_out_within_a_step_costs_one_submission(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of the step's other passes are a diagonal further by then."""
+    pipeline, real, failed = load("lxazjk"), diagonals_module.draw, list[int]()
+    large, small = Request(prompt="a field", size=(34, 36), seed=6), Request(prompt="a cup", size=(60, 3), seed=7)
+    (expected,) = drawn(pipeline, large)
+
+    def draw(ops, w, batch, image, cache):
+        if len(batch.tokens) <= 32 and pipeline.runner.state.step.max() > 33 and not failed:
+            failed.append(len(batch.tokens))
+            raise torch.OutOfMemoryError("full")
+        return real(ops, w, batch, image, cache)
+
+    monkeypatch.setattr(diagonals_module, "draw", draw)
+    running = [pipeline.submit(large), pipeline.submit(small)]
+    pictures = [event for event in running[0] if isinstance(event, Picture)]
+    with pytest.raises(RuntimeError, match="memory ran out while 2 outputs were generated side by side"):
+        list(running[1])
+    assert failed == [32]
+    assert chosen(pictures) == chosen([expected])
 
 
 # -- 3. what a request gets ---------------------------------------------------------------------------------

@@ -20,11 +20,14 @@ from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
-from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
+from emu_cog.ops.linear import CPU_ROWS
+from emu_cog.ops.reference import TorchOps
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 48, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
 MAX_CELLS = WIDTHS[-1]
+BLOCK = 32
+"""Rows that a CPU multiplies at a time, as `ops.linear.CPU_BLOCK`: a diagonal has more rows than a token."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class DiagonalRunner(ModelRunner):
         """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
         beyond, products are PyTorch's."""
         super().__init__(lm, slots=slots, tokens=tokens)
+        if isinstance(lm.ops, TorchOps):
+            lm.ops.block = BLOCK
         self.pass_rows = pass_rows
         state, streams = self.state, 2 * (slots + 1)
         state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
@@ -129,14 +134,20 @@ class DiagonalRunner(ModelRunner):
         """Draw the next diagonal of each picture. There is no text, so that no hidden states are returned."""
         nucleus = any(s.config.image.top_p < 1.0 for s in sequences)
         self._scores.clear()
+        drawn: list[int] = []
         with self._current_device():
-            for places, cells in self._passes(sequences):
-                group = [sequences[i] for i in places]
-                if self.captured:
-                    self._replay(group, cells, True, nucleus)
-                    self._remember(sequences, places, cells)
-                else:
-                    self._eager_pass(sequences, places, nucleus)
+            try:
+                for places, cells in self._passes(sequences):
+                    if self.captured:
+                        self._replay([sequences[i] for i in places], cells, True, nucleus)
+                        self._remember(sequences, places, cells)
+                    else:
+                        self._eager_pass(sequences, places, nucleus)
+                    drawn += places
+            except torch.OutOfMemoryError:  # before the pictures of that pass were moved on; the others are
+                for i in drawn:
+                    sequences[i].move(1)
+                raise
         return self.h[:0, 0]
 
     def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
@@ -258,21 +269,21 @@ class DiagonalRunner(ModelRunner):
                         [Span(x, drawn, count, open=True) for x in streams],
                     )
                 )
-            self._move(slots)
-        if not fed:
-            return
-        batch, image = (
-            self._joined([both[i] for both in batches], [span for both in spans for span in both[i]]) for i in (0, 1)
-        )
-        h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
-        row = 0
-        for slots, count in fed:
-            self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
-            row += 2 * count
+        if fed:
+            batch, image = (
+                self._joined([both[i] for both in batches], [span for both in spans for span in both[i]])
+                for i in (0, 1)
+            )
+            h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
+            row = 0
+            for slots, count in fed:
+                self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
+                row += 2 * count
+        self._move(torch.tensor([sequences[i].slot for i in places], device=self.lm.device))
 
     def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
         """One pass over several batches, padded like every eager pass."""
-        block = CPU_BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
+        block = BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
         rows = sum(len(batch.tokens) for batch in batches)
 
         def joined(parts: Sequence[Tensor], padding: int = 0) -> Tensor:

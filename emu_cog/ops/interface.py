@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emu_cog.ops.linear import linear
+from emu_cog.ops.linear import CPU_BLOCK, linear
 from emu_cog.prompt.tokens import TokenIds
 
 PAGE = 64
@@ -36,11 +36,11 @@ class Weight:
     data: Tensor
     scale: Tensor | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """(M, K) to (M, N), in x's dtype."""
+    def product(self, x: Tensor, block: int = CPU_BLOCK) -> Tensor:
+        """(M, K) to (M, N), in x's dtype; on a CPU in blocks of rows."""
         if self.scale is None:
-            return linear(x, self.data)
-        return (linear(x, self.data.to(x.dtype)).float() * self.scale).to(x.dtype)
+            return linear(x, self.data, block)
+        return (linear(x, self.data.to(x.dtype), block).float() * self.scale).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ HEAD_SLICE = 2**25
 """Weights of a half-precision head that a CPU converts to fp32 at a time: 128 MiB. CUDA needs no copy."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, block: int = CPU_BLOCK) -> Tensor:
     """`F.linear`, (M, K) by (N, K) to (M, N); up to CPU_ROWS rows on a CPU in blocks."""
-    if x.device.type != "cpu" or len(x) <= CPU_BLOCK or len(x) > CPU_ROWS:
+    if x.device.type != "cpu" or len(x) <= block or len(x) > CPU_ROWS:
         return F.linear(x, weight)
-    return torch.cat([F.linear(block, weight) for block in x.split(CPU_BLOCK)])
+    return torch.cat([F.linear(part, weight) for part in x.split(block)])
 
 
 def empty(n: int, k: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,13 +15,16 @@ from emu_cog.prompt.tokens import TokenIds
 
 
 class TorchOps:
-    """`Ops` for any device."""
+    """`Ops` for any device. A CPU multiplies `block` rows of a step at a time."""
+
+    def __init__(self, block: int = linear.CPU_BLOCK) -> None:
+        self.block = block
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return w.product(x)
+        return w.product(x, self.block)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        gate, up = w.product(x).chunk(2, dim=-1)
+        gate, up = w.product(x, self.block).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
