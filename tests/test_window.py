@@ -10,9 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from _models.tiny import TinyFolders
 from scipy import stats
 
 from emu_cog.engine.engine import Engine
+from emu_cog.engine.runner import ModelRunner
 from emu_cog.engine.sequence import Draw, SequenceState, Stats
 from emu_cog.engine.window import FIRST_CHANCE, Acceptance, best_width, expected_tokens
 from emu_cog.errors import InputError
@@ -24,7 +26,7 @@ from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
 from emu_cog.settings import Settings
 from tests.conftest import photo
-from tests.decoder_kit import IDS
+from tests.decoder_kit import IDS, random_model
 from tests.test_engine import CASES, answers, prepare
 
 Pipelines = Callable[[str], Pipeline]
@@ -176,7 +178,8 @@ def any_width(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     rng = random.Random(seed)
 
     def width(self: Engine, sequences: list[SequenceState]) -> int:
-        return rng.choice((1, 2, 3, 4, 7, 8, 16)) if any(isinstance(s.doing, Draw) for s in sequences) else 1
+        drawing = sum(isinstance(s.doing, Draw) for s in sequences)
+        return rng.choice([w for w in (1, 2, 3, 4, 7, 8, 16) if w * drawing <= 64]) if drawing else 1
 
     monkeypatch.setattr(Engine, "_width", width)
 
@@ -247,6 +250,37 @@ def test_auto_takes_widths_that_were_measured(pipelines: Pipelines, monkeypatch:
         assert runner.widths(sequences)[-1] * sequences <= 32
     for name in ("token", "position", "step", "out"):  # measuring has moved nothing
         assert torch.equal(getattr(runner.state, name), getattr(before, name)), name
+
+
+@pytest.mark.parametrize(("form", "most"), [(None, 64), ("int8", 32)])
+def test_8_bit_kernels_get_narrower_passes(form: str | None, most: int) -> None:
+    runner = ModelRunner(random_model(form=form)[0], slots=4, tokens=600)
+    runner.captured = True
+    assert [runner.widths(n)[-1] for n in (1, 2, 3, 4)] == [most, most // 2, most // 4, most // 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "form"), [("bfloat16", None), ("float16", None), ("float32", "int8"), ("bfloat16", "fp8")]
+)
+def test_any_widths_give_the_same_answer_in_other_formats(
+    dtype: str, form: str | None, make_checkpoint: Callable[[str], TinyFolders], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(
+        folders.model, folders.vision, device="cpu", dtype=dtype, quantize=form, decoding="sequential"
+    )
+    requests = [
+        Request(
+            prompt=f"a boat {i}", size=(3 + i % 5, 4 + i % 3), seed=i, guidance_scale=1.0 + i % 4, image_top_k=9 * i
+        )
+        for i in range(12)
+    ]
+    prepared = [prepare(pipeline, request) for request in requests]
+    expected = [answers(list(pipeline.engine.generate([output], config))) for output, config in prepared]
+    any_width(monkeypatch, seed=3)
+    running = [pipeline.engine.submit([output], config) for output, config in prepared]
+    assert [answers(list(one.events())) for one in running] == expected
 
 
 @pytest.mark.parametrize("value", ["auto", "sequential", "parallel"])
