@@ -31,7 +31,6 @@ from emu_cog.engine.sequence import (
     Event,
     Feed,
     GenerationConfig,
-    Kind,
     Prefilled,
     SequenceState,
     Stats,
@@ -282,14 +281,8 @@ class Engine:
             submission.stats.steps += 1
         for submission in {entry.submission for entry in ready if isinstance(entry.state.doing, Draw)}:
             submission.stats.passes += 1
-        reading = {i: s.doing.read for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read}
-        choices = dict(
-            zip(
-                reading,
-                self._choose([sequences[i] for i in reading], hidden[list(reading)], list(reading.values())),
-                strict=True,
-            )
-        )
+        reading = [i for i, s in enumerate(sequences) if isinstance(s.doing, Feed) and s.doing.read]
+        choices = dict(zip(reading, self._choose([sequences[i] for i in reading], hidden[reading]), strict=True))
         drawing = [i for i, s in enumerate(sequences) if isinstance(s.doing, Draw)]
         for i, entry in enumerate(ready):
             s = entry.state
@@ -315,8 +308,9 @@ class Engine:
             self._catch_up(pictures, width)
         return not any(self._likely_made(s, width) for s in pictures)
 
-    def _choose(self, sequences: Sequence[SequenceState], hidden: Tensor, kinds: Sequence[Kind]) -> list[Choice]:
-        """What each sequence samples after its hidden state (n, hidden)."""
+    def _choose(self, sequences: Sequence[SequenceState], hidden: Tensor) -> list[Choice]:
+        """What each sequence that reads text logits samples after its hidden state (n, hidden)."""
+        kinds = [s.doing.read for s in sequences if isinstance(s.doing, Feed) and s.doing.read]
         return choose(sequences, kinds, self.runner.text_logits(hidden), self.ids) if sequences else []
 
     def _width(self, sequences: Sequence[SequenceState]) -> int:
