@@ -248,6 +248,7 @@ def test_auto_takes_widths_that_were_measured(pipelines: Pipelines, monkeypatch:
     assert runner.widths(1)[0] == 1
     for sequences in (1, 2, 5, 8):
         assert runner.widths(sequences)[-1] * sequences <= 32
+        assert runner.seconds(sequences).keys() == set(runner.widths(sequences))  # one a pass among them
     for name in ("token", "position", "step", "out"):  # measuring has moved nothing
         assert torch.equal(getattr(runner.state, name), getattr(before, name)), name
 
