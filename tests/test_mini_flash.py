@@ -20,6 +20,7 @@ from emu_cog.ops.sampling import guide
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.tokenizer import Tokenizer
 from emu_cog.request import Request
+from emu_cog.settings import Settings
 from emu_cog.weights import store
 from emu_cog.weights.store import MINIATURE
 from scripts.mini.render import Batch
@@ -240,6 +241,10 @@ def test_the_exported_folder_draws_pictures(
     pipeline = Pipeline.load(target, MINIATURE / "vision")
     events = list(pipeline.stream(Request(prompt="a red circle", task="t2i", seed=1)))
     assert [event.image.size for event in events if isinstance(event, Picture)] == [(192, 192)]
+    monkeypatch.setattr(store, "MINIATURE", tmp_path)
+    monkeypatch.setattr(store, "MINIATURES", {"mini-flash": ("flash", "u0-flash")})  # once its weights are there
+    found = store.resolve(Settings(checkpoint="mini-flash", vision_tokenizer=str(MINIATURE / "vision")))
+    assert (found.model, found.kind, found.tokenizer) == (target, "u0-flash", None)
     monkeypatch.setattr(train_flash, "LIMIT", 1000)
     with pytest.raises(SystemExit, match="over the limit of 1000: use fewer"):
         train_flash.export(tmp_path / "trained", folder, MINIATURE / "vision", target, {})

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,16 +40,19 @@ class Part:
     def start(self, *command: object) -> Part:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{self.name}.log").open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, *map(str, command)], stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         return self
 
     def stop(self) -> None:
+        """End it, in good time, and then the processes that it has left."""
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def wait(self) -> int:
         """Its exit status; negative where it had to be ended."""
@@ -88,12 +94,12 @@ def main() -> None:
         "--seconds", args.train_seconds, *small, *args.train,
     )  # fmt: skip
     try:
-        status = train.wait()
+        train.wait()
     finally:
         encode.stop()
         train.stop()
-    encode.wait()
-    if status or not (target / "model.safetensors").is_file():
+        encode.wait()
+    if not (target / "model.safetensors").is_file():
         raise SystemExit(f"no weights were exported: see {args.out / 'train.log'}")
     evaluate = Part("evaluate", args.out, args.limit, began).start(
         TRAIN.parent / "evaluate", "--model", target, "--vision", vision, "--tasks", "t2i", "x2i",
