@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -31,6 +33,7 @@ from scripts.mini.train.language_model import LanguageModel, Shape
 from scripts.mini.train.sequences import BLANK, FLASH_SHARES, Chunk, Mix, chunk, draw, flash_sequence
 from scripts.mini.train.train_flash import FlashTraining, optimizers
 from scripts.mini.train.train_language import Gradients
+from tests.conftest import ROOT
 
 CODES = 2048
 CPU = torch.device("cpu")
@@ -257,3 +260,14 @@ def test_the_real_sizes_fit_what_may_be_committed(words: Tokenizer) -> None:
     committed = sum(p.stat().st_size for name in ("model", "vision") for p in (MINIATURE / name).iterdir())
     assert size <= train_flash.LIMIT
     assert committed + train_flash.LIMIT <= 70 * 10**6
+
+
+@pytest.mark.slow
+def test_one_command_goes_from_encoding_to_evaluation(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/mini/train/flash", "--try", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["evaluated"], done.stdout
+    assert last["bytes"] <= train_flash.LIMIT
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {task: figures[task]["prompts"] for task in ("t2i", "x2i")} == {"t2i": 2, "x2i": 2}

@@ -22,6 +22,10 @@ from emu_cog.weights.store import MINIATURE
 TRAIN = Path(__file__).resolve().parent
 GRACE = 20.0
 """Seconds that a part has to end by itself after SIGTERM."""
+EXPORT = 20.0
+"""Seconds kept for the last checkpoint and the export."""
+FALLBACKS = (["--compile"], ["--compile", "--eager"], ["--eager"])
+"""Options of train-flash that are tried in turn, should it fail."""
 ENCODE = {"--samples": "700000", "--seed": "81", "--many": "0.5", "--beyond": "0.2", "--reworded": "0.6"}
 TRY_ENCODE = ENCODE | {"--samples": "64", "--held-out": "8"}
 TRY_TRAIN = {"--steps": "4", "--tokens": "1440"}
@@ -73,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="folder for the data and the training's state; default OUT/work")
     parser.add_argument("--encode-seconds", type=float, default=120, help="wall time of encoding")
-    parser.add_argument("--train-seconds", type=float, default=230, help="training time, without its setup")
+    parser.add_argument("--train-seconds", type=float, default=260, help="training time, at most, without its setup")
     parser.add_argument("--limit", type=float, default=470, help="wall time of everything")
     parser.add_argument("--prompts", type=int, default=400, help="prompts per task of the evaluation")
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further options of train-flash, last")
@@ -82,22 +86,29 @@ def main() -> None:
     began, work = time.time(), args.work or args.out / "work"
     plain, vision, target = MINIATURE / "model", MINIATURE / "vision", args.out / "flash"
     settings = [x for pair in (TRY_ENCODE if args.small else ENCODE).items() for x in pair]
-    small = [x for pair in TRY_TRAIN.items() for x in pair] if args.small else ["--compile"]
+    small = [x for pair in TRY_TRAIN.items() for x in pair] if args.small else []
     evaluating = 120.0  # kept for the evaluation
 
     encode = Part("encode", args.out, args.encode_seconds + 60, began).start(
         TRAIN / "encode", "--flash", "--vision", vision, "--vocabulary", plain, "--out", work / "data",
         "--seconds", args.encode_seconds, *settings, *([] if args.small else ["--compile"]),
     )  # fmt: skip
-    train = Part("train", args.out, args.limit - evaluating, began).start(
-        TRAIN / "train-flash", "--data", work / "data", "--out", work / "train", "--export", target, "--wait", 120,
-        "--seconds", args.train_seconds, *small, *args.train,
-    )  # fmt: skip
     try:
-        train.wait()
+        for further in ([],) if args.small else FALLBACKS:
+            left = began + args.limit - evaluating - time.time()
+            if left < 2 * EXPORT:
+                break
+            train = Part("train", args.out, args.limit - evaluating, began).start(
+                TRAIN / "train-flash", "--data", work / "data", "--out", work / "train", "--export", target,
+                "--wait", 120, "--seconds", args.train_seconds, "--wall", left - EXPORT, *small, *args.train, *further,
+            )  # fmt: skip
+            try:
+                if train.wait() == 0:
+                    break
+            finally:
+                train.stop()
     finally:
         encode.stop()
-        train.stop()
         encode.wait()
     if not (target / "model.safetensors").is_file():
         raise SystemExit(f"no weights were exported: see {args.out / 'train.log'}")

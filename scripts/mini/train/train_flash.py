@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="folder for the final weights with all that EMU_CHECKPOINT needs")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
+    parser.add_argument("--wall", type=float, default=math.inf, help="seconds of this run, setup included")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument(
@@ -192,7 +193,8 @@ def main() -> None:
         seed=args.seed,
     )
     stop_on_signal(training.stop)
-    record = training.run(steps=args.steps, seconds=args.seconds)
+    left = training.state.seconds + args.wall - (time.time() - started)
+    record = training.run(steps=args.steps, seconds=max(min(args.seconds, left), 1e-3))
     record |= {
         "seconds": round(time.time() - started, 1),
         "samples": data.samples,
