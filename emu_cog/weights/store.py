@@ -33,7 +33,9 @@ SOURCES = ("local", "cdn", "hub")
 """What EMU_WEIGHTS_SOURCE accepts, in the order they are tried. What is complete on the disk is always used."""
 _LOCK = ".weights.lock"
 MINIATURE = Path(__file__).resolve().parent.parent / "mini"
-"""The trained miniature, which is package data."""
+"""The trained miniatures, which are package data, and their vision tokenizer."""
+MINIATURES: Mapping[str, tuple[str, Kind]] = {"mini": ("model", "mini")}
+"""What EMU_CHECKPOINT may name of them, its folder, and its kind."""
 _TELL_WAITING = 30.0
 _PGET_ENDS = 0.5
 """Seconds: our lock is free a moment before the kernel's SIGKILL has ended the pget of a killed process."""
@@ -73,8 +75,9 @@ def resolve(
     store = Store(
         settings, patience=patience or Patience(), pins=read_pins(settings.weights_pins), on_progress=on_progress
     )
-    if settings.checkpoint == "mini":
-        return Checkpoint(MINIATURE / "model", vision or MINIATURE / "vision", "mini", "mini")
+    if settings.checkpoint in MINIATURES:
+        name, kind = MINIATURES[settings.checkpoint]
+        return Checkpoint(MINIATURE / name, vision or MINIATURE / "vision", settings.checkpoint, kind)
     if settings.checkpoint in MODEL_REPOS:
         found = store.resolve([PARTS[settings.checkpoint], *([] if vision else [PARTS["vision"]])])
         model, revision = found[settings.checkpoint].folder, found[settings.checkpoint].revision

@@ -29,7 +29,7 @@ from emu_cog.events import Finished, Picture
 from emu_cog.model.quantize import FORMATS
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.segments import Text
-from emu_cog.prompt.tasks import TABLE
+from emu_cog.prompt.tasks import TABLE, TABLES
 from emu_cog.request import Request
 from emu_cog.vision.ibq import IBQ
 from emu_cog.vision.images import decode_image, encode_image
@@ -53,12 +53,13 @@ MAX_NEW_TOKENS = 1500
 """Limit on sampled tokens per sequence, for answers that do not end by themselves; no sample needs as many."""
 
 
-def request(made: Sample, seed: int, guidance: float | None) -> Request:
+def request(made: Sample, seed: int, guidance: float | None, temperature: float | None = None) -> Request:
     return Request(
         prompt=made.question,
         task=made.task,
         images=tuple(picture(scene) for scene in made.references),
         guidance_scale=guidance,
+        image_temperature=temperature,
         seed=seed,
         max_new_tokens=MAX_NEW_TOKENS if TABLE[made.task].interleaved else None,
     )
@@ -139,6 +140,7 @@ def evaluate(
     count: int,
     batch: int,
     guidance: float | None = None,
+    temperature: float | None = None,
     gallery: Path | None = None,
     judges: Executor | None = None,
     seed: int = SEED,
@@ -151,7 +153,7 @@ def evaluate(
     made, started = worded_samples(words, task, count, seed), time.time()
     given: dict[int, Answer] = {}
     verdicts: dict[int, Future[Verdict]] = {}
-    stream = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance), batch)
+    stream = answered(pipeline, made, lambda i: request(made[i], seed + i, guidance, temperature), batch)
     for i, answer in tqdm(stream, total=count, desc=task, mininterval=10):
         given[i] = answer
         verdicts[i] = judges.submit(verdict, made[i], answer) if judges else _completed(verdict, made[i], answer)
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MINIATURE / "model")
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision")
     parser.add_argument("--tokenizer", action="store_true", help="also evaluate the vision tokenizer alone")
-    parser.add_argument("--tasks", nargs="*", default=list(MAKERS), choices=list(MAKERS))
+    parser.add_argument("--tasks", nargs="*", choices=list(MAKERS), help="default: all that the model does")
     parser.add_argument("--prompts", type=int, default=200, help="prompts per task")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the prompts; use other values for development")
@@ -239,16 +241,19 @@ def main() -> None:
         "handwritten (the JSON files here); all but the first two only for t2i and x2i",
     )
     parser.add_argument("--guidance", type=float, help="guidance scale, instead of the checkpoint's default")
+    parser.add_argument("--temperature", type=float, help="image temperature, instead of the checkpoint's default")
     parser.add_argument("--quantize", choices=FORMATS, help="quantize the layers' weights to 8 bits")
     parser.add_argument("--gallery", type=Path, help="folder for contact sheets of the answers")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
-    if args.words not in WORDS[:2] and not set(args.tasks) <= set(handwritten.TASKS):
-        parser.error(f"--words {args.words} supports --tasks {' '.join(handwritten.TASKS)}, not {' '.join(args.tasks)}")
+    asked = args.tasks or list(MAKERS)
+    if args.words not in WORDS[:2] and not set(asked) <= set(handwritten.TASKS):
+        parser.error(f"--words {args.words} supports --tasks {' '.join(handwritten.TASKS)}, not {' '.join(asked)}")
     with judge_pool() as judges:
         pipeline = load(args.model, args.vision, batch=args.batch, quantize=args.quantize)
         record: dict[str, object] = {
             "guidance": args.guidance or "default",
+            "temperature": args.temperature or "default",
             "quantize": args.quantize or "off",
             "device": str(pipeline.lm.device),
             "seed": args.seed,
@@ -257,13 +262,14 @@ def main() -> None:
         if args.tokenizer:
             record["vision"] = reconstruction_quality(pipeline.vision, args.prompts)
             print("vision", record["vision"], flush=True)
-        for task in args.tasks:
+        for task in args.tasks or [task for task in MAKERS if task in TABLES[pipeline.defaults.kind]]:
             record[task] = evaluate(
                 pipeline,
                 task,
                 count=args.prompts,
                 batch=args.batch,
                 guidance=args.guidance,
+                temperature=args.temperature,
                 gallery=args.gallery,
                 judges=judges,
                 seed=args.seed,

@@ -24,10 +24,12 @@ from scripts.mini.pool import SQUARE, prefetched, workers
 from scripts.mini.render import Batch, add_noise, compose, palette_and_atlas, places, render, resize
 from scripts.mini.train.fused import fuse
 from scripts.mini.train.runs import device_name, fraction, log_record
-from scripts.mini.train.sequences import BLANK, MANY, SHARES, Chunk, Mix, chunk, tokenizer
+from scripts.mini.train.sequences import BLANK, FLASH_SHARES, MANY, SHARES, Chunk, Mix, chunk, tokenizer
 
 LENGTHS = (180, 210, 240, 360, 420, 560, 720, 840, 1008, 1260)
 """Sequences are padded to the next of these lengths."""
+FLASH_LENGTHS = (192, 224, 288, 336, 384, 480, 576, 720)
+"""The same of FlashAR sequences; multiples of 16 for attention with a mask, and divisors of train_language.TOKENS."""
 SAMPLES_PER_CHUNK = 10_000
 """Large, so that rarer picture sizes fill their batches, too."""
 CHUNKS_PER_SHARD = 2
@@ -37,7 +39,8 @@ SHARDS = "part-*-?????.npz"
 """Glob pattern for the complete shards of any seed (see `shard_name`)."""
 LOG = "encode.log"
 """One JSON line per completed run."""
-Rows = dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8]]]]
+Rows = dict[int, list[tuple[NDArray[np.int32], NDArray[np.uint8] | NDArray[np.int16]]]]
+"""By padded length: ids, and either the loss mask (uint8) or the grid of a FlashAR sequence (int16)."""
 
 
 class Encoder:
@@ -114,21 +117,23 @@ def add_sequences(rows: Rows, part: Chunk, encoder: Encoder, visual: int) -> Non
     """Add the chunk's sequences to `rows` by padded length; those longer than all LENGTHS are dropped."""
     ids = fill(part, encoder, visual)
     ends = np.cumsum(part.lengths)
-    for first, end in zip(ends - part.lengths, ends, strict=True):
-        length = next((n for n in LENGTHS if n >= end - first), None)
+    flash = len(part.grids) > 0
+    for i, (first, end) in enumerate(zip(ends - part.lengths, ends, strict=True)):
+        length = next((n for n in (FLASH_LENGTHS if flash else LENGTHS) if n >= end - first), None)
         if length is not None:
-            rows.setdefault(length, []).append((ids[first:end], part.learn[first:end]))
+            rows.setdefault(length, []).append((ids[first:end], part.grids[i] if flash else part.learn[first:end]))
 
 
 def write(path: Path, rows: Rows, pad: int) -> None:
-    """Write one shard atomically: (M, length) int16 ids and uint8 loss masks per length."""
+    """Write one shard atomically, by length: (M, length) int16 ids, and uint8 loss masks or (M, 4) int16 grids."""
     arrays: dict[str, NDArray[np.generic]] = {}
     for length, lines in sorted(rows.items()):
         ids = np.full((len(lines), length), pad, np.int16)
-        learn = np.zeros((len(lines), length), np.uint8)
-        for i, (line, mask) in enumerate(lines):
-            ids[i, : len(line)], learn[i, : len(line)] = line, mask
-        arrays |= {f"ids_{length}": ids, f"learn_{length}": learn}
+        flash = lines[0][1].dtype == np.int16
+        other = np.zeros((len(lines), 4), np.int16) if flash else np.zeros((len(lines), length), np.uint8)
+        for i, (line, more) in enumerate(lines):
+            ids[i, : len(line)], other[i, : len(more)] = line, more
+        arrays |= {f"ids_{length}": ids, f"{'grid' if flash else 'learn'}_{length}": other}
     unfinished = path.with_suffix(".unfinished.npz")
     np.savez(unfinished, **arrays)
     unfinished.rename(path)
@@ -180,8 +185,8 @@ def main() -> None:
     parser.add_argument(
         "--shares",
         type=shares,
-        default=SHARES,
-        help=f"sampling weight of each task as JSON; default {json.dumps(SHARES)}, always used for held-out samples",
+        help=f"sampling weight of each task as JSON; default {json.dumps(SHARES)}, or {json.dumps(FLASH_SHARES)} with "
+        "--flash; held-out samples always have the default",
     )
     parser.add_argument(
         "--many", type=fraction, default=0.0, help=f"minimum fraction of t2i with {MANY} things or more, 0 to 1"
@@ -196,16 +201,21 @@ def main() -> None:
     parser.add_argument("--reworded", type=fraction, default=0.0, help="fraction of questions to paraphrase, 0 to 1")
     parser.add_argument("--wordings", type=int, default=1, help="number of wordings per sample, over the same pictures")
     parser.add_argument("--held-out", type=int, default=HELD_OUT_SAMPLES, help="maximum number of held-out samples")
+    parser.add_argument("--flash", action="store_true", help="write sequences for train-flash, of t2i and x2i alone")
     parser.add_argument("--compile", action="store_true", help="compile the renderer")
     args = parser.parse_args()
     if args.wordings < 1 or args.held_out < 1:
         parser.error("--wordings and --held-out must be at least 1")
+    default = FLASH_SHARES if args.flash else SHARES
+    args.shares = args.shares or default
+    if args.flash and not {task for task, share in args.shares.items() if share} <= set(FLASH_SHARES):
+        parser.error(f"--flash supports {' and '.join(FLASH_SHARES)} alone in --shares")
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer(args.vocabulary)
     visual, pad = words.ids.visual, words.ids.pad
     size = min(SAMPLES_PER_CHUNK, args.samples)
-    mix = Mix(args.shares, args.many, args.beyond, args.reworded, args.wordings)
+    mix = Mix(args.shares, args.many, args.beyond, args.reworded, args.wordings, args.flash)
     jobs = [(args.seed * 1_000_003 + i, size, args.vocabulary, mix) for i in range(-(-args.samples // size))]
     present = complete_shards(args.out, args.seed)
     jobs = jobs[present * CHUNKS_PER_SHARD :]
@@ -219,7 +229,8 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     encoder = Encoder(load_vision_tokenizer(args.vision, device=device), device, compiled=args.compile)
     held_out: Rows = {}
-    add_sequences(held_out, chunk((900_000_000, min(size, args.held_out), args.vocabulary, Mix())), encoder, visual)
+    held_out_job = (900_000_000, min(size, args.held_out), args.vocabulary, Mix(default, flash=args.flash))
+    add_sequences(held_out, chunk(held_out_job), encoder, visual)
     write(args.out / HELD_OUT, held_out, pad)
     ready = time.time()
 

@@ -16,7 +16,7 @@ from scripts.mini.train.encode import SHARDS
 
 @dataclass
 class Bucket:
-    """All sequences of one padded length: (M, T) ids and loss masks, in a shuffled order."""
+    """All sequences of one padded length, in a shuffled order: (M, T) ids, and (M, T) loss masks or (M, 4) grids."""
 
     ids: Tensor
     learn: Tensor
@@ -73,13 +73,11 @@ class Data:
 
 
 def read(path: Path) -> dict[int, tuple[Tensor, Tensor]]:
-    """(ids, loss mask) of a shard by length."""
+    """(ids, loss mask) of a shard by length, or of FlashAR sequences (ids, grid)."""
+    found = {}
     with np.load(path) as arrays:
-        return {
-            int(name.removeprefix("ids_")): (
-                torch.from_numpy(arrays[name]),
-                torch.from_numpy(arrays[name.replace("ids_", "learn_")]),
-            )
-            for name in arrays.files
-            if name.startswith("ids_")
-        }
+        for name in (name for name in arrays.files if name.startswith("ids_")):
+            length = name.removeprefix("ids_")
+            other = f"learn_{length}" if f"learn_{length}" in arrays else f"grid_{length}"
+            found[int(length)] = torch.from_numpy(arrays[name]), torch.from_numpy(arrays[other])
+    return found

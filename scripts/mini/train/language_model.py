@@ -169,6 +169,13 @@ class LanguageModel(nn.Module):
         each = self._losses(self.hidden(tokens), self.norm, self.head, targets) * marked
         return each.sum() / marked.sum().clamp(min=1), each.view(tokens.shape)
 
+    def example(self, count: int, length: int) -> tuple[Tensor, Tensor]:
+        """Arguments of `loss` of the given shape, to set a step up with."""
+        device = self.embed.device
+        return torch.ones(count, length, dtype=torch.long, device=device), torch.ones(
+            count, length, dtype=torch.uint8, device=device
+        )
+
     def released_state(self) -> dict[str, Tensor]:
         """bf16 weights under the released format's names."""
         state = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm, "lm_head.weight": self.head}

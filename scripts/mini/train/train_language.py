@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,11 +32,28 @@ SAVE_EVERY = 45.0
 STATE = "training.pt"
 
 
+class Trainable(Protocol):
+    """What a training needs of a model: a LanguageModel or a FlashModel."""
+
+    @property
+    def embed(self) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+    def uncompiled(self) -> AbstractContextManager[None]: ...
+    def example(self, count: int, length: int) -> tuple[Tensor, Tensor]: ...
+    def loss(self, tokens: Tensor, other: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    def save(self, folder: Path) -> None: ...
+
+
+Model = TypeVar("Model", bound=Trainable)
+
+
 class Gradients:
     """Computes loss and gradients of a batch. On a GPU each shape is captured once as a CUDA graph and replayed, as
     kernel launches would take longer than the kernels of so small a model."""
 
-    def __init__(self, model: LanguageModel, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
+    def __init__(self, model: Trainable, lengths: Sequence[int], tokens: int, *, captured: bool) -> None:
         self.model, self.captured = model, captured
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
         if captured:
@@ -48,9 +66,7 @@ class Gradients:
     def _capture(
         self, count: int, length: int, pool: tuple[int, int]
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        device = self.model.embed.device
-        ids = torch.ones(count, length, dtype=torch.long, device=device)
-        learn = torch.ones(count, length, dtype=torch.uint8, device=device)
+        ids, learn = self.model.example(count, length)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):  # warm-up pass for one-time setup
@@ -120,13 +136,13 @@ class RunState:
     best: float = math.inf
     """The lowest held-out loss on visual tokens so far, that of the saved weights."""
 
-    def save(self, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> None:
+    def save(self, path: Path, model: Trainable, optims: Sequence[torch.optim.Optimizer]) -> None:
         save_atomically(
             {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], **asdict(self)}, path
         )
 
     @classmethod
-    def resume(cls, path: Path, model: LanguageModel, optims: Sequence[torch.optim.Optimizer]) -> RunState:
+    def resume(cls, path: Path, model: Trainable, optims: Sequence[torch.optim.Optimizer]) -> RunState:
         state = torch.load(path, map_location=model.embed.device, weights_only=True)
         model.load_state_dict(state["model"])
         for optim, own in zip(optims, state["optimizers"], strict=True):
@@ -139,7 +155,7 @@ def rate_at(progress: float, step: int, rate: float) -> float:
     return rate * min(1.0, (step + 1) / 150) * min(1.0, (1 - progress) / 0.7)
 
 
-class Training:
+class Training(Generic[Model]):
     """Trains until `steps` or `seconds` are reached; the learning rate decays to zero at whichever comes first.
 
     Every SAVE_EVERY seconds the held-out loss is logged, the weights are saved in `out` if they are the best so far,
@@ -148,7 +164,7 @@ class Training:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Model,
         gradients: Gradients,
         data: Data,
         out: Path,
@@ -161,7 +177,7 @@ class Training:
     ) -> None:
         self.model, self.gradients, self.data, self.out = model, gradients, data, out
         self.rate, self.tokens, self.visual = rate, tokens, visual
-        self.optims = optimizers(model, rate, decay, model.embed.is_cuda)
+        self.optims = self.optimizers(decay)
         self.state = RunState()
         out.mkdir(parents=True, exist_ok=True)
         if (out / STATE).exists():
@@ -169,6 +185,19 @@ class Training:
             print(f"resumed at step {self.state.steps}, {self.state.seconds:.0f} s", flush=True)
         self.rng = np.random.default_rng((seed, self.state.steps))
         self.stopped = False
+
+    def optimizers(self, decay: float) -> list[torch.optim.Optimizer]:
+        assert isinstance(self.model, LanguageModel)
+        return optimizers(self.model, self.rate, decay, self.model.embed.is_cuda)
+
+    def held_out(self) -> dict[str, float]:
+        assert isinstance(self.model, LanguageModel)
+        return held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
+
+    def set_rates(self, now: float, progress: float) -> None:
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = now
 
     def stop(self, *_: object) -> None:
         """Stop after the current step; the training can be resumed."""
@@ -213,10 +242,7 @@ class Training:
         }
 
     def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
-        now = rate_at(progress, self.state.steps, self.rate)
-        for optim in self.optims:
-            for group in optim.param_groups:
-                group["lr"] = now
+        self.set_rates(rate_at(progress, self.state.steps, self.rate), progress)
         loss = self.gradients(ids, learn)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optim in self.optims:
@@ -226,7 +252,7 @@ class Training:
     def save(self) -> dict[str, float]:
         """Write STATE, and the weights if they are the best so far; return the held-out losses."""
         with self.model.uncompiled():
-            loss = held_out_loss(self.model, self.data.folder / HELD_OUT, self.visual, self.tokens)
+            loss = self.held_out()
         if loss["picture"] < self.state.best:
             self.state.best = loss["picture"]
             self.model.save(self.out)
