@@ -98,8 +98,8 @@ class ProgressMeter:
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
     """What a request cost, in wall seconds. `tokens` are sampled ones, `passes` the forward passes that made image
-    tokens, 0 where that is not known; `size` is the last picture's (width, height);
-    `clipped` is the requested aspect ratio where pictures of that area can't have it.
+    tokens, 0 where that is not known; `size` is the last picture's (width, height); `clipped` is the requested aspect
+    ratio where pictures of that area can't have it.
 
     Requests generated side by side share the time of prefill and decoding: each counts all of it.
     """

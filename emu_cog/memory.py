@@ -12,7 +12,7 @@ import torch
 
 from emu_cog.errors import InputError
 from emu_cog.log import log
-from emu_cog.model.headers import FLASH_HEADS, TensorHeader, read_headers
+from emu_cog.model.headers import FLASH_HEADS, TensorHeader, read_headers, vertical_blocks
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.loader import read_config
 from emu_cog.model.quantize import quantizable
@@ -132,7 +132,7 @@ def plan_memory(
 ) -> Budget:
     """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
     config, vision, headers = read_config(folder), VisionConfig.read(vision_folder), read_headers(folder)
-    vertical = len({name.split(".")[1] for name in headers if name.startswith("vertical_block.")})
+    vertical = vertical_blocks(headers)
     with torch.device("meta"):
         vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
     # The decoder's last level holds about four full-size fp32 feature maps at a time.

@@ -194,8 +194,9 @@ class Pipeline:
     def warm_up(self) -> None:
         """Make the first request as fast as later ones: measures how many tokens a pass pays for, and on a GPU captures
         every step and makes a small picture."""
+        several = self.engine.decoding != "sequential"
         if self.lm.device.type != "cuda":
-            if self.engine.decoding == "auto":
+            if several:
                 self.engine.call(partial(self.runner.seconds, 1))
             return
         typical = tasks.plan(Request(prompt="-"), self.defaults)
@@ -206,7 +207,6 @@ class Pipeline:
             self.engine.call(partial(self.vision.compiled.warm_up, sizes))
         compiled = time.perf_counter()
         if self.runner.captured:
-            several = self.engine.decoding != "sequential"
             self.engine.call(partial(self.runner.warm_up, several=several))
         captured = time.perf_counter()
         for _ in self.stream(Request(prompt="warm-up", size=(2, 2), seed=0, max_new_tokens=4)):

@@ -14,6 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import numpy as np
 import pytest
+from _compare import flashar
 from _models import tiny
 from hub_server import HubServer
 from PIL import Image
@@ -24,6 +25,7 @@ from emu_cog.model.torch_settings import exact
 from emu_cog.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
+FlashFolders = Callable[[str], tiny.TinyFolders]
 FAVOURS = {
     "picture": tiny.PICTURE,
     "talker": tiny.TALKER,
@@ -60,6 +62,20 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
                 tmp_path_factory.mktemp(name), seed=7, logit_bias=FAVOURS[name], defaults=tiny.small_defaults()
             )
         return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def flash_folders(tmp_path_factory: pytest.TempPathFactory) -> FlashFolders:
+    """`flash_folders(layout)`: the FlashAR checkpoint in that repository's layout that the golden vectors were made
+    with."""
+    made: dict[str, tiny.TinyFolders] = {}
+
+    def make(layout: str) -> tiny.TinyFolders:
+        if layout not in made:
+            made[layout] = flashar.make_checkpoint(layout, tmp_path_factory.mktemp(layout))
+        return made[layout]
 
     return make
 

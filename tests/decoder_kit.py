@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from emu_cog.engine.runner import ModelRunner, _Captured
 from emu_cog.model.kv_cache import PAGE, KVCache
 from emu_cog.model.qwen3 import LanguageModel, destinations, empty_weights
 from emu_cog.ops.interface import Batch, Span, Weight
@@ -73,6 +75,21 @@ def paged(lm: LanguageModel, spans: Sequence[tuple[int, int]], *, padding: int =
         spans=tuple(Span(stream, start, count) for stream, (start, count) in enumerate(spans)),
     )
     return batch.to(lm.device), cache
+
+
+def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that would be captured as CUDA graphs are run instead, at each replay."""
+
+    def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
+        slots = torch.full((size,), self.state.padding, device=self.lm.device)
+        hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
+
+        def replay() -> None:
+            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
+
+        return _Captured(slots, hidden, replay)
+
+    monkeypatch.setattr(ModelRunner, "_capture", capture)
 
 
 class TokenwiseOps(TorchOps):

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emu_cog.engine import diagonals
 from emu_cog.engine.diagonals import DiagonalRunner, Diagonals
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import ModelRunner, _Captured
 from emu_cog.engine.sequence import EngineRequest, GenerationConfig, SequenceState
 from emu_cog.events import Picture
 from emu_cog.model import torch_settings
@@ -25,6 +24,7 @@ from emu_cog.ops.interface import Batch, Ops, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
+from tests.decoder_kit import run_uncaptured
 from tests.flashar_kit import load
 from tests.test_diagonals import codes_of, config_of
 
@@ -62,17 +62,7 @@ def uncaptured(model: FlashModel, ops: Callable[[], Ops], monkeypatch: pytest.Mo
     """A runner over the weights of `model` whose captured steps are run instead of captured."""
     lm = copy.copy(model)
     lm.ops = ops()
-
-    def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        slots = torch.full((size,), self.state.padding, device=lm.device)
-        hidden = torch.zeros((2 * size, lm.config.hidden_size), dtype=lm.dtype, device=lm.device)
-
-        def replay() -> None:
-            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
-
-        return _Captured(slots, hidden, replay)
-
-    monkeypatch.setattr(ModelRunner, "_capture", capture)
+    run_uncaptured(monkeypatch)
     runner = DiagonalRunner(lm, slots=6, tokens=6 * 4096)
     runner.captured = True
     return runner

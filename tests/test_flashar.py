@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,6 @@ import torch
 from _compare import flashar
 from _compare.agreement import Row
 from _compare.flashar_native import Picture, run_native
-from _models import tiny
 from _models.flashar import make_flashar
 
 from emu_cog.errors import CheckpointError
@@ -25,7 +24,7 @@ from emu_cog.model.flashar import diagonals
 from emu_cog.model.loader import read_config
 from emu_cog.prompt.tokenizer import Tokenizer
 from tests import flashar_twin
-from tests.conftest import ROOT
+from tests.conftest import ROOT, FlashFolders
 from tests.flashar_kit import load, state_of
 from tests.golden import inputs
 
@@ -33,26 +32,12 @@ GOLDEN = Path(__file__).resolve().parent / "golden" / "flashar.npz"
 LAYOUTS = tuple(flashar.CLONES)
 NAMES = [(layout, name) for layout in LAYOUTS for name in flashar.CASES[layout]]
 CPU = torch.device("cpu")
-Folders = Callable[[str], tiny.TinyFolders]
 
 
 @pytest.fixture(scope="module")
 def golden() -> Mapping[str, np.ndarray]:
     with np.load(GOLDEN) as file:
         return dict(file)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """`folders(layout)`: the checkpoint that the golden vectors were made with."""
-    made: dict[str, tiny.TinyFolders] = {}
-
-    def make(layout: str) -> tiny.TinyFolders:
-        if layout not in made:
-            made[layout] = flashar.make_checkpoint(layout, tmp_path_factory.mktemp(layout))
-        return made[layout]
-
-    return make
 
 
 def of(golden: Mapping[str, np.ndarray], layout: str, name: str) -> dict[str, np.ndarray]:
@@ -71,14 +56,14 @@ def disagreeing(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_checkpoint_is_the_one_that_the_vectors_were_made_with(
-    layout: str, folders: Folders, golden: Mapping[str, np.ndarray]
+    layout: str, flash_folders: FlashFolders, golden: Mapping[str, np.ndarray]
 ) -> None:
-    assert inputs.digest(folders(layout)) == str(golden[f"{layout}/digest"])
+    assert inputs.digest(flash_folders(layout)) == str(golden[f"{layout}/digest"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prompts_are_theirs(layout: str, folders: Folders, golden: Mapping[str, np.ndarray]) -> None:
-    tokenizer = Tokenizer.load(folders(layout).model)
+def test_prompts_are_theirs(layout: str, flash_folders: FlashFolders, golden: Mapping[str, np.ndarray]) -> None:
+    tokenizer = Tokenizer.load(flash_folders(layout).model)
     texts = json.loads(str(golden[f"{layout}/prompts"]))
     assert len(texts) >= 4
     for name, theirs in texts.items():
@@ -89,10 +74,10 @@ def test_prompts_are_theirs(layout: str, folders: Folders, golden: Mapping[str, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk", [10**6, 5])
 def test_hidden_states_gates_logits_and_tokens_are_theirs(
-    layout: str, chunk: int, folders: Folders, golden: Mapping[str, np.ndarray]
+    layout: str, chunk: int, flash_folders: FlashFolders, golden: Mapping[str, np.ndarray]
 ) -> None:
     """All pictures of a layout side by side, of other sizes and prompts each; prompts at once and in chunks."""
-    folder = folders(layout).model
+    folder = flash_folders(layout).model
     made = run_native(load(folder), flashar.pictures(layout, Tokenizer.load(folder)), chunk=chunk)
     for name, ours in zip(flashar.CASES[layout], made, strict=True):
         assert not disagreeing(ours, of(golden, layout, name)), name
@@ -100,9 +85,9 @@ def test_hidden_states_gates_logits_and_tokens_are_theirs(
 
 @pytest.mark.parametrize(("layout", "name"), NAMES)
 def test_the_twin_agrees_with_theirs(
-    layout: str, name: str, folders: Folders, golden: Mapping[str, np.ndarray]
+    layout: str, name: str, flash_folders: FlashFolders, golden: Mapping[str, np.ndarray]
 ) -> None:
-    folder, case = folders(layout).model, flashar.CASES[layout][name]
+    folder, case = flash_folders(layout).model, flashar.CASES[layout][name]
     at = list(flashar.CASES[layout]).index(name)
     picture = flashar.pictures(layout, Tokenizer.load(folder))[at]
     assert not disagreeing(twin(folder, picture), of(golden, layout, name))
@@ -162,8 +147,8 @@ def test_other_shapes_and_more_pages_agree_with_the_twin(name: str, size: tuple[
     assert not disagreeing(ours, twin(folder, picture))
 
 
-def test_a_picture_does_not_see_those_beside_it(folders: Folders) -> None:
-    folder = folders("lxazjk").model
+def test_a_picture_does_not_see_those_beside_it(flash_folders: FlashFolders) -> None:
+    folder = flash_folders("lxazjk").model
     pictures, model = flashar.pictures("lxazjk", Tokenizer.load(folder)), load(folder)
     together = run_native(model, pictures)
     for picture, made in zip(pictures, together, strict=True):
@@ -237,10 +222,10 @@ def test_another_folder_is_no_clone(tmp_path: Path) -> None:
 
 
 def test_a_reference_python_that_is_none_is_named(
-    folders: Folders, clone: Path, monkeypatch: pytest.MonkeyPatch
+    flash_folders: FlashFolders, clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    folder = folders("lxazjk").model
+    folder = flash_folders("lxazjk").model
     with pytest.raises(CheckpointError, match="--reference-python /no/python can't be run"):
         flashar.run_reference(Path("/no/python"), clone, folder, Tokenizer.load(folder))
     with pytest.raises(CheckpointError, match="must have torch, .+ and transformers 4.48.2: exit code 1"):

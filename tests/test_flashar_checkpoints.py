@@ -13,7 +13,6 @@ import pytest
 import torch
 from _compare import flashar
 from _compare.flashar_native import run_native
-from _models import tiny
 from safetensors.torch import load_file, save_file
 
 from emu_cog.errors import CheckpointError
@@ -21,28 +20,14 @@ from emu_cog.memory import plan_memory
 from emu_cog.model.loader import load_language_model
 from emu_cog.model.quantize import quantizable
 from emu_cog.prompt.tokenizer import Tokenizer
+from tests.conftest import FlashFolders
 from tests.flashar_kit import CPU, load, state_of
-
-Folders = Callable[[str], tiny.TinyFolders]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """`folders(layout)`: a checkpoint in that repository's layout."""
-    made: dict[str, tiny.TinyFolders] = {}
-
-    def make(layout: str) -> tiny.TinyFolders:
-        if layout not in made:
-            made[layout] = flashar.make_checkpoint(layout, tmp_path_factory.mktemp(layout))
-        return made[layout]
-
-    return make
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
-def test_8_bit_weights_come_near_the_full_ones(form: str, folders: Folders) -> None:
+def test_8_bit_weights_come_near_the_full_ones(form: str, flash_folders: FlashFolders) -> None:
     """The vertical layers' weights are in 8 bits, too; the heads, the gates and the norms are not."""
-    folder = folders("u0").model
+    folder = flash_folders("u0").model
     pictures = flashar.pictures("u0", Tokenizer.load(folder))[:1]
     full, small = load(folder), load(folder, quantize=form)
     layers = (*small.flash.decoder.layers, *small.flash.vertical)
@@ -56,14 +41,14 @@ def test_8_bit_weights_come_near_the_full_ones(form: str, folders: Folders) -> N
         assert 1e-4 < error < {"fp8": 0.15, "int8": 0.08}[form], key
 
 
-def test_8_bit_weights_are_those_of_the_layers(folders: Folders) -> None:
-    names = set(quantizable(state_of(folders("u0").model)))
+def test_8_bit_weights_are_those_of_the_layers(flash_folders: FlashFolders) -> None:
+    names = set(quantizable(state_of(flash_folders("u0").model)))
     assert len(names) == 7 * (3 + 3)
     assert {name.split(".")[0] for name in names} == {"backbone", "vertical_block"}
 
 
-def test_bfloat16_follows_float32(folders: Folders) -> None:
-    folder = folders("lxazjk").model
+def test_bfloat16_follows_float32(flash_folders: FlashFolders) -> None:
+    folder = flash_folders("lxazjk").model
     pictures = flashar.pictures("lxazjk", Tokenizer.load(folder))
     alone = [replace(picture, guidance=1.0) for picture in pictures[:3]]
     full = run_native(load(folder), alone)
@@ -74,20 +59,20 @@ def test_bfloat16_follows_float32(folders: Folders) -> None:
         assert 1e-4 < error < 0.05
 
 
-def test_only_visual_rows_of_the_heads_are_kept(folders: Folders) -> None:
-    folder = folders("lxazjk").model
+def test_only_visual_rows_of_the_heads_are_kept(flash_folders: FlashFolders) -> None:
+    folder = flash_folders("lxazjk").model
     ids, state, w = Tokenizer.load(folder).ids, state_of(folder), load(folder).flash
     both = torch.cat([state["horizontal_head.weight"], state["vertical_head.weight"]], dim=1)
     assert torch.equal(w.decoder.head, both[ids.visual :])
     assert w.decoder.visual_head.shape == (ids.visual_count, 64)
 
 
-def test_weights_in_flashar_safetensors_are_taken_first(folders: Folders, tmp_path: Path) -> None:
+def test_weights_in_flashar_safetensors_are_taken_first(flash_folders: FlashFolders, tmp_path: Path) -> None:
     """As both repositories do. Emu3.5's own weights may lie beside them."""
-    folder = copy(folders("lxazjk").model, tmp_path)
+    folder = copy(flash_folders("lxazjk").model, tmp_path)
     (folder / "model.safetensors").rename(folder / "flashar.safetensors")
     save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
-    assert torch.equal(load(folder).flash.decoder.head, load(folders("lxazjk").model).flash.decoder.head)
+    assert torch.equal(load(folder).flash.decoder.head, load(flash_folders("lxazjk").model).flash.decoder.head)
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -150,32 +135,34 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(name: str, folders: Folders, tmp_path: Path) -> None:
+def test_damage_is_named(name: str, flash_folders: FlashFolders, tmp_path: Path) -> None:
     damage, says = DAMAGE[name]
-    folder = copy(folders("lxazjk").model, tmp_path)
+    folder = copy(flash_folders("lxazjk").model, tmp_path)
     damage(folder)
     with pytest.raises(CheckpointError, match=says):
         load(folder)
 
 
-def test_a_config_that_names_no_branch_has_it_at_the_last_layers(folders: Folders, tmp_path: Path) -> None:
-    assert load(folders("u0").model).flash.start == 0
-    folder = copy(folders("lxazjk").model, tmp_path)
+def test_a_config_that_names_no_branch_has_it_at_the_last_layers(flash_folders: FlashFolders, tmp_path: Path) -> None:
+    assert load(flash_folders("u0").model).flash.start == 0
+    folder = copy(flash_folders("lxazjk").model, tmp_path)
     assert load(folder).flash.start == 1
     edit_config(folder, vertical_layers=None, vertical_start_layer=None)
     assert load(folder).flash.start == 2
 
 
-def test_it_is_not_loaded_as_a_plain_decoder(folders: Folders) -> None:
-    folder = folders("lxazjk").model
+def test_it_is_not_loaded_as_a_plain_decoder(flash_folders: FlashFolders) -> None:
+    folder = flash_folders("lxazjk").model
     with pytest.raises(CheckpointError, match=r"holds FlashAR weights \(horizontal_head.weight\)"):
         load_language_model(folder, Tokenizer.load(folder).ids, device=CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "form"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
-def test_memory_is_estimated_for_what_is_kept(dtype: torch.dtype, form: str | None, folders: Folders) -> None:
+def test_memory_is_estimated_for_what_is_kept(
+    dtype: torch.dtype, form: str | None, flash_folders: FlashFolders
+) -> None:
     """Without the heads' text rows, 3 GB of the released weights; and with the vertical layers' keys and values."""
-    made = folders("lxazjk")
+    made = flash_folders("lxazjk")
     w = load(made.model, dtype=dtype, quantize=form).flash
     gates = (w.pair_in, w.pair_out, w.pair_bias, w.corner, w.corner_bias)
     tensors = [w.decoder.embed, w.decoder.norm, w.decoder.head, w.vertical_norm, *gates]

@@ -15,7 +15,7 @@ from _models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, _Captured, _sizes, why_eager
+from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, _sizes, why_eager
 from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState, Tokens
 from emu_cog.model import torch_settings
 from emu_cog.model.kv_cache import PAGE
@@ -24,7 +24,7 @@ from emu_cog.ops.interface import Ops
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.decoder_kit import IDS, TokenwiseOps, random_model
+from tests.decoder_kit import IDS, TokenwiseOps, random_model, run_uncaptured
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 CASES = {
@@ -61,17 +61,7 @@ def uncaptured(
     """An engine over the weights of `lm` whose captured steps are run instead of captured."""
     lm = copy.copy(lm)
     lm.ops = ops(lm)
-
-    def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        slots = torch.full((size,), self.state.padding, device=lm.device)
-        hidden = torch.zeros((2 * size, lm.config.hidden_size), dtype=lm.dtype, device=lm.device)
-
-        def replay() -> None:
-            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
-
-        return _Captured(slots, hidden, replay)
-
-    monkeypatch.setattr(ModelRunner, "_capture", capture)
+    run_uncaptured(monkeypatch)
     runner = ModelRunner(lm, slots=4, tokens=4 * lm.context)
     runner.captured = True
     # As if every pass took as long: measuring them would take the interpreter minutes.

@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.runner import EAGER_ROWS, ModelRunner, _device_seconds, _sizes
+from emu_cog.engine.runner import ModelRunner, _device_seconds, _sizes
 from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, SequenceState, Tokens
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
-from emu_cog.model.qwen3 import Chunk
-from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pages_for
-from emu_cog.ops.linear import CPU_ROWS
+from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pairs
 from emu_cog.ops.reference import TorchOps
 
 WIDTHS = (16, 32, 48, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
 MAX_CELLS = WIDTHS[-1]
-BLOCK = 32
-"""Rows that a CPU multiplies at a time, as `ops.linear.CPU_BLOCK`: a diagonal has more rows than a token."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,14 @@ class DiagonalRunner(ModelRunner):
     prompts, and `out` holds its cells row by row."""
 
     lm: FlashModel
+    cpu_block = 32  # a diagonal has more rows than a token
 
     def __init__(self, lm: FlashModel, *, slots: int, tokens: int, pass_rows: int = MAX_ROWS) -> None:
         """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
         beyond, products are PyTorch's."""
         super().__init__(lm, slots=slots, tokens=tokens)
         if isinstance(lm.ops, TorchOps):
-            lm.ops.block = BLOCK
+            lm.ops.block = self.cpu_block
         self.pass_rows = pass_rows
         state, streams = self.state, 2 * (slots + 1)
         state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
@@ -175,7 +172,7 @@ class DiagonalRunner(ModelRunner):
     def _passes(self, sequences: Sequence[SequenceState]) -> Iterator[tuple[list[int], int]]:
         """Places in `sequences` of the pictures that share a pass, and the cells that it has room for in each."""
         counts = [_cells(s) for s in sequences]
-        most = self.pass_rows if self.captured else CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
+        most = self.pass_rows if self.captured else self.eager_rows
         left = sorted(range(len(sequences)), key=lambda i: -counts[i])
         while left:
             cells = counts[left[0]]
@@ -201,7 +198,7 @@ class DiagonalRunner(ModelRunner):
     def _sample(self, slots: Tensor, at: Places, block: int, nucleus: bool) -> None:
         """Sample the cells of a diagonal and store them. Gates are computed in multiples of `block` rows."""
         state, ids = self.state, self.lm.ids
-        streams = _pairs(slots)[:, :, None]
+        streams = pairs(slots)[:, :, None]
         h = self.h[streams, at.left.clamp(min=0)[:, None]].flatten(0, 2)  # (n * 2 * width, hidden)
         v = self.v[streams, at.above.clamp(min=0)[:, None]].flatten(0, 2)
         leftmost, top = ((x < 0)[:, None].expand(-1, 2, -1).reshape(-1, 1) for x in (at.left, at.above))
@@ -214,8 +211,8 @@ class DiagonalRunner(ModelRunner):
 
     def _batches(self, slots: Tensor, at: Places) -> tuple[Batch, Batch]:
         """The pass over a diagonal, as the decoder and as the vertical layers see it; all other rows are padding."""
-        state, pairs, (n, width) = self.state, _pairs(slots), at.cell.shape
-        live, prompt = at.live[:, None], state.position[pairs][:, :, None]  # (n, 1, width), (n, 2, 1)
+        state, pair, (n, width) = self.state, pairs(slots), at.cell.shape
+        live, prompt = at.live[:, None], state.position[pair][:, :, None]  # (n, 1, width), (n, 2, 1)
         tokens = state.out[slots[:, None], at.cell][:, None]
         drawn = (at.drawn + torch.arange(width, device=slots.device))[:, None]
         last = (at.drawn + at.count - 1)[:, None]
@@ -226,7 +223,7 @@ class DiagonalRunner(ModelRunner):
         batch = Batch(
             tokens=flat(tokens),
             positions=flat(prompt + drawn),
-            streams=flat(pairs[:, :, None], 2 * state.padding),
+            streams=flat(pair[:, :, None], 2 * state.padding),
             tables=state.tables,
             width=width,
             rotary=flat(prompt.amax(dim=1, keepdim=True) + at.cell[:, None]),
@@ -236,7 +233,7 @@ class DiagonalRunner(ModelRunner):
 
     def _keep(self, slots: Tensor, width: int, h: Tensor, v: Tensor) -> None:
         """Store the states of a diagonal."""
-        streams = _pairs(slots).flatten()
+        streams = pairs(slots).flatten()
         self.h[streams, :width] = h.view(len(streams), width, -1)
         self.v[streams, :width] = v.view(len(streams), width, -1)
 
@@ -283,11 +280,10 @@ class DiagonalRunner(ModelRunner):
 
     def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
         """One pass over several batches, padded like every eager pass."""
-        block = BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
         rows = sum(len(batch.tokens) for batch in batches)
 
         def joined(parts: Sequence[Tensor], padding: int = 0) -> Tensor:
-            return F.pad(torch.cat(list(parts)), (0, -rows % block), value=padding)
+            return F.pad(torch.cat(list(parts)), (0, -rows % self.eager_block), value=padding)
 
         return Batch(
             tokens=joined([batch.tokens for batch in batches]),
@@ -312,8 +308,6 @@ class DiagonalRunner(ModelRunner):
         log.info("a pass takes, by pictures x cells of each: %s", ", ".join(taken))
 
     def _run_once(self) -> None:
-        prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
-        self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
         for width in WIDTHS[:2]:
             self._device_step(slots, width, True, False)
@@ -333,8 +327,3 @@ def _cells(s: SequenceState) -> int:
     """Cells of the next diagonal."""
     assert isinstance(s.doing, Diagonals)
     return s.doing.cells(s.made)
-
-
-def _pairs(slots: Tensor) -> Tensor:
-    """Both streams of each slot: (n, 2)."""
-    return 2 * slots[:, None] + torch.arange(2, device=slots.device)

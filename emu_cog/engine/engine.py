@@ -98,7 +98,9 @@ class Engine:
     """Generates for any number of submissions, side by side as far as `runner` has room."""
 
     def __init__(self, runner: ModelRunner, *, decoding: str = "auto") -> None:
-        self.decoding, self._last_width = decoding, 1
+        self.decoding = decoding
+        self._last_width = 1
+        """Tokens of each picture that the last step drew."""
         self.lm, self.runner, self.ids = runner.lm, runner, runner.lm.ids
         assert self.lm.context <= runner.tokens, "the cache must hold the longest sequence"
         self.scheduler = Scheduler(runner.cache, slots=runner.slots, context=self.lm.context)
@@ -305,8 +307,8 @@ class Engine:
                     s.unread += 1
         pictures = [sequences[i] for i in drawing]
         if not self.runner.captured:
-            self._catch_up(pictures, width)
-        return not any(self._likely_made(s, width) for s in pictures)
+            self._catch_up(pictures)
+        return not any(self._likely_made(s) for s in pictures)
 
     def _choose(self, sequences: Sequence[SequenceState], hidden: Tensor) -> list[Choice]:
         """What each sequence that reads text logits samples after its hidden state (n, hidden)."""
@@ -323,20 +325,20 @@ class Engine:
             seconds = {width: s for width, s in seconds.items() if width > 1} or seconds
         return best_width(seconds, [s.acceptance.chance for s in drawing])
 
-    def _catch_up(self, sequences: Sequence[SequenceState], width: int) -> None:
-        """Read how far the pictures have come whose last passes kept the device alone knows how many tokens."""
+    def _catch_up(self, sequences: Sequence[SequenceState]) -> None:
+        """Read how far the pictures have come. How many tokens their last passes kept, only the device knows."""
         unread = [s for s in sequences if s.unread]
         for s, made in zip(unread, self.runner.made(unread) if unread else (), strict=True):
             if isinstance(s.doing, Draw) and made < s.doing.total:  # the last pass is cut short
-                s.acceptance.add(made - s.made, passes=s.unread, width=width)
+                s.acceptance.add(made - s.made, passes=s.unread, width=self._last_width)
             s.move(made - s.made)
             s.unread = 0
 
-    def _likely_made(self, s: SequenceState, width: int) -> bool:
+    def _likely_made(self, s: SequenceState) -> bool:
         """Whether the picture of `s` is complete, or should be by the passes that the host has not read."""
         if not isinstance(s.doing, Draw):
             return False
-        likely = s.made + s.unread * expected_tokens(s.acceptance.chance, width)
+        likely = s.made + s.unread * expected_tokens(s.acceptance.chance, self._last_width)
         return likely >= s.doing.total
 
     def _trace_picture(self, s: SequenceState, trace: Trace, row: int) -> None:
@@ -362,7 +364,7 @@ class Engine:
 
     def _look(self) -> None:
         """Read what the pictures in progress have made; go on with those that are complete."""
-        self._catch_up([entry.state for entry in self._entries], self._last_width)
+        self._catch_up([entry.state for entry in self._entries])
         drawing = [e for e in self._entries if isinstance(e.state.doing, Draw) and e.state.made > e.seen]
         if not drawing:
             return

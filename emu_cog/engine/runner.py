@@ -37,7 +37,7 @@ from emu_cog.log import log
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk, LanguageModel
 from emu_cog.ops.autotune import KernelBuildError
-from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span, pages_for
+from emu_cog.ops.interface import MAX_ROWS, Batch, SlotState, Span, pages_for, power_of_two
 from emu_cog.ops.linear import CPU_BLOCK, CPU_ROWS
 from emu_cog.ops.reference import TorchOps, accept
 from emu_cog.prompt.tokens import body_length
@@ -94,6 +94,9 @@ class _Captured:
 class ModelRunner:
     """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams."""
 
+    cpu_block = CPU_BLOCK
+    """Rows that a CPU multiplies at a time."""
+
     def __init__(self, lm: LanguageModel, *, slots: int, tokens: int) -> None:
         assert slots <= MAX_SEQUENCES
         self.lm, self.slots, self.tokens = lm, slots, tokens
@@ -127,6 +130,16 @@ class ModelRunner:
         except KernelBuildError as error:
             log.warning("steps run in plain PyTorch: the kernels can't be built here: %s", error)
         return runner
+
+    @property
+    def eager_rows(self) -> int:
+        """Rows of the largest eager pass of steps."""
+        return CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
+
+    @property
+    def eager_block(self) -> int:
+        """Of which number every eager pass has a multiple of rows, padding included."""
+        return self.cpu_block if self.lm.device.type == "cpu" else EAGER_ROWS
 
     # -- 1. sequences come and go ----------------------------------------------------------------------------
 
@@ -176,7 +189,7 @@ class ModelRunner:
         if self.captured:
             most = MAX_ROWS if self.lm.weights.layers[0].qkv.scale is None else EIGHT_BIT_ROWS
         else:
-            most = CPU_ROWS if self.lm.device.type == "cpu" else EAGER_ROWS
+            most = self.eager_rows
         most //= 2 * size
         return [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most and (w == 1 or size * w >= 4)]
 
@@ -185,7 +198,7 @@ class ModelRunner:
         if not self._seconds:
             self._measure()
         size = self._size(sequences)
-        key = {w: (size, w) if self.captured else (1, _power(size * w)) for w in self.widths(sequences)}
+        key = {w: (size, w) if self.captured else (1, power_of_two(size * w)) for w in self.widths(sequences)}
         return {w: self._seconds[at] for w, at in key.items() if at in self._seconds} or {1: 1.0}
 
     def step(self, sequences: Sequence[SequenceState], width: int = 1) -> Tensor:
@@ -245,8 +258,7 @@ class ModelRunner:
         self, sequences: Sequence[SequenceState], drawing: Sequence[SequenceState], width: int, nucleus: bool
     ) -> Tensor:
         """Passes in which products have a fixed number of rows: no result depends on the number of sequences."""
-        on_cpu = self.lm.device.type == "cpu"
-        most, block = (CPU_ROWS, CPU_BLOCK) if on_cpu else (EAGER_ROWS, EAGER_ROWS)
+        most = self.eager_rows
         slots = torch.tensor([s.slot for s in sequences], device=self.lm.device)
         rows, spans = [], []  # places in `fed`, and what the host knows of them
         for i, s in enumerate(sequences):
@@ -256,20 +268,19 @@ class ModelRunner:
                 spans += [Span(2 * s.slot + stream, s.lengths[stream] + j, 1) for j in range(left)]
         fed = [x.flatten()[rows] for x in self.state.fed(slots, width)]
         parts = [
-            self._pass([x[at : at + most] for x in fed], spans[at : at + most], block)
-            for at in range(0, len(spans), most)
+            self._pass([x[at : at + most] for x in fed], spans[at : at + most]) for at in range(0, len(spans), most)
         ]
         hidden = parts[0].new_zeros((len(sequences) * 2 * width, parts[0].shape[1]))
         hidden[rows] = torch.cat(parts)
         by_stream = hidden.view(len(sequences), 2 * width, -1)
         if drawing:
             images = [i for i, s in enumerate(sequences) if s in drawing]
-            self._choose(by_stream[images].flatten(0, 1), slots[images], drawing, block, width, nucleus)
+            self._choose(by_stream[images].flatten(0, 1), slots[images], drawing, width, nucleus)
         return by_stream[:, 0]
 
-    def _pass(self, fed: Sequence[Tensor], spans: Sequence[Span], block: int) -> Tensor:
-        """One pass over tokens, positions and streams, padded to a multiple of `block` rows."""
-        tokens, positions, streams = (F.pad(x, (0, -len(spans) % block)) for x in fed)
+    def _pass(self, fed: Sequence[Tensor], spans: Sequence[Span]) -> Tensor:
+        """One pass over tokens, positions and streams, padded."""
+        tokens, positions, streams = (F.pad(x, (0, -len(spans) % self.eager_block)) for x in fed)
         streams[len(spans) :] = 2 * self.state.padding
         batch = Batch(tokens=tokens, positions=positions, streams=streams, tables=self.state.tables, spans=tuple(spans))
         return self.lm.forward(batch, self.cache)[: len(spans)]
@@ -279,12 +290,11 @@ class ModelRunner:
         hidden: Tensor,
         slots: Tensor,
         drawing: Sequence[SequenceState],
-        block: int,
         width: int,
         nucleus: bool,
     ) -> None:
         """The pictures' next tokens. Where the grammar forces all of them, nothing is computed."""
-        ids = self.lm.ids
+        ids, block = self.lm.ids, self.eager_block
         if width == 1 and all(s.forced for s in drawing):
             accept(self.state, slots, torch.zeros_like(slots)[:, None], ids)
             return
@@ -304,10 +314,8 @@ class ModelRunner:
         request = EngineRequest(conditional=(), unconditional=(), seed=0)
         padding = SequenceState(index=0, request=request, config=config, emit=lambda event: None)
         padding.slot, padding.doing = self.state.padding, draw
-        most = self.widths(1)[-1]
-        for width in (
-            2**i for i in range(most.bit_length())
-        ):  # a token each of several pictures counts as one's several
+        # A token each of several pictures counts as several of one.
+        for width in (2**i for i in range(self.widths(1)[-1].bit_length())):
             taken: list[float] = []
             while not taken or (len(taken) < 3 and time.perf_counter() - begun < MEASURE_SECONDS):
                 started = time.perf_counter()
@@ -355,6 +363,8 @@ class ModelRunner:
             log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
             self.lm.ops = ops
             try:
+                prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
+                self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
                 self._run_once()
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
@@ -364,10 +374,8 @@ class ModelRunner:
         self.captured = True
 
     def _run_once(self) -> None:
-        """Run each kernel once, over the padding."""
+        """Run each kernel of a step once, over the padding."""
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
-        prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
-        self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
         for width in (1, 2):
             self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
 
@@ -449,8 +457,3 @@ def _device_seconds(replay: Callable[[], None], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
     return min(taken)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class TensorHeader:
 
     file: Path
     shape: tuple[int, ...]
+
+
+def vertical_blocks(names: Iterable[str]) -> int:
+    """FlashAR's vertical layers, by the keys of a checkpoint."""
+    return len({name.split(".")[1] for name in names if name.startswith("vertical_block.")})
 
 
 def config_json(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from emu_cog.model.headers import (
     TensorHeader,
     config_json,
     read_headers,
+    vertical_blocks,
 )
 from emu_cog.model.quantize import quantizable
 from emu_cog.model.qwen3 import Destination, LanguageModel, check_vocabulary, destinations, empty_weights
@@ -107,9 +108,7 @@ def load_language_model(
         return _place(key, places)
 
     weights = empty_weights(config, ids, dtype=dtype, place=place, quantize=quantize)
-    started = time.perf_counter()
     _read_weights(dict(destinations(config, weights, quantize)), headers, places, dtype)
-    log.info("weights read in %.1f s", time.perf_counter() - started)
     return LanguageModel(config, weights, ids)
 
 
@@ -135,16 +134,13 @@ def load_flash_model(
     weights = empty_flash_weights(
         config, ids, vertical=layers, start=start, dtype=dtype, device=device, quantize=quantize
     )
-    started = time.perf_counter()
     _read_weights(dict(flash_destinations(config, ids, weights, quantize)), headers, {"": device}, dtype)
-    log.info("weights read in %.1f s", time.perf_counter() - started)
     return FlashModel(config, weights, ids)
 
 
 def _vertical_layers(folder: Path, layers: int, headers: Mapping[str, TensorHeader]) -> tuple[int, int]:
     """How many vertical layers there are, and the decoder's layer at which they begin."""
     data, where = config_json(folder), str(folder / CONFIG_FILE)
-    held = {name.split(".")[1] for name in headers if name.startswith("vertical_block.")}
 
     def number(name: str, default: int) -> int:
         value = data.get(name, default)
@@ -152,7 +148,7 @@ def _vertical_layers(folder: Path, layers: int, headers: Mapping[str, TensorHead
             raise CheckpointError(f"{where}: {name} must be a whole number, found {value!r}")
         return value
 
-    count = number("vertical_layers", len(held))
+    count = number("vertical_layers", vertical_blocks(headers))
     if count < 1:
         raise CheckpointError(f"{folder} has no vertical_block: FlashAR weights need their vertical branch")
     start = number("vertical_start_layer", layers - count)
@@ -200,6 +196,7 @@ def _read_weights(
     wanted: Mapping[str, Destination], headers: Mapping[str, TensorHeader], places: Places, dtype: torch.dtype
 ) -> None:
     """Fill every destination from the files of `headers`, several files at a time."""
+    started = time.perf_counter()
     jobs: dict[tuple[Path, torch.device], list[str]] = {}
     for name in wanted:
         jobs.setdefault((headers[name].file, _place(name, places)), []).append(name)
@@ -216,6 +213,7 @@ def _read_weights(
     ):
         for _ in pool.map(read, jobs.items()):
             bar.update()
+    log.info("weights read in %.1f s", time.perf_counter() - started)
 
 
 def _place(name: str, places: Places) -> torch.device:

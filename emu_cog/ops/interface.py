@@ -29,6 +29,11 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Weight:
     """A linear layer's (N, K) weight; int8 or fp8 with fp32 `scale` (N,) per weight row, else the model's dtype."""
@@ -192,9 +197,7 @@ class SlotState:
     total: Tensor  # (slots,) int64
     step: Tensor  # (slots,) int64
     seed: Tensor  # (slots,) int64: of the noise
-    sampled: (
-        Tensor  # (slots,) int64: tokens that the answer had sampled before the picture; the noise goes on from there
-    )
+    sampled: Tensor  # (slots,) int64: tokens sampled before the picture; its noise goes on from there
     out: Tensor  # (slots, steps) int64, written
     cfg_scale: Tensor  # (slots,) fp32
     temperature: Tensor  # (slots,) fp32
@@ -231,18 +234,27 @@ class SlotState:
     def padding(self) -> int:
         return len(self.step) - 1
 
+    def filters(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Top-k and top-p of `width` tokens of each picture in `slots` (n,): (n * width, 1) each."""
+        top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (self.top_k, self.top_p))
+        return top_k, top_p
+
     def fed(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and streams, (n, 2, width) each, of a step of `slots` (n,): the token that is fed next, and
         the drafts that follow it. Drafts beyond a picture's end are fed to the padding."""
-        slots, window = slots[:, None], torch.arange(width, device=slots.device)
+        pair, slots, window = pairs(slots), slots[:, None], torch.arange(width, device=slots.device)
         at = self.step[slots] + window - 1  # a draft's cell of `out`
         drafts = self.out[slots, at.clamp(0, self.out.shape[1] - 1)]
         live = (window == 0) | (at + 1 < self.total[slots])
-        pair = 2 * slots + torch.arange(2, device=slots.device)
         tokens = torch.where(window == 0, self.token[pair][:, :, None], drafts[:, None])
         positions = torch.where(live[:, None], self.position[pair][:, :, None] + window, 0)
         streams = torch.where(live[:, None], pair[:, :, None], 2 * self.padding)
         return tokens, positions, streams
+
+
+def pairs(slots: Tensor) -> Tensor:
+    """Both streams of each slot (n,): (n, 2)."""
+    return 2 * slots[:, None] + torch.arange(2, device=slots.device)
 
 
 class Ops(Protocol):

@@ -75,7 +75,7 @@ class TorchOps:
         guided = guide(conditional, unconditional, state.cfg_scale[slots, None, None])
         scores = state.scores[: len(slots) * width]
         scores.copy_((guided / state.temperature[slots, None, None]).flatten(0, 1))
-        top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
+        top_k, top_p = state.filters(slots, width)
         kept = keep_sorted(scores, top_k, top_p if nucleus else None)
         noise = gumbel_noise(state.seed[slots].repeat_interleave(width), numbers.flatten(), scores.shape[1])
         return (kept + noise).argmax(dim=-1).view(-1, width)

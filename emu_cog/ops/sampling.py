@@ -42,10 +42,11 @@ def keep_sorted(scores: Tensor, k: Tensor, p: Tensor | None) -> Tensor:
     """`keep_top_k`, then `keep_top_p`, of (N, V) for (N, 1) numbers on the device: int k in 1..V and fp32 p. Sorts, but
     never synchronizes, and adds up row by row, so that no operation divides its work by their number."""
     ordered, order = scores.sort(dim=-1, descending=True)
-    below = scores < ordered.gather(-1, k.long() - 1)
+    threshold = ordered.gather(-1, k.long() - 1)
+    below = scores < threshold
     if p is None:
         return scores.masked_fill(below, -torch.inf)
-    kept = ordered.masked_fill(ordered < ordered.gather(-1, k.long() - 1), -torch.inf)
+    kept = ordered.masked_fill(ordered < threshold, -torch.inf)
     outside = torch.cat([_outside_nucleus(*row) for row in zip(kept.split(1), p.split(1), strict=True)]) & (p < 1.0)
     return scores.masked_fill(below | outside.scatter(-1, order, outside), -torch.inf)
 
@@ -92,10 +93,7 @@ def sample_likely(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[
     scores = scores.masked_fill(scores < scores[:, k - 1 : k], -torch.inf)
     tokens, order = tokens.sort(dim=-1)
     scores = F.pad(scores.gather(-1, order), (0, 0, 0, SAMPLED_ROWS - rows))
-    if sampling.top_p < 1.0:
-        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        outside = _outside_nucleus(ordered, sampling.top_p)
-        scores = scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    scores = keep_top_p(scores, sampling.top_p)
     places = sample(scores.softmax(dim=-1), F.pad(uniform, (0, SAMPLED_ROWS - rows)))[:rows]
     return tokens.gather(-1, places[:, None])[:, 0], complete
 

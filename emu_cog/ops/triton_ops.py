@@ -24,7 +24,7 @@ from emu_cog.ops.autotune import (
     default_config,
     kind,
 )
-from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, SlotState, Weight
+from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, SlotState, Weight, power_of_two
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
@@ -155,7 +155,7 @@ class TritonOps:
         m, h = residual.shape
         out = self._input(residual, into)
         source, splits = (residual, 0) if product is None else (product, _splits(product))
-        block = _power(h)
+        block = power_of_two(h)
         warps = max(1, min(16, block // 256))
         layers.add_norm_kernel[(m,)](
             source,
@@ -235,7 +235,7 @@ class TritonOps:
             KV=kv,
             GROUP=group,
             TOKENS=tokens,
-            QUERIES=max(self.config.queries, _power(group)),
+            QUERIES=max(self.config.queries, power_of_two(group)),
             D=dim,
             PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
@@ -251,7 +251,7 @@ class TritonOps:
             HEADS=heads,
             D=dim,
             SPLITS=splits,
-            PADDED=_power(splits),
+            PADDED=power_of_two(splits),
             KIND=self.dtype,
             INTERLEAVED=self._interleaved(into, m),
             num_warps=1,
@@ -312,8 +312,8 @@ class TritonOps:
                 torch.full((rows,), -(2**63), dtype=torch.int64, device=logits.device),
             )
         counts, best = self._scratch[rows]
-        grid, some = (rows, _up(vocabulary, self.BLOCK)), {"num_warps": 8, **self.launch}
-        blocks, scores = {"BLOCK": self.BLOCK, **some}, state.scores
+        grid, scores = (rows, _up(vocabulary, self.BLOCK)), state.scores
+        blocks = {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
         sampling_kernels.guide_kernel[grid](
             logits, slots, state.cfg_scale, state.temperature, scores, counts, width, vocabulary, **blocks
         )
@@ -322,8 +322,7 @@ class TritonOps:
                 scores, counts, slots, state.top_k, width, vocabulary, PASS=digit, **blocks
             )
         if nucleus:  # needs a sort; what it leaves lies above top-k's threshold
-            top_k, top_p = (x[slots].repeat_interleave(width)[:, None] for x in (state.top_k, state.top_p))
-            scores = keep_sorted(scores[:rows], top_k, top_p)
+            scores = keep_sorted(scores[:rows], *state.filters(slots, width))
         sampling_kernels.pick_kernel[grid](
             scores,
             counts,
@@ -380,8 +379,3 @@ def _up(a: int, b: int) -> int:
 def _rows(m: int) -> int:
     """The least of ROWS that is at least `m`."""
     return next(rows for rows in ROWS if rows >= m)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -254,17 +254,19 @@ class _Session:
         decoding.many(self.bench, self.native(), self.pace.pictures, self.bench.streams, part="many")
 
     def many_small(self, form: str) -> None:
-        quality.check_format(form, self.bench.device)
-        small = self._small_weights(form)
-        decoding.many(small, self._engine(), self.pace.pictures, small.streams, part=f"many-{form}")
+        small, engine = self._in_8_bits(form)
+        decoding.many(small, engine, self.pace.pictures, small.streams, part=f"many-{form}")
 
     def windows(self) -> None:
         decoding.windows(self.bench, self.native(), self.bench.streams, part="windows")
 
     def windows_small(self, form: str) -> None:
+        small, engine = self._in_8_bits(form)
+        decoding.windows(small, engine, small.streams, part=f"windows-{form}")
+
+    def _in_8_bits(self, form: str) -> tuple[Bench, Engine]:
         quality.check_format(form, self.bench.device)
-        small = self._small_weights(form)
-        decoding.windows(small, self._engine(), small.streams, part=f"windows-{form}")
+        return self._small_weights(form), self._engine()
 
     def sync(self) -> None:
         decoding.synchronisations(self.bench, self.native())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from _models import tiny
 from _compare.agreement import Row
 from _compare.differences import Checked
 from _compare.flashar_native import Picture, run_native
+from _compare.other_python import run_other_python
 from emu_cog.errors import CheckpointError
 from emu_cog.model.loader import load_flash_model
 from emu_cog.prompt import prompts, tasks
@@ -151,23 +151,12 @@ def run_reference(python: Path, clone: Path, checkpoint: Path, tokenizer: Tokeni
     with tempfile.TemporaryDirectory(prefix="emu-cog-") as folder:
         source, target = Path(folder) / "in.json", Path(folder) / "out.npz"
         source.write_text(json.dumps(given), encoding="utf-8")
-        try:
-            done = subprocess.run(
-                # -I: nothing of this project's environment reaches the other Python
-                [python, "-I", _RUNNER, clone, checkpoint.resolve(), source, target],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-        except OSError as error:
-            raise CheckpointError(f"--reference-python {python} can't be run ({error.strerror})") from None
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.strip()]
-            raise CheckpointError(
-                f"the code of {clone} failed in --reference-python {python}, which must have torch, numpy, safetensors "
-                f"and transformers 4.48.2: {errors[-1] if errors else f'exit code {done.returncode}'}"
-            )
-        versions = json.loads(done.stdout.splitlines()[-1])
+        versions = run_other_python(
+            python,
+            [_RUNNER, clone, checkpoint.resolve(), source, target],
+            what=f"the code of {clone}",
+            needs="torch, numpy, safetensors and transformers 4.48.2",
+        )
         with np.load(target) as made:
             arrays = dict(made)
     rendered = json.loads(str(arrays.pop("prompts")))

@@ -5,8 +5,6 @@ Elsewhere in the comparison transformers' Qwen3 computes both sides, so a differ
 
 from __future__ import annotations
 
-import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from _compare.cases import Native
+from _compare.other_python import run_other_python
 from _compare.reference_logits import KEPT
 from emu_cog.errors import CheckpointError
 from emu_cog.model.qwen3 import Chunk
@@ -88,26 +87,12 @@ def run_reference(
         }
         np.savez(source, **arrays)  # type: ignore[arg-type]
         names = (str(dtype).removeprefix("torch."), str(device))
-        try:
-            done = subprocess.run(
-                # -I: nothing of this project's environment reaches the other Python
-                [python, "-I", _RUNNER, clone, checkpoint.resolve(), source, target, *names],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"--reference-python {python} can't be run ({error.strerror}): name the python of an environment with "
-                "torch, numpy and transformers 4.48.2"
-            ) from None
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.strip()]
-            raise CheckpointError(
-                f"upstream's model file failed in --reference-python {python}, which must have torch, numpy and "
-                f"transformers 4.48.2: {errors[-1] if errors else f'exit code {done.returncode}'}"
-            )
-        versions = json.loads(done.stdout.splitlines()[-1])
+        versions = run_other_python(
+            python,
+            [_RUNNER, clone, checkpoint.resolve(), source, target, *names],
+            what="upstream's model file",
+            needs="torch, numpy and transformers 4.48.2",
+        )
         with np.load(target) as made:
             logits = [torch.from_numpy(made[f"{i}/logits"]) for i in range(len(ids))]
     return Reference(logits=logits, versions=", ".join(f"{name} {number}" for name, number in versions.items()))

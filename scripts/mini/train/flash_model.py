@@ -27,7 +27,6 @@ VERTICAL_LOSS = 0.05
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 _CELLS, _PADDING = 1 << 20, 1 << 21
 """Above all prompt positions: where the numbers of diagonals begin, and padding."""
-HEADS = FLASH_HEADS
 GATES = (
     "hv_gate_mlp.0.weight",
     "hv_gate_mlp.2.weight",
@@ -130,7 +129,7 @@ class FlashModel(nn.Module):
             {name: nn.Parameter(self.decoder.stack[name].detach()[self.start :].clone()) for name in NAMES}
         )
         self.norm = nn.Parameter(torch.ones(hidden))
-        self.heads = nn.ParameterList([nn.Parameter(self.decoder.head.detach()[visual:].clone()) for _ in HEADS])
+        self.heads = nn.ParameterList([nn.Parameter(self.decoder.head.detach()[visual:].clone()) for _ in FLASH_HEADS])
         # Gates begin at one half, as theirs do.
         self.gates = nn.ParameterList(
             [
@@ -255,7 +254,9 @@ class FlashModel(nn.Module):
         text = plain.pop("lm_head.weight")[: self.visual]
         state = {"backbone." + name.removeprefix("model."): value for name, value in plain.items()}
         own: dict[str, Tensor] = {"vertical_norm.weight": self.norm, **dict(zip(GATES, self.gates, strict=True))}
-        own |= {name: torch.cat([text.to(head), head.detach()]) for name, head in zip(HEADS, self.heads, strict=True)}
+        own |= {
+            name: torch.cat([text.to(head), head.detach()]) for name, head in zip(FLASH_HEADS, self.heads, strict=True)
+        }
         for name, theirs in NAMES.items():
             for i, weight in enumerate(self.stack[name].unbind(0)):
                 own[f"vertical_block.{i}.{theirs}"] = weight

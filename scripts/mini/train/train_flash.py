@@ -197,12 +197,8 @@ def main() -> None:
     record = training.run(steps=args.steps, seconds=max(min(args.seconds, left), 1e-3))
     record |= {
         "seconds": round(time.time() - started, 1),
-        "samples": data.samples,
-        "tokens": record["steps"] * args.tokens,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device),
         "seed": args.seed,
-        "rate": args.rate,
         "backbone": args.backbone,
         "vertical": args.vertical,
         "shape": asdict(model.shape),

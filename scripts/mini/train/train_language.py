@@ -239,6 +239,10 @@ class Training(Generic[Model]):
             "loss": round(float(smooth), 4),
             "held_out_loss": held_out,
             "best_held_out_picture_loss": round(state.best, 4),
+            "samples": self.data.samples,
+            "tokens": state.steps * self.tokens,
+            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "rate": self.rate,
         }
 
     def step(self, ids: Tensor, learn: Tensor, progress: float) -> Tensor:
@@ -309,12 +313,8 @@ def main() -> None:
     record = training.run(steps=args.steps, seconds=args.seconds)
     record |= {
         "seconds": round(time.time() - started, 1),
-        "samples": data.samples,
-        "tokens": record["steps"] * args.tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
         "device": device_name(device),
         "seed": args.seed,
-        "rate": args.rate,
         "shape": asdict(shape),
     }
     log_record(record, args.out / "train.log")
