@@ -16,15 +16,20 @@ from pathlib import Path
 import _openapi
 import pytest
 import torch
-from _bench import arrivals, decoding, loading, models
+from _bench import arrivals, decoding, flash, flash_rival, loading, models
 from _bench.report import Part, Report, Row, number, run_parts, table
 from _bench.sizes import SIZES, choose, floor_seconds
 
+from emu_cog.engine.diagonals import DiagonalRunner
+from emu_cog.engine.engine import Engine
+from emu_cog.engine.sequence import EngineRequest
 from emu_cog.model import torch_settings
 from emu_cog.model.loader import load_language_model
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.prompt.tokens import ROLES, block_length
+from emu_cog.request import Sampling
 from tests.conftest import ROOT
+from tests.test_diagonals import codes_of
 from tests.upstream_kit import STANDIN
 
 
@@ -199,6 +204,62 @@ def test_pictures_by_diagonals_are_measured_in_every_format(bench_here: Bench) -
     ]
     assert all(row["note"].startswith("15 steps of ") for row in rows.values())
     assert not found["not_measured"]
+
+
+@pytest.fixture(params=flash_rival.CLASSES)
+def flashar_clone(request: pytest.FixtureRequest) -> Path:
+    """A clone of each public repository with FlashAR code, named lxazjk and u0 in EMU_TEST_FLASHAR."""
+    folder = Path(os.environ.get("EMU_TEST_FLASHAR", ROOT.parent / "shared/data/flashar")) / str(request.param)
+    if not folder.is_dir():
+        pytest.skip("no clone of the repository is here (set EMU_TEST_FLASHAR to the folder that holds it)")
+    return folder
+
+
+@pytest.mark.parametrize("size", [(5, 8), (8, 5)])
+def test_public_flashar_code_draws_our_picture_from_our_tensors(flashar_clone: Path, size: tuple[int, int]) -> None:
+    shape = replace(SIZES["tiny"], layers=models.VERTICAL + 2, head_dim=32, context=1024)
+    lm = models.flash_model(shape, device=torch.device("cpu"), dtype=torch.float32)
+    conditional, unconditional = flash.prompts(lm.ids, size)
+    theirs = flash_rival.on_the_same_weights(lm, shape, flashar_clone)
+    codes = flash_rival.draw(theirs, (conditional, unconditional), size, guidance=decoding.GUIDANCE, top_k=1)
+    engine = Engine(DiagonalRunner.best(lm, slots=1, tokens=shape.context, compile=False))
+    request = EngineRequest(conditional=conditional, unconditional=unconditional, seed=0)
+    config = replace(decoding.image_only(size), image=Sampling(top_k=1))
+    assert codes_of(engine, engine.submit([request], config), size) == codes
+    assert len(set(codes)) > 10
+    engine.close()
+
+
+@pytest.mark.slow
+def test_public_flashar_code_is_measured_beside_ours(flashar_clone: Path, bench_here: Bench) -> None:
+    _, found = bench_here("--only", "flash", "--flashar", str(flashar_clone))
+    theirs, ours, *_ = (row for row in found["rows"] if row["part"] == "flash")  # type: ignore[union-attr,index]
+    name = flash_rival.NAMES[flashar_clone.name]
+    assert theirs["what"] == f"flash, float32: 1 picture of 8 x 8 by {name}, prompt to codes"
+    assert theirs["note"].startswith("15 passes of ")
+    assert ours["against"].startswith(f"{theirs['value'] / ours['value']:.2f} x as fast as {name}, float32; ")
+    assert not found["not_measured"]
+
+
+@pytest.mark.parametrize("given", ["", "elsewhere"])
+def test_a_folder_that_is_no_clone_of_flashar_is_refused_before_any_work(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    arguments = ["bench", "--size", "tiny", "--only", "flash", "--flashar", str(tmp_path / given)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert runpy.run_path(str(ROOT / "scripts/bench"))["main"]() == 1
+    output = capsys.readouterr()
+    assert "is a clone neither of lxazjk/Emu3.5-FlashAR nor of XiaomiRobotics/Xiaomi-Robotics-U0" in output.err
+    assert not output.out
+
+
+def test_a_clone_of_flashar_needs_the_part_that_measures_it(
+    bench_here: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_here("--only", "vq", "--flashar", "clone")
+    assert "add --only flash" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_spent_leaves_parts_out(bench_here: Bench) -> None:

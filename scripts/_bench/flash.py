@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from _bench import machine, models
-from _bench.decoding import PROMPT, WORKSPACE, Bench, image_only, prompt
+from _bench import flash_rival, machine, models
+from _bench.decoding import GUIDANCE, IMAGE, PROMPT, WORKSPACE, Bench, image_only, prompt
 from _bench.report import Row
 from emu_cog.engine.diagonals import DiagonalRunner
 from emu_cog.engine.engine import Engine
@@ -18,7 +19,7 @@ from emu_cog.memory import GIB
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import check_format
 from emu_cog.ops.interface import PAGE
-from emu_cog.prompt.tokens import block_length
+from emu_cog.prompt.tokens import TokenIds, block_length
 
 LARGE, SMALL = (64, 64), (8, 8)
 PICTURES = (1, 4)
@@ -27,25 +28,48 @@ WIDE = 512
 """Rows of the largest diagonals of four pictures."""
 
 
-def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) -> None:
-    """Seconds from prompt to codes, of one picture and of several side by side, with weights in `dtype` or `form`."""
+def measure(bench: Bench, dtype: torch.dtype, *, large: bool, clone: Path | None = None) -> None:
+    """Seconds from prompt to codes, of one picture and of several side by side, with weights in `dtype` and in 8 bits;
+    of one also by the code in `clone`, on the same tensors in `dtype`."""
+    rival = None
+    for form in (None, "fp8", "int8"):
+        machine.free_bytes(bench.device)
+        rival = _measure(bench, dtype, form, large=large, clone=clone, rival=rival)
+
+
+def _measure(
+    bench: Bench,
+    dtype: torch.dtype,
+    form: str | None,
+    *,
+    large: bool,
+    clone: Path | None,
+    rival: flash_rival.Rival | None,
+) -> flash_rival.Rival | None:
+    """Weights in `dtype` or `form`. Returns what ours is compared with."""
     name, size = form or str(dtype).removeprefix("torch."), LARGE if large else SMALL
     try:
         check_format(form, bench.device)
     except InputError as error:
         bench.report.not_measured(f"flash, {name}", str(error))
-        return
+        return rival
     lm = models.flash_model(bench.size, device=bench.device, dtype=dtype, quantize=form)
+    if clone and form is None:  # first: the engine's cache takes what memory is left
+        drawn, warm_up = (prompts(lm.ids, of) for of in (size, flash_rival.WARM_UP))
+        rival = flash_rival.measure(
+            bench, lm, clone, drawn, size, warm_up=warm_up, guidance=GUIDANCE, top_k=IMAGE.top_k
+        )
+        machine.free_bytes(bench.device)
     longest = PROMPT + block_length(*size) + PAGE
     per_token = 2 * KVCache.bytes_per_token(lm.config, dtype) * len(lm.devices) / len(lm.weights.layers)
     room = int((0.95 * machine.free_bytes(bench.device) - WORKSPACE) // (longest * per_token))
     if room < 1:
         bench.report.not_measured(f"flash, {name}", "memory holds no picture beside the weights")
-        return
+        return rival
     slots = min(max(PICTURES), room)
     lm.context = min(lm.context, longest)
     runner = DiagonalRunner.best(lm, slots=slots, tokens=slots * longest, compile=bench.compile)
-    alone = _pictures(bench, runner, name, size, PICTURES, None)
+    alone = _pictures(bench, runner, name, size, PICTURES, None, rival)
     if bench.device.type == "cuda":
         used = torch.cuda.memory_allocated(bench.device) / GIB
         what = f"flash, {name}: memory with a cache for {slots} pictures"
@@ -56,6 +80,7 @@ def measure(bench: Bench, dtype: torch.dtype, form: str | None, *, large: bool) 
         wide = DiagonalRunner(lm, slots=slots, tokens=slots * longest, pass_rows=WIDE)
         wide.captured = True  # by the kernels that are built
         _pictures(bench, wide, f"{name}, passes of up to {WIDE} rows", size, PICTURES[1:], alone)
+    return rival
 
 
 def _pictures(
@@ -65,8 +90,10 @@ def _pictures(
     size: tuple[int, int],
     counts: Sequence[int],
     alone: float | None,
+    rival: flash_rival.Rival | None = None,
 ) -> float | None:
-    """A row for each number of pictures; `alone` are the seconds of one, which are returned."""
+    """A row for each number of pictures; `alone` are the seconds of one, which are returned. One is also compared with
+    `rival`."""
     engine = Engine(runner)
     if runner.captured:
         engine.call(runner.warm_up)
@@ -80,6 +107,8 @@ def _pictures(
         alone = alone or seconds
         floor = stats.passes * runner.lm.flash.bytes_read / bench.bandwidth
         against = f"{seconds / alone:.2f} x one picture" if pictures > 1 else f"{seconds / floor:.2f} x reading weights"
+        if rival and pictures == 1:
+            against = f"{rival.seconds / seconds:.2f} x as fast as {rival.name}; {against}"
         per_pass = 1e3 * stats.decode_seconds / stats.passes
         note = f"{stats.passes} steps of {per_pass:.2f} ms, prompts {1e3 * stats.prefill_seconds:.0f} ms"
         if not runner.captured:
@@ -91,10 +120,15 @@ def _pictures(
 
 def _seconds(engine: Engine, size: tuple[int, int], pictures: int) -> tuple[float, Stats]:
     """Of that many outputs of one request."""
-    ids, header = engine.ids, engine.ids.header(*size)
-    conditional, unconditional = (*prompt(ids, PROMPT, 1), *header), (*prompt(ids, PROMPT // 2, 2), *header)
+    conditional, unconditional = prompts(engine.ids, size)
     requests = [EngineRequest(conditional=conditional, unconditional=unconditional, seed=i) for i in range(pictures)]
     started = time.perf_counter()
     (*_, stats) = engine.generate(requests, image_only(size))
     assert isinstance(stats, Stats)
     return time.perf_counter() - started, stats
+
+
+def prompts(ids: TokenIds, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Conditional and unconditional, header included."""
+    header = ids.header(*size)
+    return (*prompt(ids, PROMPT, 1), *header), (*prompt(ids, PROMPT // 2, 2), *header)

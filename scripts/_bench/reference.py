@@ -91,7 +91,7 @@ def on_the_same_weights(bench: Bench, clone: Path) -> Upstream:
     config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
         model = theirs(config)
-    for name, value in _parameters(native.weights, config).items():
+    for name, value in parameters(native.weights, config).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb.to(bench.device)
@@ -103,7 +103,7 @@ def on_the_same_weights(bench: Bench, clone: Path) -> Upstream:
     return Upstream(code, words, model.eval(), words, None)
 
 
-def _parameters(w: ModelWeights, config: Qwen3Config) -> dict[str, Tensor]:
+def parameters(w: ModelWeights, config: Qwen3Config) -> dict[str, Tensor]:
     """The checkpoint's keys, as views of the merged weights."""
     query, kv = w.shape.heads * w.shape.head_dim, w.shape.kv_heads * w.shape.head_dim
     found = {"model.embed_tokens.weight": w.embed, "model.norm.weight": w.norm, "lm_head.weight": w.head}

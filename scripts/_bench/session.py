@@ -16,6 +16,7 @@ from _bench import (
     company,
     decoding,
     flash,
+    flash_rival,
     loading,
     machine,
     miniature,
@@ -63,7 +64,7 @@ WITHOUT_MODEL = {"vq", "mini", "company", "loading", "flash", "arrivals", "soak"
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """The command line. `deadline` on time.monotonic's clock; an empty `only` means all of PARTS. `requests` and
-    `shape`: see the parts soak and arrivals."""
+    `shape`: see the parts soak and arrivals. `flashar`: the clone whose code the part flash measures as well."""
 
     size: str | None
     device: str | None
@@ -77,6 +78,7 @@ class Wanted:
     requests: int = 500
     shape: str = "mini"
     concurrency: int = 8
+    flashar: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,9 @@ CPU = Pace(short=128, contexts=[1024], columns=12, rows=4, upstream_tokens=12, p
 
 
 def run(wanted: Wanted, settings: Settings, *, started: float) -> None:
-    """Measure and report. InputError for a device or dtype that is not there."""
+    """Measure and report. InputError for a device or dtype that is not there, or a clone that is none."""
+    if wanted.flashar:
+        flash_rival.checked(wanted.flashar)
     device = choose_device(wanted.device or settings.device)
     dtype = choose_dtype(wanted.dtype or settings.dtype, device)
     torch_settings.apply(device)
@@ -172,7 +176,7 @@ class _Session:
             "int8": (lambda: self.small("int8"), 30),
             "company": (self.company, 60),
             "loading": (self.loading, 40),
-            "flash": (self.flash, 90),
+            "flash": (self.flash, 180 if self.wanted.flashar else 90),
             "arrivals": (self.arrivals, 60),
             "soak": (self.soak, 60),
         }
@@ -308,9 +312,7 @@ class _Session:
         bench, device, dtype = self.bench, self.bench.device, self.bench.lm.dtype
         self.engine, self.full = None, False
         bench.lm = models.language_model(SIZES["tiny"], device=device, dtype=dtype)
-        for form in (None, "fp8", "int8"):
-            machine.free_bytes(device)
-            flash.measure(bench, dtype, form, large=self.pace is GPU)
+        flash.measure(bench, dtype, large=self.pace is GPU, clone=self.wanted.flashar)
 
     def arrivals(self) -> None:
         arrivals.measure(
