@@ -68,14 +68,15 @@ def checked(clone: Path) -> str:
 def importable(clone: Path) -> Iterator[None]:
     """Inside, the clone's packages can be imported; afterwards none of them is left, and the clone is as it was."""
     before, writes = set(sys.modules), sys.dont_write_bytecode
-    sys.path.insert(0, str(clone))
+    folder = str(clone.resolve())
+    sys.path.insert(0, folder)
     sys.dont_write_bytecode = True
     try:
         # transformers 5 no longer has this function. They call it once, to prepare for torch.fx.
         with mock.patch("transformers.utils.import_utils.is_torch_fx_available", create=True, return_value=False):
             yield
     finally:
-        sys.path.remove(str(clone))
+        sys.path.remove(folder)
         sys.dont_write_bytecode = writes
         roots = {name.partition(".")[0] for names in CLASSES.values() for name in names}
         for name in set(sys.modules) - before:
