@@ -28,12 +28,12 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TEXT, VISUAL, HIDDEN = 151854, 131072, 5120
 
 
-def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> ModelWeights:
-    """The released model's shapes, without its numbers."""
+def released(weight_dtype: torch.dtype = torch.bfloat16, layers: int = 1, *, narrow: bool = False) -> ModelWeights:
+    """The released model's shapes, without its numbers; `narrow`: see Weight."""
 
     def weight(n: int, k: int) -> Weight:
         scale = torch.empty(n, device=META) if weight_dtype.itemsize == 1 else None
-        return Weight(torch.empty((n, k), dtype=weight_dtype, device=META), scale)
+        return Weight(torch.empty((n, k), dtype=weight_dtype, device=META), scale, narrow)
 
     def half(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=META)
@@ -104,11 +104,10 @@ def card(capability: int) -> Card:
     return Card(name=f"sm_{capability}", shared=SHARED[capability] * 1024, pdl=capability >= 90)
 
 
-def steps(capability: int, weight_dtype: torch.dtype, row_counts: Sequence[int]) -> dict[str, list[int]]:
+def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> dict[str, list[int]]:
     """Compile all kernels of passes, of text logits and of sampling in their default configuration."""
     from emu_cog.ops.triton_ops import TritonOps
 
-    weights = released(weight_dtype)
     ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
     config = Qwen3Config(num_hidden_layers=1, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
     cache = KVCache(config, pages=64, dtype=torch.bfloat16, devices=[META])
@@ -125,12 +124,12 @@ def steps(capability: int, weight_dtype: torch.dtype, row_counts: Sequence[int])
     return found
 
 
-def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, list]]:
+def tuned(capability: int, weights: ModelWeights) -> dict[str, dict[str, list]]:
     """Autotune over all candidates, each one as fast as it has stages. By rows and weight shape: "tried", a list of
     (block_n, stages, bytes of shared memory), the default first, and "chosen", (block_n, stages)."""
     from emu_cog.ops.triton_ops import TritonOps
 
-    weights, limits = released(weight_dtype), card(capability)
+    limits = card(capability)
     ops = TritonOps(default_config(weights, limits), torch.bfloat16)
     tried: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
 
@@ -139,7 +138,7 @@ def tuned(capability: int, weight_dtype: torch.dtype) -> dict[str, dict[str, lis
         x = torch.empty((rows, some[0].data.shape[1]), dtype=dtype, device=META)
         with compiled(capability) as found:
             ops.product(x, some[0], config, swiglu=swiglu)
-        ((needed,),) = found.values()
+        (needed,) = (shared for kernel, (shared,) in found.items() if kernel.startswith("linear"))
         tried.setdefault((rows, *kind(some[0])), []).append((config.block_n, config.stages, needed))
         if needed > limits.shared:  # as Triton refuses to load it
             raise KernelBuildError(f"out of resource: shared memory, Required: {needed}")
@@ -153,14 +152,15 @@ def main() -> None:
     capability, everything = int(sys.argv[1]), sys.argv[2] == "all"
     import triton
 
-    formats = {"bfloat16": torch.bfloat16} | {name: dtype for name, (dtype, _) in FORMATS.items()}
+    formats = {"bfloat16": released()} | {name: released(dtype) for name, (dtype, _) in FORMATS.items()}
+    formats["narrow"] = released(torch.float8_e4m3fn, narrow=True)
     document: dict[str, object] = {}
-    for name, dtype in formats.items():
+    for name, weights in formats.items():
         try:
-            found = steps(capability, dtype, ROWS if everything else (int(sys.argv[2]),))
+            found = steps(capability, weights, ROWS if everything else (int(sys.argv[2]),))
             document[name] = {kernel: max(shared) for kernel, shared in found.items()}
             if everything:
-                document[f"{name} candidates"] = tuned(capability, dtype)
+                document[f"{name} candidates"] = tuned(capability, weights)
         except triton.errors.TritonError as error:
             document[name] = f"{type(error).__name__}: {str(error)[-300:]}"
     print(json.dumps(document))

@@ -205,7 +205,7 @@ def test_one_graph_draws_any_pictures(model: FlashModel, monkeypatch: pytest.Mon
         for i in company:
             every[i].move(1)
     assert runner.state.step[:3].tolist() == [3, 2, 3]
-    assert set(runner._graphs) == {(1, 16, True, False), (2, 16, True, False)}
+    assert set(runner._graphs) == {(1, 8, True, False), (2, 8, True, False)}
 
 
 def test_the_log_says_why_steps_are_not_captured(model: FlashModel, caplog: pytest.LogCaptureFixture) -> None:

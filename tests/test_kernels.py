@@ -361,6 +361,7 @@ def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> 
             return self.kernel[grid]
 
     names = {name: module for module in (layers, sampling) for name in vars(module) if name.endswith("_kernel")}
+    del names["narrow_kernel"]  # of FlashAR's fp8 weights alone
     for name, module in names.items():
         monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
     assert ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured

@@ -47,15 +47,16 @@ def compile_for(capability: int, cache: Path, rows: int | str) -> dict[str, Any]
 def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each format that is accepted on the card compiles, each that is refused does not; each kernel fits."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
-    for name in ("bfloat16", *FORMATS):
+    forms = {"bfloat16": None, "narrow": "fp8"} | {name: name for name in FORMATS}
+    for name, form in forms.items():
         try:
-            check_format(None if name == "bfloat16" else name, torch.device("cuda"))
+            check_format(form, torch.device("cuda"))
         except InputError:
             assert "sm_89" in found[name], f"{name} is refused for no reason"
             continue
         assert isinstance(found[name], dict), found[name]
         names = {kernel.removesuffix("_kernel") for kernel in found[name]}
-        assert names == (OTHERS if name == "bfloat16" else OTHERS | {"linear8"})
+        assert names == OTHERS | {"bfloat16": set(), "narrow": {"narrow"}}.get(name, {"linear8"})
         for kernel, needed in found[name].items():
             assert needed <= SHARED[capability] * 1024, f"{kernel} with {name} weights"
 

@@ -15,7 +15,7 @@ from _models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, _sizes, why_eager
+from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, why_eager
 from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState, Tokens
 from emu_cog.model import torch_settings
 from emu_cog.model.kv_cache import PAGE
@@ -65,7 +65,7 @@ def uncaptured(
     runner = ModelRunner(lm, slots=4, tokens=4 * lm.context)
     runner.captured = True
     # As if every pass took as long: measuring them would take the interpreter minutes.
-    runner._seconds = {(size, width): 1.0 for size in _sizes(4) for width in runner.widths(size)}
+    runner._seconds = {(size, width): 1.0 for size in runner.sizes for width in runner.widths(size)}
     return Engine(runner, decoding=decoding)
 
 
@@ -234,7 +234,7 @@ def test_an_ended_sequence_writes_to_nobodys_page() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8, 32])
 def test_any_number_of_sequences_has_a_captured_size(slots: int) -> None:
-    sizes = _sizes(slots)
+    sizes = ModelRunner(random_model()[0], slots=slots, tokens=64).sizes
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == slots <= MAX_SEQUENCES
 

@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.runner import ModelRunner, _device_seconds, _sizes
+from emu_cog.engine.runner import ModelRunner, _device_seconds
 from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, SequenceState, Tokens
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pairs
 from emu_cog.ops.reference import TorchOps
 
-WIDTHS = (16, 32, 48, 64, 128)
+WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
 MAX_CELLS = WIDTHS[-1]
+PASS_ROWS = 512
+"""Rows of the largest captured pass: four pictures of 64 x 64 at their longest diagonal. There products take as long as
+their arithmetic, so that more pictures at once would gain nothing."""
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Pictures that a pass is captured for: padding costs arithmetic here."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,14 @@ class DiagonalRunner(ModelRunner):
     lm: FlashModel
     cpu_block = 32  # a diagonal has more rows than a token
 
-    def __init__(self, lm: FlashModel, *, slots: int, tokens: int, pass_rows: int = MAX_ROWS) -> None:
-        """`pass_rows` bounds a captured pass of several pictures. Up to MAX_ROWS a picture is the same in any company;
-        beyond, products are PyTorch's."""
+    pass_rows = PASS_ROWS
+
+    def __init__(self, lm: FlashModel, *, slots: int, tokens: int) -> None:
         super().__init__(lm, slots=slots, tokens=tokens)
         if isinstance(lm.ops, TorchOps):
             lm.ops.block = self.cpu_block
-        self.pass_rows = pass_rows
         state, streams = self.state, 2 * (slots + 1)
-        state.scores = state.scores.new_zeros((max(MAX_CELLS, pass_rows // 2), lm.ids.visual_count))
+        state.scores = state.scores.new_zeros((max(MAX_CELLS, self.pass_rows // 2), lm.ids.visual_count))
         self.rows = torch.ones_like(state.columns)
         self.image_tables = torch.zeros_like(state.tables)
         """The vertical layers', which keep cells alone."""
@@ -120,6 +124,10 @@ class DiagonalRunner(ModelRunner):
         self.image_tables[2 * s.slot : 2 * s.slot + 2] = 0
 
     # -- 2. one step of all pictures -------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> list[int]:
+        return [*(size for size in SIZES if size < self.slots), self.slots]
 
     def widths(self, sequences: int) -> list[int]:
         return [1]
@@ -178,7 +186,10 @@ class DiagonalRunner(ModelRunner):
             cells = counts[left[0]]
             if self.captured:
                 cells = next(width for width in WIDTHS if width >= cells)
-            several = max(most // (2 * cells), 1)
+            several = most // (2 * cells)
+            if self.captured:
+                several = max((size for size in self.sizes if size <= several), default=1)
+            several = max(several, 1)
             yield left[:several], cells
             left = left[several:]
 
@@ -301,7 +312,7 @@ class DiagonalRunner(ModelRunner):
         """Capture the passes over diagonals of up to 64 cells, and measure what they take."""
         taken = []
         for width in WIDTHS[:-1]:
-            for size in (size for size in _sizes(self.slots) if 2 * size * width <= self.pass_rows):
+            for size in (size for size in self.sizes if 2 * size * width <= self.pass_rows):
                 graph = self._graph(size, width, True, False)
                 graph.write([self.state.padding] * size)
                 taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")

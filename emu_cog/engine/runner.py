@@ -49,9 +49,8 @@ CPU_SEQUENCES = 8
 """The same on a CPU, by default: what more of them gain is less than what each then waits."""
 EAGER_ROWS = 64
 """Rows of every eager pass on a GPU, padding included."""
-EIGHT_BIT_ROWS = 64
-"""Tokens of the widest pass with 8-bit weights: on an H200 the kernels that unpack them take 14 ms for the 34 B model's
-products with 64 tokens, but 40 with 128."""
+SIZES = (1, 2, 4, 8, 16)
+"""Numbers of sequences that steps are captured for, up to the number of slots."""
 MEASURE_SECONDS = 2.0
 """For repeated measurements of what eager steps cost."""
 MAX_STEPS = body_length(*LARGEST)
@@ -96,6 +95,8 @@ class ModelRunner:
 
     cpu_block = CPU_BLOCK
     """Rows that a CPU multiplies at a time."""
+    pass_rows = MAX_ROWS
+    """Rows of the largest captured pass."""
 
     def __init__(self, lm: LanguageModel, *, slots: int, tokens: int) -> None:
         assert slots <= MAX_SEQUENCES
@@ -186,11 +187,7 @@ class ModelRunner:
     def widths(self, sequences: int) -> list[int]:
         """Widths that steps of so many sequences may have: the drafts fill the rows of a pass, or next to none."""
         size = self._size(sequences)
-        if self.captured:
-            most = MAX_ROWS if self.lm.weights.layers[0].qkv.scale is None else EIGHT_BIT_ROWS
-        else:
-            most = self.eager_rows
-        most //= 2 * size
+        most = (self.pass_rows if self.captured else self.eager_rows) // (2 * size)
         return [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most and (w == 1 or size * w >= 4)]
 
     def seconds(self, sequences: int) -> dict[int, float]:
@@ -340,7 +337,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, *, several: bool = True) -> None:
         """Capture the steps for every number of sequences, with `several` of every width; measure what they take."""
-        for size in _sizes(self.slots):
+        for size in self.sizes:
             self._graph(size, 1, False, False)
             for width in self.widths(size) if several else (1,):
                 graph = self._graph(size, width, True, False)
@@ -359,11 +356,11 @@ class ModelRunner:
 
         with self._current_device(), build_errors(self.lm.device):
             started = time.perf_counter()
-            ops, found = TritonOps.autotuned(self.lm.weights, self.lm.device)
+            ops, found = TritonOps.autotuned(self.lm.weights, self.lm.device, self.pass_rows)
             log.info("kernels autotuned in %.1f s: %s", time.perf_counter() - started, "; ".join(found))
             self.lm.ops = ops
             try:
-                prompt = [0] * (MAX_ROWS + 1)  # one that the kernels leave to PyTorch
+                prompt = [0] * (self.pass_rows + 1)  # one that the kernels leave to PyTorch
                 self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
                 self._run_once()
                 if self.lm.device.type == "cuda":
@@ -398,7 +395,12 @@ class ModelRunner:
 
     def _size(self, sequences: int) -> int:
         """The number of sequences that a step for so many is captured for."""
-        return next(size for size in _sizes(self.slots) if size >= sequences)
+        return next(size for size in self.sizes if size >= sequences)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of sequences that steps are captured for."""
+        return [*(size for size in SIZES if size < self.slots), self.slots]
 
     def _graph(self, sequences: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         key = self._size(sequences), width, drawing, drawing and nucleus
@@ -438,11 +440,6 @@ class ModelRunner:
         """Kernels and new streams use the current device, which in this thread need not be the model's."""
         device = self.lm.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _sizes(slots: int) -> list[int]:
-    """Numbers of sequences that steps are captured for."""
-    return [*(size for size in (1, 2, 4, 8, 16) if size < slots), slots]
 
 
 def _device_seconds(replay: Callable[[], None], device: torch.device) -> float:

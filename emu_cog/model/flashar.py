@@ -324,10 +324,15 @@ def empty_flash_weights(
     device: torch.device,
     quantize: str | None = None,
 ) -> FlashWeights:
-    """Uninitialized weights; the angles are right. `config` ties the embeddings: there is no `lm_head`."""
+    """Uninitialized weights; the angles are right. `config` ties the embeddings: there is no `lm_head`.
+
+    With fp8 weights products take fp8 inputs: a diagonal has up to 128 rows, where those in fp16 would take longer than
+    reading the weights does.
+    """
+    narrow = quantize == "fp8"
     assert config.tie_word_embeddings
     hidden = config.hidden_size
-    decoder = empty_weights(config, ids, dtype=dtype, place=lambda _: device, quantize=quantize)
+    decoder = empty_weights(config, ids, dtype=dtype, place=lambda _: device, quantize=quantize, narrow=narrow)
     heads = linear.empty(ids.visual_count, 2 * hidden, dtype=dtype, device=device)
 
     def gate(name: str) -> Tensor:
@@ -335,7 +340,9 @@ def empty_flash_weights(
 
     return FlashWeights(
         decoder=replace(decoder, head=heads, visual=slice(0, ids.visual_count)),
-        vertical=tuple(empty_layer(config, dtype=dtype, device=device, quantize=quantize) for _ in range(vertical)),
+        vertical=tuple(
+            empty_layer(config, dtype=dtype, device=device, quantize=quantize, narrow=narrow) for _ in range(vertical)
+        ),
         vertical_norm=torch.empty(hidden, dtype=dtype, device=device),
         start=start,
         pair_in=gate("hv_gate_mlp.0.weight"),

@@ -152,8 +152,10 @@ def empty_weights(
     dtype: torch.dtype,
     place: Callable[[str], torch.device],
     quantize: str | None = None,
+    narrow: bool = False,
 ) -> ModelWeights:
-    """Uninitialized weights of `config`, each on the device that `place` names for its key; the angles are right."""
+    """Uninitialized weights of `config`, each on the device that `place` names for its key; the angles are right.
+    `narrow`: see Weight."""
 
     def empty(key: str, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=place(key))
@@ -164,7 +166,7 @@ def empty_weights(
     else:
         head = linear.empty(config.vocab_size, hidden, dtype=dtype, device=place("lm_head"))
     layers = [
-        empty_layer(config, dtype=dtype, device=place(f"model.layers.{i}"), quantize=quantize)
+        empty_layer(config, dtype=dtype, device=place(f"model.layers.{i}"), quantize=quantize, narrow=narrow)
         for i in range(config.num_hidden_layers)
     ]
     embed = empty("model.embed_tokens", config.vocab_size, hidden)
@@ -187,7 +189,9 @@ def empty_weights(
     )
 
 
-def empty_layer(config: Qwen3Config, *, dtype: torch.dtype, device: torch.device, quantize: str | None) -> Layer:
+def empty_layer(
+    config: Qwen3Config, *, dtype: torch.dtype, device: torch.device, quantize: str | None, narrow: bool = False
+) -> Layer:
     """Uninitialized weights of one layer."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv = config.num_attention_heads, int(config.num_key_value_heads or 0)
@@ -199,7 +203,7 @@ def empty_layer(config: Qwen3Config, *, dtype: torch.dtype, device: torch.device
         if quantize is None:
             return Weight(linear.empty(n, k, dtype=dtype, device=device))
         data = torch.empty((n, k), dtype=FORMATS[quantize][0], device=device)
-        return Weight(data, torch.empty(n, dtype=torch.float32, device=device))
+        return Weight(data, torch.empty(n, dtype=torch.float32, device=device), narrow)
 
     return Layer(
         qkv=weight((heads + 2 * kv) * dim, hidden),

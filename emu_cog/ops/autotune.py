@@ -14,8 +14,20 @@ import torch
 from emu_cog.ops.interface import ModelWeights, Weight
 
 ROWS = (16, 32, 64, 128)
-"""Tokens of a pass, rounded up, that the linear kernels are compiled for; the last is MAX_ROWS. On an H200 all gave
-the same bits for the released model's weights in bf16, whatever the configuration, and up to 64 in fp8 and int8."""
+"""Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
+MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8, whatever the
+configuration, and so did up to 512 tokens."""
+WORDS = 32
+"""Words of four 8-bit weights that a program reads of each row at a time. The order of a sum depends on it, so that it is
+one for all. Source: on an H200, with 16 to 128 tokens, faster than 64 or as fast."""
+EIGHT_BIT = {
+    16: [(128, 4, 8), (64, 6, 4), (128, 4, 4), (64, 4, 4)],
+    32: [(64, 4, 4), (128, 3, 4), (128, 4, 4), (128, 4, 8)],
+    64: [(64, 3, 4), (64, 4, 4), (128, 3, 8), (128, 4, 8), (128, 3, 4), (256, 3, 8)],
+    128: [(64, 2, 4), (64, 3, 4), (128, 3, 8), (256, 3, 8)],
+}
+"""Outputs, stages and warps tried for 8-bit weights, by rows: each was the fastest for one of the released model's weights
+on an H200, or close to it."""
 TIMED_LAYERS = 16
 """Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
@@ -71,6 +83,9 @@ class KernelConfig:
     queries: int = 64
     """Rows of an attention program: tokens of a window times the heads that share keys. As few as Hopper's own matrix
     instructions take."""
+    open_splits: int = 2
+    open_queries: int = 128
+    """The same of diagonals, whose many cells read the same keys."""
     pdl: bool = False
 
 
@@ -139,12 +154,14 @@ def candidates(default: LinearConfig, rows: int) -> list[LinearConfig]:
     round differently. Half of `block_k` gives the same bits: the instructions add 16 numbers at a time either way.
     """
     half = replace(default, block_k=default.block_k // 2)
-    if rows <= 32 or default.block_k < 128:
+    if default.block_k == WORDS:
+        sizes = [(default, *size) for size in EIGHT_BIT[rows]]
+    elif rows <= 32 or default.block_k < 128:
         sizes = [(default, 64, 2, 4), (default, 64, 4, 4), (default, 128, 3, 8)]
         if rows == ROWS[0]:
             sizes += [(default, 64, 3, 4), (default, 64, 6, 4), (default, 128, 2, 8), (default, 128, 4, 8)]
     else:  # where the inputs weigh as much as the weights
-        sizes = [(default, 64, 4, 4), (half, 64, 6, 4), (half, 128, 4, 4), (half, 128, 4, 8), (half, 256, 3, 8)]
+        sizes = [(default, 64, 4, 4), (half, 128, 4, 4), (half, 128, 4, 8), (half, 128, 3, 4), (half, 256, 4, 8)]
     others = [replace(base, block_n=n, stages=stages, warps=warps) for base, n, stages, warps in sizes]
     return [default, *(config for config in others if config != default)]
 
@@ -160,12 +177,14 @@ def _default_linear(
     """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
     multiprocessor. `shared` is the shared memory per program in bytes."""
     n, k, _ = kind(weight)
-    k, block = (k // 4, 64) if weight.scale is not None else (k, 128)
+    words = weight.scale is not None and not weight.narrow
+    k, block = (k // 4, WORDS) if words else (k, 128)
     wanted = 1 if unsplit or swiglu else round(400 / (n / 64))
     # Splits of equal length and of at least eight blocks: then no load needs a mask.
     fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
     splits = max(fitting, default=1)
-    itemsize = 4 if weight.scale is not None else weight.data.dtype.itemsize
-    stage = block * (64 * itemsize * (2 if swiglu else 1) + rows * max(itemsize * 2, 4))
+    itemsize = 4 if words else weight.data.dtype.itemsize
+    inputs = rows * (1 if weight.narrow else max(itemsize * 2, 4))
+    stage = block * (64 * itemsize * (2 if swiglu else 1) + inputs)
     stages = min(6 if splits == 1 else 4, shared // stage)
     return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits)

@@ -23,6 +23,9 @@ PAGE = 64
 MAX_ROWS = 128
 """Tokens of the largest step. Up to here no token's result depends on the tokens beside it, to the last bit."""
 
+SMALLEST_INPUT = 1e-12
+"""The least that a row's largest number counts as, where it is scaled by it."""
+
 
 def pages_for(tokens: int) -> int:
     """Pages that hold `tokens` tokens of one stream."""
@@ -40,12 +43,25 @@ class Weight:
 
     data: Tensor
     scale: Tensor | None = None
+    narrow: bool = False
+    """Whether the inputs of its products are rounded to fp8 as well, each row by a scale of its own (`narrowed`)."""
 
     def product(self, x: Tensor, block: int = CPU_BLOCK) -> Tensor:
         """(M, K) to (M, N), in x's dtype; on a CPU in blocks of rows."""
         if self.scale is None:
             return linear(x, self.data, block)
+        if self.narrow:
+            inputs, scale = narrowed(x)
+            product = linear(inputs.to(x.dtype), self.data.to(x.dtype), block).float()
+            return (product * self.scale * scale[:, None]).to(x.dtype)
         return (linear(x, self.data.to(x.dtype), block).float() * self.scale).to(x.dtype)
+
+
+def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) to fp8 (e4m3) and fp32 scales (M,): each row's largest number becomes the largest of the format."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.float().abs().amax(dim=1).clamp(min=SMALLEST_INPUT) / largest
+    return (x.float() / scale[:, None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""`interface.Ops` for CUDA, or for Triton's interpreter: own kernels up to MAX_ROWS tokens, PyTorch's products and
-attention beyond, where a pass reads one prompt alone and nothing is shared with other requests."""
+"""`interface.Ops` for CUDA, or for Triton's interpreter: own kernels for all passes that requests may share, PyTorch's
+products and attention beyond `rows` tokens, where a pass reads one prompt alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from emu_cog.ops.autotune import (
     default_config,
     kind,
 )
-from emu_cog.ops.interface import MAX_ROWS, Batch, Layer, ModelWeights, Shape, SlotState, Weight, power_of_two
+from emu_cog.ops.interface import MAX_ROWS, SMALLEST_INPUT, Batch, Layer, ModelWeights, Shape, SlotState, Weight, power_of_two
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
@@ -60,20 +60,23 @@ class TritonOps:
     BLOCK = 2048
     """Scores per program of the sampling kernels."""
 
-    def __init__(self, config: KernelConfig, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, DTYPES[dtype]
+    def __init__(self, config: KernelConfig, dtype: torch.dtype, rows: int = MAX_ROWS) -> None:
+        """`rows`: tokens of the largest pass that requests may share."""
+        self.config, self.dtype, self.rows = config, DTYPES[dtype], rows
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
         self._torch = TorchOps()
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
-    def autotuned(cls, w: ModelWeights, device: torch.device) -> tuple[TritonOps, list[str]]:
+    def autotuned(
+        cls, w: ModelWeights, device: torch.device, rows: int = MAX_ROWS
+    ) -> tuple[TritonOps, list[str]]:
         """With the configuration that is fastest on `device` for the model's own weights; and lines for the log.
 
         KernelBuildError where no configuration can be built.
         """
         card = Card.of(device)
-        ops = cls(default_config(w, card), w.embed.dtype)
+        ops = cls(default_config(w, card), w.embed.dtype, rows)
 
         def seconds(weights: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
             x = torch.randn((rows, weights[0].data.shape[1]), device=device)
@@ -90,16 +93,20 @@ class TritonOps:
         """Launch a linear kernel: partials (splits, M, N), with `swiglu` (1, M, N) ready for the next product."""
         if not x.is_contiguous():
             raise ValueError(f"the kernels read contiguous rows, not strides {tuple(x.stride())}")
-        m, eight_bits = len(x), w.scale is not None
+        m, eight_bits = len(x), _is_8_bit(w)
         # Four 8-bit weights are one word along K.
         data = w.data.view(torch.int32) if eight_bits else w.data.contiguous()  # on a CPU it may lie along N
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
         chunk = _up(_up(k, config.splits), config.block_k) * config.block_k
         splits = _up(k, chunk)
         partials = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
-        grid = (_up(n, config.block_n), splits)
+        scale = None
+        if w.narrow:
+            x, scale = self.narrowed(x)
+        rows = _rows(m)
+        grid = (_up(n, config.block_n) * _up(m, rows), splits)
         common: dict[str, Any] = {
-            "ROWS": _rows(m),
+            "ROWS": rows,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "STAGES": config.stages,
@@ -125,14 +132,47 @@ class TritonOps:
                 **common,
             )
         else:
-            layers.linear_kernel[grid](x, data, partials, m, n, k, chunk, **common)
+            layers.linear_kernel[grid](
+                x,
+                data,
+                scale,
+                w.scale,
+                partials,
+                m,
+                n,
+                k,
+                chunk,
+                NARROW=w.narrow,
+                KIND=self.dtype,
+                ASM=x.device.type != "cpu",
+                **common,
+            )
         return partials
 
+    def narrowed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`interface.narrowed`."""
+        (m, k), block = x.shape, power_of_two(x.shape[1])
+        out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        layers.narrow_kernel[(m,)](
+            x,
+            out,
+            scale,
+            k,
+            SMALLEST=SMALLEST_INPUT,
+            LARGEST=torch.finfo(out.dtype).max,
+            BLOCK=block,
+            ASM=x.device.type != "cpu",
+            num_warps=max(1, min(16, block // 512)),
+            **self.launch,
+        )
+        return out, scale
+
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return self._product(x, w) if len(x) <= MAX_ROWS else w.product(x)
+        return self._product(x, w) if len(x) <= self.rows else w.product(x)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        if len(x) <= MAX_ROWS:
+        if len(x) <= self.rows:
             return self._product(x, w, swiglu=True)[0]
         product, n = w.product(x), len(w.data) // 2
         out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
@@ -141,7 +181,7 @@ class TritonOps:
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         # In blocks: text may be sampled for any number of sequences, and no row may depend on the others.
-        parts = [self._product(part.contiguous(), Weight(head))[0] for part in x.split(MAX_ROWS)]
+        parts = [self._product(part.contiguous(), Weight(head))[0] for part in x.split(self.rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _product(self, x: Tensor, w: Weight, *, swiglu: bool = False) -> Tensor:
@@ -179,7 +219,7 @@ class TritonOps:
         m = len(batch.tokens)
         q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=product.device)
         # Steps want many programs, prompts want large ones: 2048 tokens took 160 us an H200 with one head per program.
-        block = 1 if m <= MAX_ROWS else 16
+        block = 1 if m <= self.rows else 16
         layers.rope_store_kernel[(m, _up(shape.heads + 2 * shape.kv_heads, block))](
             product,
             layer.q_norm,
@@ -209,10 +249,13 @@ class TritonOps:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, into: Weight) -> Tensor:
         m, heads, dim = q.shape
         if m > MAX_ROWS and batch.last is None:
-            return self._torch.attend(q, keys, values, batch, into)
-        kv, splits = keys.shape[0], self.config.key_splits
+            out = self._torch.attend(q, keys, values, batch, into)
+            return interleaved(out) if self._interleaved(into, m) else out
+        kv, splits, queries = keys.shape[0], self.config.key_splits, self.config.queries
+        if batch.last is not None:
+            splits, queries = self.config.open_splits, self.config.open_queries
         group, width = heads // kv, batch.width
-        tokens = max(self.config.queries // group, 1)
+        tokens = max(queries // group, 1)
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
         out = self._input(q.view(m, heads * dim), into)
@@ -235,13 +278,13 @@ class TritonOps:
             KV=kv,
             GROUP=group,
             TOKENS=tokens,
-            QUERIES=max(self.config.queries, power_of_two(group)),
+            QUERIES=max(queries, power_of_two(group)),
             D=dim,
             PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
             SPLITS=splits,
             STAGES=self.config.key_stages,
-            num_warps=4,
+            num_warps=max(4, queries // 16),
             **self.launch,
         )
         layers.combine_kernel[(m, heads)](
@@ -264,7 +307,7 @@ class TritonOps:
         return torch.empty_like(like, dtype=torch.float16 if self._interleaved(into, len(like)) else like.dtype)
 
     def _interleaved(self, into: Weight | None, rows: int) -> bool:
-        return _is_8_bit(into) and rows <= MAX_ROWS
+        return _is_8_bit(into) and rows <= self.rows
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
@@ -364,8 +407,15 @@ def _replay_seconds(work: Callable[[], object]) -> float:
     return best
 
 
+def interleaved(x: Tensor) -> Tensor:
+    """(M, K) as the kernel of 8-bit weights reads it (kernels/eight_bit.py)."""
+    scaled = (x.float() / layers.INPUT_SCALE.value).clamp(-65504.0, 65504.0).half()
+    return scaled.view(len(x), -1, 4).transpose(1, 2).reshape(x.shape)
+
+
 def _is_8_bit(weight: Weight | None) -> bool:
-    return weight is not None and weight.scale is not None
+    """Whether the kernel of 8-bit weights reads it."""
+    return weight is not None and weight.scale is not None and not weight.narrow
 
 
 def _splits(product: Tensor) -> int:
@@ -377,5 +427,5 @@ def _up(a: int, b: int) -> int:
 
 
 def _rows(m: int) -> int:
-    """The least of ROWS that is at least `m`."""
-    return next(rows for rows in ROWS if rows >= m)
+    """The least of ROWS that is at least `m`, or the last."""
+    return next((rows for rows in ROWS if rows >= m), ROWS[-1])

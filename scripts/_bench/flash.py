@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +23,6 @@ from emu_cog.prompt.tokens import TokenIds, block_length
 LARGE, SMALL = (64, 64), (8, 8)
 PICTURES = (1, 4)
 REPEATS = 2
-WIDE = 512
-"""Rows of the largest diagonals of four pictures."""
 
 
 def measure(bench: Bench, dtype: torch.dtype, *, large: bool, clone: Path | None = None) -> None:
@@ -69,17 +66,11 @@ def _measure(
     slots = min(max(PICTURES), room)
     lm.context = min(lm.context, longest)
     runner = DiagonalRunner.best(lm, slots=slots, tokens=slots * longest, compile=bench.compile)
-    alone = _pictures(bench, runner, name, size, PICTURES, None, rival)
+    _pictures(bench, runner, name, size, rival)
     if bench.device.type == "cuda":
         used = torch.cuda.memory_allocated(bench.device) / GIB
         what = f"flash, {name}: memory with a cache for {slots} pictures"
         bench.report.add(Row(part="flash", what=what, value=used, unit="GiB"))
-    if runner.captured and form is None:  # 8-bit weights would be converted in each pass
-        del runner
-        machine.free_bytes(bench.device)
-        wide = DiagonalRunner(lm, slots=slots, tokens=slots * longest, pass_rows=WIDE)
-        wide.captured = True  # by the kernels that are built
-        _pictures(bench, wide, f"{name}, passes of up to {WIDE} rows", size, PICTURES[1:], alone)
     return rival
 
 
@@ -88,17 +79,14 @@ def _pictures(
     runner: DiagonalRunner,
     name: str,
     size: tuple[int, int],
-    counts: Sequence[int],
-    alone: float | None,
-    rival: flash_rival.Rival | None = None,
-) -> float | None:
-    """A row for each number of pictures; `alone` are the seconds of one, which are returned. One is also compared with
-    `rival`."""
-    engine = Engine(runner)
+    rival: flash_rival.Rival | None,
+) -> None:
+    """A row for each number of pictures; one is also compared with `rival`."""
+    engine, alone = Engine(runner), 0.0
     if runner.captured:
         engine.call(runner.warm_up)
     _seconds(engine, (2, 2), 1)
-    for pictures in counts:
+    for pictures in PICTURES:
         what = f"flash, {name}: {pictures} picture{'s' * (pictures > 1)} of {size[0]} x {size[1]}, prompt to codes"
         if pictures > runner.slots:
             bench.report.not_measured(what, "it does not fit the cache")
@@ -115,7 +103,6 @@ def _pictures(
             note += ", in plain PyTorch"
         bench.report.add(Row(part="flash", what=what, value=seconds, unit="s", against=against, note=note))
     engine.close()
-    return alone
 
 
 def _seconds(engine: Engine, size: tuple[int, int], pictures: int) -> tuple[float, Stats]:

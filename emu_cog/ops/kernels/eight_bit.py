@@ -89,10 +89,11 @@ def linear8_kernel(
     PDL: tl.constexpr,
 ):
     """`layers.linear_kernel` with everything along K counted in words. KIND is the model's dtype."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(M, ROWS)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, W)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, BLOCK_K)
     live = n < N
     w_at = w_ptr + n[:, None] * W + j[None, :]

@@ -41,7 +41,9 @@ def _scaled(x):
 def linear_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
-    out_ptr,  # (M, N) in x's type; without SWIGLU partials (splits, M, N) fp32
+    x_scale_ptr,  # (M,) fp32, with NARROW
+    scale_ptr,  # (N,) or (2N,) fp32, with NARROW
+    out_ptr,  # (M, N) of KIND; without SWIGLU partials (splits, M, N) fp32
     M,
     N,
     K,
@@ -52,14 +54,20 @@ def linear_kernel(
     STAGES: tl.constexpr,
     SWIGLU: tl.constexpr,
     EVEN: tl.constexpr,
+    NARROW: tl.constexpr,
+    KIND: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x @ w.T on tensor cores, computed as (w x^T)^T. Program (i, s): block i of the outputs, split s,
-    `chunk` long, of the sum over K."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW both x and w are fp8, which
+    only Triton's interpreter (ASM False) widens before it multiplies. Program (i, s): block i // tiles of the outputs and tile
+    i % tiles of ROWS rows, so that the tiles that read the same weights run at the same time; split s, `chunk` long, of
+    the sum over K."""
+    tiles = tl.cdiv(M, ROWS)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, K)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     live = n < N
     w_at = w_ptr + n[:, None] * K + k[None, :]
@@ -75,17 +83,53 @@ def linear_kernel(
             inside = at + k < end
             w = tl.load(w_at + at, mask=live[:, None] & inside[None, :], other=0.0)
             x = tl.load(x_at + at, mask=(m[None, :] < M) & inside[:, None], other=0.0)
+        if NARROW and not ASM:
+            w, x = w.to(tl.float16), x.to(tl.float16)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if SWIGLU:
             if EVEN:
                 up = tl.load(w_at + N * K + at, eviction_policy="evict_first")
             else:
                 up = tl.load(w_at + N * K + at, mask=live[:, None] & inside[None, :], other=0.0)
+            if NARROW and not ASM:
+                up = up.to(tl.float16)
             acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
+    if NARROW:
+        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        acc *= tl.load(scale_ptr + n, mask=live, other=0.0)[:, None] * x_scale
+        if SWIGLU:
+            acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None] * x_scale
     if SWIGLU:
-        acc = _swiglu(acc, acc_up, x_ptr.dtype.element_ty)
+        acc = _swiglu(acc, acc_up, KIND)
     out_at = out_ptr + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & live[:, None])
+
+
+@triton.jit
+def narrow_kernel(
+    x_ptr,  # (M, K)
+    out_ptr,  # (M, K) fp8
+    scale_ptr,  # (M,) fp32
+    K,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`interface.narrowed`. One program per row. Triton's interpreter (ASM False) does not round to fp8 by itself."""
+    _begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * K + i, mask=i < K, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST) / LARGEST
+    tl.store(scale_ptr + row, scale)
+    x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+    if not ASM:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = tl.maximum(power, 0.015625) / 8  # of three bits behind the first; the least exponent is -6
+        x = (x / step + 12582912.0 - 12582912.0) * step
+    tl.store(out_ptr + row * K + i, x.to(out_ptr.dtype.element_ty), mask=i < K)
 
 
 @triton.jit

@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--encode-seconds", type=float, default=120, help="wall time of encoding")
     parser.add_argument("--train-seconds", type=float, default=260, help="training time, at most, without its setup")
     parser.add_argument("--limit", type=float, default=470, help="wall time of everything")
+    parser.add_argument("--evaluate-seconds", type=float, default=120, help="wall time kept for the evaluation")
     parser.add_argument("--prompts", type=int, default=400, help="prompts per task of the evaluation")
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further options of train-flash, last")
     parser.add_argument("--try", dest="small", action="store_true", help="a minute on a CPU: the weights are useless")
@@ -87,7 +88,7 @@ def main() -> None:
     plain, vision, target = MINIATURE / "model", MINIATURE / "vision", args.out / "flash"
     settings = [x for pair in (TRY_ENCODE if args.small else ENCODE).items() for x in pair]
     small = [x for pair in TRY_TRAIN.items() for x in pair] if args.small else []
-    evaluating = 120.0  # kept for the evaluation
+    evaluating = args.evaluate_seconds
 
     encode = Part("encode", args.out, args.encode_seconds + 60, began).start(
         TRAIN / "encode", "--flash", "--vision", vision, "--vocabulary", plain, "--out", work / "data",
