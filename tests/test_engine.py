@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -240,6 +243,36 @@ def test_a_long_prompt_is_prefilled_in_chunks(
     torch.testing.assert_close(traced[-1][0], sampled[-1][ids.visual :], atol=TOLERANCE, rtol=1e-3)
 
 
+def test_the_device_never_waits_for_a_prompts_next_chunk(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waited for each chunk to end before it prepared the next, and the device meanwhile for the host."""
+    pipeline = pipelines("picture")
+    happened: list[str] = []
+
+    class Timer:
+        def __init__(self, device: torch.device) -> None:
+            self.number = sum("read" in what for what in happened)
+            happened.append(f"read {self.number}")
+
+        def stop(self) -> None: ...
+
+        def wait(self) -> None:
+            happened.append(f"wait {self.number}")
+
+        def seconds(self) -> float:
+            happened.append(f"time {self.number}")
+            return 0.5
+
+    monkeypatch.setattr("emu_cog.engine.engine.PREFILL_CHUNK", 100)
+    monkeypatch.setattr("emu_cog.engine.engine.DeviceTimer", Timer)
+    output, config = prepare(pipeline, Request(prompt="boat " * 300, size=(2, 2), seed=1))
+    *_, stats = pipeline.engine.generate([output], config)
+    assert happened[:6] == ["read 0", "read 1", "wait 0", "read 2", "wait 1", "read 3"]
+    chunks = sum("read" in what for what in happened)
+    assert happened[-chunks:] == [f"time {number}" for number in range(chunks)]
+    assert isinstance(stats, Stats)
+    assert stats.prefill_seconds == 0.5 * chunks
+
+
 def test_a_reused_cache_leaks_nothing(pipelines: Pipelines) -> None:
     """A run must not read what an earlier, longer one left in the cache."""
     pipeline = pipelines("picture")
@@ -383,6 +416,27 @@ def test_an_unexpected_error_reaches_everyone_and_the_engine_goes_on(
             with pytest.raises(ZeroDivisionError):
                 list(submission.events())
     assert answers(list(pipeline.engine.generate([output], config))) == expected
+
+
+def test_one_thread_serves_all_requests_and_ends_with_the_engine(
+    make_checkpoint: Callable[[str], tiny.TinyFolders],
+) -> None:
+    """Each request after a pause had a thread of its own, and with it none of cuDNN's plans for its prompt's shapes."""
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    output, config = prepare(pipeline, Request(prompt="boat", size=(2, 2), seed=5))
+    threads = []
+    for _ in range(2):
+        list(pipeline.engine.generate([output], config))
+        threads.append(pipeline.engine.call(threading.current_thread))
+        time.sleep(0.05)  # the thread finds nothing to do
+    assert threads[0] is threads[1]
+    engine = weakref.ref(pipeline.engine)
+    del pipeline
+    gc.collect()
+    assert engine() is None
+    threads[0].join(20)
+    assert not threads[0].is_alive()
 
 
 def test_a_closed_engine_says_so(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:

@@ -93,6 +93,22 @@ def test_streams_of_one_pass_do_not_see_each_other() -> None:
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.gpu
+def test_a_chunk_is_queued_without_waiting_for_the_device() -> None:
+    """The host waited for the chunk before: its indices were copied from pageable memory."""
+    lm, _ = random_model(torch.bfloat16, device="cuda", head_dim=64)
+    cache = lm.new_cache(600)
+    chunks = [Chunk(tokens_of(70, 200), 90, cache.take(3)), Chunk(tokens_of(50, 200), 0, cache.take(1))]
+    before = lm.feed(cache, chunks)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        after = lm.feed(cache, chunks)
+        cache.copy([1, 2], [5, 6])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("form", ["fp8", "int8"])
 def test_8_bit_weights_come_near_the_full_ones(form: str) -> None:
     tokens = tokens_of(20, 200)

@@ -1,6 +1,6 @@
 """Many sequences at once: submissions in, events out. Sees tensors and the image grammar, never text or files.
 
-One thread, the engine's, uses the device. In rounds it admits what fits, reads one chunk of one waiting prompt, and
+One thread, the engine's, uses the device. In rounds it admits what fits, queues one chunk of one waiting prompt, and
 takes up to ROUND steps of all sequences together; then it looks at what the steps have made. Whoever submits waits for
 events in a thread of its own. Nothing that a sequence computes depends on what else is in progress.
 """
@@ -39,6 +39,7 @@ from emu_cog.engine.sequence import (
     choose,
 )
 from emu_cog.engine.window import best_width, expected_tokens
+from emu_cog.model.device import DeviceTimer
 from emu_cog.model.qwen3 import Chunk
 from emu_cog.ops.sampling import probabilities
 from emu_cog.request import Sampling
@@ -109,7 +110,10 @@ class Engine:
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._work = threading.Event()
+        """Set when there is something to do; and when nobody uses the engine any more, so that its thread ends."""
         self._closing = False
+        weakref.finalize(self, self._work.set).atexit = False
         # A thread that still computes while the interpreter ends can crash it.
         closer = weakref.WeakMethod(self.close)
         atexit.register(lambda: (close := closer()) and close())
@@ -158,22 +162,25 @@ class Engine:
         """Stop the engine's thread after its round. What is in progress gets RuntimeError."""
         with self._lock:
             self._closing, thread = True, self._thread
+            self._work.set()
         if thread:
             thread.join()
 
     def _start(self) -> None:
-        """Start the thread if there is none."""
+        """Wake the thread; start it if there is none."""
         if self._closing:
             raise RuntimeError("the engine is closed: the process is about to end")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="emu-engine", daemon=True)
+            arguments = weakref.ref(self), self._work
+            self._thread = threading.Thread(target=_serve, args=arguments, name="emu-engine", daemon=True)
             self._thread.start()
+        self._work.set()
 
     # -- 2. the engine's thread ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _run(self) -> None:
-        """Rounds until nothing is left to do."""
+    def run(self) -> bool:
+        """Rounds until nothing is left to do. In the engine's thread. False once the engine is closed."""
         while True:
             with self._lock:
                 new, calls = list(self._new), list(self._calls)
@@ -182,11 +189,12 @@ class Engine:
                 for entry in (entry for entries in new for entry in entries):
                     self._entries.append(entry)
                     self.scheduler.add(entry.state, entry.prompt)
-                if self._closing or not (calls or self._entries):
-                    self._thread = None
+                if self._closing:
                     for _, future in calls:
                         future.cancel()
                     break
+                if not (calls or self._entries):
+                    return True
             for run, _ in calls:
                 run()
             try:
@@ -196,6 +204,7 @@ class Engine:
                     self._fail(submission, error)
         for submission in {entry.submission for entry in self._entries}:
             self._fail(submission, RuntimeError("the engine was closed"))
+        return False
 
     def _round(self) -> None:
         # 1. Who leaves, who comes.
@@ -220,9 +229,12 @@ class Engine:
         self._look()
 
     def _read(self, prompt: Prompt) -> None:
-        """Read the next chunk of a prompt; after the last, its outputs begin."""
-        started = time.perf_counter()
-        chunk = prompt.chunks[prompt.read]
+        """Queue the next chunk of a prompt; after the last, its outputs begin.
+
+        The device never waits for the host between two chunks: one is queued while it reads the one before. Not more,
+        so that it is soon free after a cancel.
+        """
+        chunk, timer = prompt.chunks[prompt.read], DeviceTimer(self.lm.device)
         try:
             hidden = self.lm.feed(
                 self.runner.cache,
@@ -235,16 +247,18 @@ class Engine:
                 f"a prompt of {tokens} tokens was read",
             )
             return
+        timer.stop()
+        prompt.timers.append(timer)
         prompt.read += 1
         at = 0
         for stream, begin, end in chunk:
             at += end - begin
             if end == len(prompt.streams[stream]):
                 prompt.last[stream] = hidden[at - 1 : at].clone()
-        if self.lm.device.type == "cuda":
-            torch.cuda.synchronize(self.lm.device)
-        prompt.seconds += time.perf_counter() - started
-        if not prompt.unread:
+        if prompt.unread:
+            if len(prompt.timers) > 1:
+                prompt.timers[-2].wait()
+        else:
             self.scheduler.prompts.remove(prompt)
             for entry in list(self._entries):
                 if entry.prompt is prompt and entry.state.slot >= 0 and not entry.gone:
@@ -253,13 +267,12 @@ class Engine:
     def _begin(self, entry: _Entry) -> None:
         """Start the answer of an output whose prompt is read."""
         s, submission, prompt = entry.state, entry.submission, entry.prompt
-        if prompt.seconds:
-            submission.stats.prefill_seconds += prompt.seconds
-            prompt.seconds = 0.0
-        if submission.decoding_since is None:
-            submission.decoding_since = time.perf_counter()
         prompt.begin(self.runner.cache, s)
         self.runner.place(s)
+        submission.stats.prefill_seconds += sum(timer.seconds() for timer in prompt.timers)
+        prompt.timers.clear()
+        if submission.decoding_since is None:
+            submission.decoding_since = time.perf_counter()
         submission.put(Prefilled(s.index))
         entry.answer = self.runner.answer(s, prompt.last)
         self._go_on(entry, None)
@@ -441,6 +454,18 @@ class _Entry:
         """Tokens of the image in progress that the host has read."""
         self.gone = False
         """Whether it has ended, in any way: loops over entries meet some that ended in the same loop."""
+
+
+def _serve(engine: weakref.ref[Engine], work: threading.Event) -> None:
+    """The engine's thread, one for all requests: cuDNN keeps its plans by thread, and makes one for every new shape.
+
+    It holds the engine only while there is work, so that one that nobody uses is freed, and its thread ends.
+    """
+    while work.wait():
+        work.clear()
+        if (this := engine()) is None or not this.run():
+            return
+        del this
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

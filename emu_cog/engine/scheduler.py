@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from emu_cog.engine.sequence import SequenceState
+from emu_cog.model.device import DeviceTimer
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.ops.interface import PAGE, pages_for
 
@@ -50,8 +51,9 @@ class Prompt:
                 room -= end - begin
                 begin = end
         self.read = 0
-        """Chunks that have been read."""
-        self.seconds = 0.0
+        """Chunks that have been read, or that the device is about to read."""
+        self.timers: list[DeviceTimer] = []
+        """Of the chunks that have been read, until an output counts their seconds."""
         self.last: dict[int, Tensor] = {}
         """By stream, the prompt's last hidden state (1, hidden), once it is read."""
 

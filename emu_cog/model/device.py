@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
 
 from emu_cog.errors import InputError
@@ -51,3 +54,31 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"EMU_DTYPE={name!r} is not known, accepted are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+class DeviceTimer:
+    """Times what is queued on `device` from now until `stop`. Only `wait` and `seconds` wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._marks = [self._mark()]
+
+    def stop(self) -> None:
+        self._marks.append(self._mark())
+
+    def wait(self) -> None:
+        """Return when the device is done."""
+        if self._stream:
+            self._marks[1].synchronize()
+
+    def seconds(self) -> float:
+        self.wait()
+        begun, ended = self._marks
+        return begun.elapsed_time(ended) / 1000 if self._stream else ended - begun
+
+    def _mark(self) -> Any:
+        if not self._stream:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event

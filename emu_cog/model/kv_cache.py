@@ -62,7 +62,8 @@ class KVCache:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages: for streams that go on from a shared page in their own ways."""
         for buffer in (*self.keys, *self.values):
-            buffer[:, list(targets)] = buffer[:, list(sources)]
+            for source, target in zip(sources, targets, strict=True):  # not lists: their copy would wait for the device
+                buffer[:, target] = buffer[:, source]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -172,8 +172,11 @@ class Batch:
         groups = []
         for (single, shared, pages), members in alike.items():
             streams = [span.stream for _, span in (members if shared < 0 else members[:1])]
-            tables = self.tables[torch.tensor(streams, device=self.tables.device), :pages]
             rows: slice | Tensor = slice(shared, shared + members[0][1].count)
+            if len(streams) == 1:  # a view: copying an index would wait for the device
+                tables = self.tables[streams[0] : streams[0] + 1, :pages]
+            else:
+                tables = self.tables[torch.tensor(streams, device=self.tables.device), :pages]
             if single:
                 rows = torch.tensor([row for row, _ in members], device=self.tables.device)
             groups.append(Group(rows, tables, None if single else members[0][1]))
@@ -188,9 +191,16 @@ class Batch:
         if self.tokens.device == device:
             return self
         names = ("tokens", "positions", "streams", "tables", "rotary", "last")
-        return replace(
-            self, **{name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        )
+        given = {name: getattr(self, name) for name in names}
+        copied: dict[str, Any] = {name: _copied(x, device) for name, x in given.items() if x is not None}
+        return replace(self, **copied)
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`. From pinned memory the copy is queued; otherwise the host would wait for all that is."""
+    if x.is_cpu and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 @dataclass(kw_only=True)

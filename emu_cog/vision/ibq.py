@@ -7,7 +7,7 @@ with the codebook (not the nearest neighbour).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,16 @@ class Norm(nn.GroupNorm):
         return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a map that nothing else uses, in place."""
+    return F.silu(x, inplace=True)
+
+
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut. (N, c_in, H, W) to (N, c_out, H, W)."""
+    """Two normalised 3x3 convolutions beside a shortcut. (N, c_in, H, W) to (N, c_out, H, W).
+
+    Three maps are alive at a time: the input and a convolution's two ends.
+    """
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -106,9 +114,10 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        # One expression, in place: a name would keep the first convolution's output to the end of the second.
+        h = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x))))))
+        h += self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h
 
 
 class AttnBlock(nn.Module):
@@ -165,14 +174,25 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
         self.downsample = self.upsample = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
+        """What a map passes through, in order."""
         for i, block in enumerate(self.block):
-            x = block(x)
+            yield block
             if len(self.attn):
-                x = self.attn[i](x)
-        for resample in (self.downsample, self.upsample):
-            x = x if resample is None else resample(x)
+                yield self.attn[i]
+        yield from (resample for resample in (self.downsample, self.upsample) if resample is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers():
+            x = layer(x)
         return x
+
+
+def _layers(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The layers of several levels: whoever calls a level keeps its input, a full map, until the level's end."""
+    for level in levels:
+        assert isinstance(level, Level)
+        yield from level.layers()
 
 
 class Middle(nn.Module):
@@ -207,9 +227,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        for layer in _layers(self.down):
+            h = layer(h)
+        return self.conv_out(_silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -233,12 +253,12 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for level in reversed(list(self.up)):
-            h = level(h)
+        for layer in _layers(reversed(list(self.up))):
+            h = layer(h)
         return self.tail(h)
 
     def tail(self, h: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_silu(self.norm_out(h)))
 
 
 class Codebook(nn.Module):
