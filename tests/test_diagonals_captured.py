@@ -246,7 +246,7 @@ def test_captured_diagonals_give_the_eager_tokens(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [True, False])
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 def test_pictures_are_the_same_in_any_company(quantize: str | None, compile: bool, tmp_path: Path) -> None:
     """In bfloat16, where another order of sums would show."""
     pipeline = on_gpu(tmp_path, dtype="bfloat16", quantize=quantize, compile=compile)

@@ -206,15 +206,18 @@ class DiagonalRunner(ModelRunner):
         """The diagonal that each picture draws next; a complete one has none."""
         return Places.of(self.state.step[slots], self.rows[slots], self.state.columns[slots], width)
 
-    def _sample(self, slots: Tensor, at: Places, block: int, nucleus: bool) -> None:
-        """Sample the cells of a diagonal and store them. Gates are computed in multiples of `block` rows."""
+    def _sample(self, slots: Tensor, at: Places, block: int | None, nucleus: bool) -> None:
+        """Sample the cells of a diagonal and store them. Gates are computed in products of `block` rows, so that none
+        depends on the pictures beside it, or in one."""
         state, ids = self.state, self.lm.ids
         streams = pairs(slots)[:, :, None]
         h = self.h[streams, at.left.clamp(min=0)[:, None]].flatten(0, 2)  # (n * 2 * width, hidden)
         v = self.v[streams, at.above.clamp(min=0)[:, None]].flatten(0, 2)
         leftmost, top = ((x < 0)[:, None].expand(-1, 2, -1).reshape(-1, 1) for x in (at.left, at.above))
-        rows, padding = len(h), (0, 0, 0, -len(h) % block)
-        inputs = head_input(self.lm.flash, *(F.pad(x, padding) for x in (h, v, leftmost, top)))[:rows]
+        rows = len(h)
+        block = block or rows
+        parts = (F.pad(x, (0, 0, 0, -rows % block)).split(block) for x in (h, v, leftmost, top))
+        inputs = torch.cat([head_input(self.lm.flash, *part) for part in zip(*parts, strict=True)])[:rows]
         logits = self.lm.visual_logits(inputs)
         numbers = state.sampled[slots, None] + at.cell
         codes = self.lm.ops.codes(logits, state, slots, numbers, nucleus=nucleus)
@@ -263,7 +266,7 @@ class DiagonalRunner(ModelRunner):
             assert isinstance(s.doing, Diagonals)
             slots = torch.tensor([s.slot], device=self.lm.device)
             at = self._next(slots, count)
-            self._sample(slots, at, 1, nucleus)
+            self._sample(slots, at, None, nucleus)
             self._remember(sequences, [i], count)
             if s.made + 1 < s.doing.total:  # nothing follows from the last one
                 drawn = s.doing.tokens(s.made)

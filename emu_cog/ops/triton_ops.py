@@ -24,7 +24,17 @@ from emu_cog.ops.autotune import (
     default_config,
     kind,
 )
-from emu_cog.ops.interface import MAX_ROWS, SMALLEST_INPUT, Batch, Layer, ModelWeights, Shape, SlotState, Weight, power_of_two
+from emu_cog.ops.interface import (
+    MAX_ROWS,
+    SMALLEST_INPUT,
+    Batch,
+    Layer,
+    ModelWeights,
+    Shape,
+    SlotState,
+    Weight,
+    power_of_two,
+)
 from emu_cog.ops.kernels import eight_bit, layers
 from emu_cog.ops.kernels import sampling as sampling_kernels
 from emu_cog.ops.reference import TorchOps
@@ -68,9 +78,7 @@ class TritonOps:
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
-    def autotuned(
-        cls, w: ModelWeights, device: torch.device, rows: int = MAX_ROWS
-    ) -> tuple[TritonOps, list[str]]:
+    def autotuned(cls, w: ModelWeights, device: torch.device, rows: int = MAX_ROWS) -> tuple[TritonOps, list[str]]:
         """With the configuration that is fastest on `device` for the model's own weights; and lines for the log.
 
         KernelBuildError where no configuration can be built.
@@ -204,8 +212,8 @@ class TritonOps:
             out,
             h,
             eps,
-            splits,
             m,
+            SPLITS=splits,
             BLOCK=block,
             INTERLEAVED=self._interleaved(into, m),
             num_warps=warps,
@@ -219,7 +227,7 @@ class TritonOps:
         m = len(batch.tokens)
         q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=product.device)
         # Steps want many programs, prompts want large ones: 2048 tokens took 160 us an H200 with one head per program.
-        block = 1 if m <= self.rows else 16
+        block = 8 if batch.last is not None else 1 if m <= self.rows else 16
         layers.rope_store_kernel[(m, _up(shape.heads + 2 * shape.kv_heads, block))](
             product,
             layer.q_norm,
@@ -234,8 +242,8 @@ class TritonOps:
             batch.tables.stride(0),
             keys.stride(0),
             shape.eps,
-            _splits(product),
             m,
+            SPLITS=_splits(product),
             HEADS=shape.heads,
             KV=shape.kv_heads,
             D=shape.head_dim,
@@ -251,9 +259,8 @@ class TritonOps:
         if m > MAX_ROWS and batch.last is None:
             out = self._torch.attend(q, keys, values, batch, into)
             return interleaved(out) if self._interleaved(into, m) else out
-        kv, splits, queries = keys.shape[0], self.config.key_splits, self.config.queries
-        if batch.last is not None:
-            splits, queries = self.config.open_splits, self.config.open_queries
+        kv, queries = keys.shape[0], self.config.queries
+        splits = self.config.key_splits if batch.last is None else self.config.open_splits
         group, width = heads // kv, batch.width
         tokens = max(queries // group, 1)
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
@@ -284,10 +291,11 @@ class TritonOps:
             BLOCK=self.config.key_block,
             SPLITS=splits,
             STAGES=self.config.key_stages,
-            num_warps=max(4, queries // 16),
+            num_warps=4,
             **self.launch,
         )
-        layers.combine_kernel[(m, heads)](
+        block = 1 if batch.last is None else 8
+        layers.combine_kernel[(m, _up(heads, block))](
             acc,
             logs,
             out,
@@ -295,9 +303,10 @@ class TritonOps:
             D=dim,
             SPLITS=splits,
             PADDED=power_of_two(splits),
+            BLOCK=block,
             KIND=self.dtype,
             INTERLEAVED=self._interleaved(into, m),
-            num_warps=1,
+            num_warps=1 if block == 1 else 4,
             **self.launch,
         )
         return out

@@ -59,10 +59,12 @@ def linear_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW both x and w are fp8, which
-    only Triton's interpreter (ASM False) widens before it multiplies. Program (i, s): block i // tiles of the outputs and tile
-    i % tiles of ROWS rows, so that the tiles that read the same weights run at the same time; split s, `chunk` long, of
-    the sum over K."""
+    """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW x and w are fp8, which
+    only Triton's interpreter (ASM False) widens before it multiplies.
+
+    Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS rows, so that tiles that read the same
+    weights run at the same time; split s, `chunk` long, of the sum over K.
+    """
     tiles = tl.cdiv(M, ROWS)
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * chunk
@@ -166,8 +168,8 @@ def add_norm_kernel(
     out_ptr,  # (M, H); with INTERLEAVED as an 8-bit product reads it
     H,
     eps,
-    splits,
     M,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
@@ -180,9 +182,9 @@ def add_norm_kernel(
     weight = tl.load(weight_ptr + i, mask=live, other=0.0).to(tl.float32)
     _begin(PDL)
     x = tl.load(residual_ptr + row * H + i, mask=live, other=0.0).to(tl.float32)
-    if splits > 0:
+    if SPLITS > 0:
         total = tl.zeros((BLOCK,), tl.float32)
-        for s in range(splits):
+        for s in tl.static_range(SPLITS):  # unrolled, so that no load waits for the one before
             total += tl.load(product_ptr + (s * M + row).to(tl.int64) * H + i, mask=live, other=0.0).to(tl.float32)
         x = (x + total.to(kind).to(tl.float32)).to(kind).to(tl.float32)
         tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
@@ -215,8 +217,8 @@ def rope_store_kernel(
     table_stride,
     head_stride,
     eps,
-    splits,
     M,
+    SPLITS: tl.constexpr,
     HEADS: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
@@ -235,7 +237,7 @@ def rope_store_kernel(
     query, value = head < HEADS, live & (head >= HEADS + KV)
     low = tl.zeros((BLOCK, HALF), tl.float32)
     high = tl.zeros((BLOCK, HALF), tl.float32)
-    for s in range(splits):
+    for s in tl.static_range(SPLITS):
         at = product_ptr + ((s * M + row) * (HEADS + 2 * KV) + head) * D + i
         low += tl.load(at, mask=live, other=0.0).to(tl.float32)
         high += tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
@@ -352,22 +354,27 @@ def combine_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND.
-    Program (batch row, head)."""
+    Program (batch row, BLOCK heads)."""
     _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
-    cell = row * HEADS + head
-    s, d = tl.arange(0, PADDED), tl.arange(0, D)
-    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
-    weight = tl.exp2(logs - tl.max(logs, axis=0))
-    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
-    out = (tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(KIND)
-    at = head * D + d
+    row, head = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = head < HEADS
+    part = (row * HEADS + head)[:, None] * SPLITS + tl.arange(0, PADDED)[None, :]  # (BLOCK, PADDED)
+    inside = live[:, None] & (tl.arange(0, PADDED) < SPLITS)[None, :]
+    logs = tl.load(log_ptr + part, mask=inside, other=float("-inf"))
+    top = tl.max(logs, axis=1)
+    weight = tl.exp2(logs - tl.where(live, top, 0.0)[:, None])
+    d = tl.arange(0, D)
+    acc = tl.load(acc_ptr + part[:, :, None] * D + d[None, None, :], mask=inside[:, :, None], other=0.0)
+    total = tl.where(live, tl.sum(weight, axis=1), 1.0)
+    out = (tl.sum(acc * weight[:, :, None], axis=1) / total[:, None]).to(KIND)
+    at = head[:, None] * D + d[None, :]
     if INTERLEAVED:
         at = (at % 4) * (HEADS * D // 4) + at // 4
         out = _scaled(out.to(tl.float32))
-    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
