@@ -19,8 +19,8 @@ from emu_cog.engine.engine import Engine
 from emu_cog.engine.sequence import EngineRequest, GenerationConfig, SequenceState
 from emu_cog.events import Picture
 from emu_cog.model import torch_settings
-from emu_cog.model.flashar import FlashModel
-from emu_cog.ops.interface import Batch, Ops, Span, Weight, pages_for
+from emu_cog.model.flashar import FlashModel, FlashWeights
+from emu_cog.ops.interface import MAX_ROWS, Batch, Ops, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
@@ -194,6 +194,24 @@ def test_only_a_pictures_own_cells_are_written(model: FlashModel, monkeypatch: p
                 own = pages if layer < layers else pages[length // 64 :]
                 expected |= {(own[at // 64], at % 64) for at in range(first, first + cells)}
         assert written == expected, layer
+
+
+@torch.inference_mode()
+def test_gates_are_products_of_one_shape(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more than 128 rows their sums depended on the pictures beside."""
+    runner, rows, head_input = uncaptured(model, LastOps, monkeypatch), [], diagonals.head_input
+
+    def counted(w: FlashWeights, h: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        rows.append(len(h))
+        return head_input(w, h, *rest)
+
+    monkeypatch.setattr(diagonals, "head_input", counted)
+    every = [sequence(runner, slot, (24, 24), top_k=9) for slot in range(6)]
+    for s in every:
+        s.move(10)
+    runner.step(every)  # 6 pictures of 16 cells, two streams each
+    runner.step(every[:1])
+    assert rows == [MAX_ROWS] * 3
 
 
 @torch.inference_mode()

@@ -11,22 +11,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from emu_cog.ops.interface import ModelWeights, Weight
+from emu_cog.ops.interface import MAX_ROWS, ModelWeights, Weight
 
 ROWS = (16, 32, 64, 128)
 """Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
 MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8, whatever the
 configuration, and so did up to 512 tokens."""
-WORDS = 32
-"""Words of four 8-bit weights that a program reads of each row at a time: one number for all, since the order of a sum
-depends on it. Source: on an H200, with 16 to 128 tokens, faster than 64 or as fast."""
+WORDS, MANY_ROWS_WORDS = 64, 32
+"""Words of four 8-bit weights that a program reads of each row at a time, where passes have up to MAX_ROWS tokens, and
+where they may have more: one number for all passes of a model, since the order of a sum depends on it. On an H200 a
+step of the 34 B model in int8 takes 10.5 and 11.0 ms with 2 rows, 13.0 and 13.2 with 32, 17.4 and 16.5 with 64, and
+its products alone with 128 about 40 and 21 ms."""
 EIGHT_BIT = {
     16: [(128, 4, 8), (64, 6, 4), (128, 4, 4), (64, 4, 4)],
     32: [(64, 4, 4), (128, 3, 4), (128, 4, 4), (128, 4, 8)],
     64: [(64, 3, 4), (64, 4, 4), (128, 3, 8), (128, 4, 8), (128, 3, 4), (256, 3, 8)],
     128: [(64, 2, 4), (64, 3, 4), (128, 3, 8), (256, 3, 8)],
 }
-"""Outputs, stages and warps tried for 8-bit weights, by rows: each was the fastest for one of the released model's
+"""Outputs, stages and warps tried with MANY_ROWS_WORDS, by rows: each was the fastest for one of the released model's
 weights on an H200, or close to it."""
 NARROW = {
     16: [(64, 6, 4), (128, 4, 4), (128, 4, 8)],
@@ -96,8 +98,8 @@ class KernelConfig:
     pdl: bool = False
 
 
-def default_config(w: ModelWeights, card: Card) -> KernelConfig:
-    """The configuration that autotuning starts from.
+def default_config(w: ModelWeights, card: Card, most_rows: int = MAX_ROWS) -> KernelConfig:
+    """The configuration that autotuning starts from, for passes of up to `most_rows` tokens.
 
     Measured on an H100 over the released model's shapes, 2 to 16 tokens and 26 configurations each: tiles of 64
     outputs by 128 inputs were within 2% of the best everywhere, and so were eight splits of each sequence's keys.
@@ -106,7 +108,12 @@ def default_config(w: ModelWeights, card: Card) -> KernelConfig:
     unsplit = [Weight(w.visual_head), Weight(w.text_head)]
     linear = {
         (rows, *kind(weight)): _default_linear(
-            weight, card.shared, rows, swiglu=weight is layer.gate_up, unsplit=any(weight is head for head in unsplit)
+            weight,
+            card.shared,
+            rows,
+            words=WORDS if most_rows <= MAX_ROWS else MANY_ROWS_WORDS,
+            swiglu=weight is layer.gate_up,
+            unsplit=any(weight is head for head in unsplit),
         )
         for rows in ROWS
         for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, *unsplit)
@@ -161,14 +168,16 @@ def candidates(default: LinearConfig, rows: int, *, narrow: bool = False) -> lis
     round differently. Half of `block_k` gives the same bits: the instructions add 16 numbers at a time either way.
     """
     half = replace(default, block_k=default.block_k // 2)
-    if narrow or default.block_k == WORDS:
+    if narrow or default.block_k == MANY_ROWS_WORDS:
         sizes = [(default, *size) for size in (NARROW if narrow else EIGHT_BIT)[rows]]
     elif rows <= 32 or default.block_k < 128:
         sizes = [(default, 64, 2, 4), (default, 64, 4, 4), (default, 128, 3, 8)]
         if rows == ROWS[0]:
             sizes += [(default, 64, 3, 4), (default, 64, 6, 4), (default, 128, 2, 8), (default, 128, 4, 8)]
     else:  # where the inputs weigh as much as the weights
-        sizes = [(default, 64, 4, 4), (half, 128, 4, 4), (half, 128, 4, 8), (half, 128, 3, 4), (half, 256, 4, 8)]
+        sizes = [(default, 64, 4, 4), (half, 64, 6, 4), (half, 128, 4, 4), (half, 128, 4, 8), (half, 256, 3, 8)]
+        if rows == ROWS[-1]:
+            sizes += [(half, 128, 3, 4), (half, 256, 4, 8)]
     others = [replace(base, block_n=n, stages=stages, warps=warps) for base, n, stages, warps in sizes]
     return [default, *(config for config in others if config != default)]
 
@@ -179,18 +188,18 @@ def kind(weight: Weight) -> tuple[int, int, int]:
 
 
 def _default_linear(
-    weight: Weight, shared: int, rows: int, *, swiglu: bool = False, unsplit: bool = False
+    weight: Weight, shared: int, rows: int, *, words: int, swiglu: bool = False, unsplit: bool = False
 ) -> LinearConfig:
     """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
     multiprocessor. `shared` is the shared memory per program in bytes."""
     n, k, _ = kind(weight)
-    words = weight.scale is not None and not weight.narrow
-    k, block = (k // 4, WORDS) if words else (k, 128)
+    in_words = weight.scale is not None and not weight.narrow
+    k, block = (k // 4, words) if in_words else (k, 128)
     wanted = 1 if unsplit or swiglu else round(400 / (n / 64))
     # Splits of equal length and of at least eight blocks: then no load needs a mask.
     fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
     splits = max(fitting, default=1)
-    itemsize = 4 if words else weight.data.dtype.itemsize
+    itemsize = 4 if in_words else weight.data.dtype.itemsize
     inputs = rows * (1 if weight.narrow else max(itemsize * 2, 4))
     stage = block * (64 * itemsize * (2 if swiglu else 1) + inputs)
     stages = min(6 if splits == 1 else 4, shared // stage)

@@ -84,7 +84,7 @@ class TritonOps:
         KernelBuildError where no configuration can be built.
         """
         card = Card.of(device)
-        ops = cls(default_config(w, card), w.embed.dtype, rows)
+        ops = cls(default_config(w, card, rows), w.embed.dtype, rows)
 
         def seconds(weights: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
             x = torch.randn((rows, weights[0].data.shape[1]), device=device)
@@ -294,8 +294,7 @@ class TritonOps:
             num_warps=4,
             **self.launch,
         )
-        block = 1 if batch.last is None else 8
-        layers.combine_kernel[(m, _up(heads, block))](
+        layers.combine_kernel[(m, heads)](
             acc,
             logs,
             out,
@@ -303,10 +302,9 @@ class TritonOps:
             D=dim,
             SPLITS=splits,
             PADDED=power_of_two(splits),
-            BLOCK=block,
             KIND=self.dtype,
             INTERLEAVED=self._interleaved(into, m),
-            num_warps=1 if block == 1 else 4,
+            num_warps=1,
             **self.launch,
         )
         return out

@@ -354,27 +354,22 @@ def combine_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND.
-    Program (batch row, BLOCK heads)."""
+    Program (batch row, head)."""
     _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = head < HEADS
-    part = (row * HEADS + head)[:, None] * SPLITS + tl.arange(0, PADDED)[None, :]  # (BLOCK, PADDED)
-    inside = live[:, None] & (tl.arange(0, PADDED) < SPLITS)[None, :]
-    logs = tl.load(log_ptr + part, mask=inside, other=float("-inf"))
-    top = tl.max(logs, axis=1)
-    weight = tl.exp2(logs - tl.where(live, top, 0.0)[:, None])
-    d = tl.arange(0, D)
-    acc = tl.load(acc_ptr + part[:, :, None] * D + d[None, None, :], mask=inside[:, :, None], other=0.0)
-    total = tl.where(live, tl.sum(weight, axis=1), 1.0)
-    out = (tl.sum(acc * weight[:, :, None], axis=1) / total[:, None]).to(KIND)
-    at = head[:, None] * D + d[None, :]
+    row, head = tl.program_id(0), tl.program_id(1)
+    cell = row * HEADS + head
+    s, d = tl.arange(0, PADDED), tl.arange(0, D)
+    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    weight = tl.exp2(logs - tl.max(logs, axis=0))
+    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
+    out = (tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(KIND)
+    at = head * D + d
     if INTERLEAVED:
         at = (at % 4) * (HEADS * D // 4) + at // 4
         out = _scaled(out.to(tl.float32))
-    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))
