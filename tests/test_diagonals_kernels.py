@@ -83,10 +83,10 @@ def agree(lm: FlashModel, tolerance: float, slots: list[int], *, width: int, ste
 
 @pytest.mark.slow
 def test_no_cell_depends_on_the_room_of_its_pass(model: Callable[[str | None], FlashModel]) -> None:
-    """To the last bit, whatever the padding and the pictures beside it."""
+    """To the last bit, whatever the padding and the pictures beside it, in one tile of rows or in two."""
     lm = model(None)
     ops = kernels(lm, open_splits=2, queries=16)
-    small, large = states(lm, ops, [0, 1], width=4), states(lm, ops, [1, 3, 0, 3], width=8)
+    small, large = states(lm, ops, [0, 1], width=4), states(lm, ops, [1, 3, 0, 3], width=20)
     assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
 
 

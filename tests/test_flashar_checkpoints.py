@@ -168,7 +168,11 @@ def test_memory_is_estimated_for_what_is_kept(
     tensors = [w.decoder.embed, w.decoder.norm, w.decoder.head, w.vertical_norm, *gates]
     for layer in (*w.decoder.layers, *w.vertical):
         for part in vars(layer).values():
-            tensors += [part] if isinstance(part, torch.Tensor) else [t for t in vars(part).values() if t is not None]
+            tensors += (
+                [part]
+                if isinstance(part, torch.Tensor)
+                else [t for t in vars(part).values() if isinstance(t, torch.Tensor)]
+            )
     given = {"device": CPU, "dtype": dtype, "spread": False, "area": 160 * 160, "quantize": form}
     budget = plan_memory(made.model, made.vision, **given)  # type: ignore[arg-type]
     assert budget.weights == sum(tensor.nbytes for tensor in tensors)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from emu_cog.errors import InputError
 from emu_cog.events import Picture
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
+from emu_cog.settings import Settings
 from emu_cog.vision.ibq import load_vision_tokenizer
-from emu_cog.weights.store import MINIATURE
+from emu_cog.weights.store import MINIATURE, resolve
 from scripts.mini.evaluate import evaluate, reconstruction_quality
 from scripts.mini.judge import detect
 from scripts.mini.spec import ABOVE, Relation, Spec, Wanted, mismatch
@@ -27,6 +29,12 @@ needs_model = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
     return Pipeline.load(MINIATURE / "model", MINIATURE / "vision", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flash() -> Pipeline:
+    found = resolve(Settings(checkpoint="mini-flash"))
+    return Pipeline.load(found.model, found.vision_tokenizer, device="cpu")
 
 
 @needs_model
@@ -53,6 +61,27 @@ def test_held_out_prompts_are_answered_correctly(pipeline: Pipeline, task: str, 
     assert figures["right"] >= right, figures
     if task == "x2i":
         assert figures["outside_difference"] < 6
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("task", "prompts", "right"),
+    [
+        ("t2i", 8, 0.5),
+        ("x2i", 2, 0.5),
+        pytest.param("t2i", 40, 0.7, marks=pytest.mark.slow),
+        pytest.param("x2i", 20, 0.7, marks=pytest.mark.slow),
+    ],
+)
+def test_the_flashar_miniature_answers_them_too(flash: Pipeline, task: str, prompts: int, right: float) -> None:
+    figures = evaluate(flash, task, count=prompts, batch=prompts)
+    assert figures["right"] >= right, figures
+
+
+@needs_model
+def test_the_flashar_miniature_refuses_sequences(flash: Pipeline) -> None:
+    with pytest.raises(InputError, match="story"):
+        flash.prepare(Request(prompt="Tell a story about a red fish.", task="story"))
 
 
 @needs_model

@@ -157,7 +157,7 @@ def test_forced_local_asks_nobody(hub: HubServer, tmp_path: Path) -> None:
 def test_unknown_source_and_checkpoint_are_refused(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"EMU_WEIGHTS_SOURCE='ftp' .* local, cdn, hub"):
         resolved(settings(hub, tmp_path / "w", source="ftp"))
-    with pytest.raises(InputError, match=r"EMU_CHECKPOINT=imgae is no folder .* mini, image, base"):
+    with pytest.raises(InputError, match=r"EMU_CHECKPOINT=imgae is no folder .* mini, mini-flash, image, base"):
         resolved(settings(hub, tmp_path / "w", checkpoint="imgae"))
     with pytest.raises(InputError, match="EMU_VISION_TOKENIZER=/none is no folder"):
         resolved(settings(hub, tmp_path / "w", vision_tokenizer="/none"))

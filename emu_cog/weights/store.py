@@ -34,7 +34,7 @@ SOURCES = ("local", "cdn", "hub")
 _LOCK = ".weights.lock"
 MINIATURE = Path(__file__).resolve().parent.parent / "mini"
 """The trained miniatures, which are package data, and their vision tokenizer."""
-MINIATURES: Mapping[str, tuple[str, Kind]] = {"mini": ("model", "mini")}
+MINIATURES: Mapping[str, tuple[str, Kind]] = {"mini": ("model", "mini"), "mini-flash": ("flash", "u0-flash")}
 """What EMU_CHECKPOINT may name of them, its folder, and its kind."""
 _TELL_WAITING = 30.0
 _PGET_ENDS = 0.5
@@ -65,7 +65,8 @@ def resolve(
     on_progress: Callable[[int, int], None] | None = None,
     patience: Patience | None = None,
 ) -> Checkpoint:
-    """The folders of `settings.checkpoint`: a key of MODEL_REPOS, "mini" or a folder's path; downloaded when missing.
+    """The folders of `settings.checkpoint`: a key of MINIATURES or MODEL_REPOS, or a folder's path; downloaded when
+    missing.
 
     `on_progress` is called with (bytes done, bytes in all or 0) while weights arrive. Raises InputError for settings
     that can't be meant, DiskFullError when there is no room, CheckpointError with each source's reason otherwise.
@@ -102,7 +103,7 @@ def _check_source(settings: Settings) -> None:
 def _named_folder(variable: str, value: str) -> Path:
     path = Path(value).expanduser()
     if not path.is_dir():
-        names = "" if variable == "EMU_VISION_TOKENIZER" else f"mini, {', '.join(MODEL_REPOS)} or "
+        names = "" if variable == "EMU_VISION_TOKENIZER" else f"{', '.join((*MINIATURES, *MODEL_REPOS))} or "
         raise InputError(f"{variable}={value} is no folder (from {Path.cwd()}); accepted are {names}a folder's path")
     return path
 

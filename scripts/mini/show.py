@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from emu_cog.events import Picture
+from emu_cog.events import Picture, RunStats
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.segments import Text
 from emu_cog.request import Request
-from emu_cog.weights.store import MINIATURE
+from emu_cog.weights.store import MINIATURE, MINIATURES
 
 CELL, GAP, LINE = 192, 12, 16
 """Pixels: side of a picture, space between pictures, height of a text line."""
@@ -24,7 +24,8 @@ FONT = 13
 
 @dataclass(frozen=True)
 class Demo:
-    """One request. `reference` names the demo whose last picture is its input; `strip` names the output file."""
+    """One request. `reference` names the demo whose last picture is its input; `strip` names the output file. What
+    another `checkpoint` than mini draws is shown below what mini does."""
 
     name: str
     strip: str
@@ -33,6 +34,7 @@ class Demo:
     seed: int
     aspect_ratio: str = "auto"
     reference: str | None = None
+    checkpoint: str = "mini"
 
     def command(self) -> str:
         """The command that gives the same pictures."""
@@ -43,7 +45,8 @@ class Demo:
         inputs.append(f"seed={self.seed}")
         # Cog appends the suffix given here; none where the output also holds text.
         target = f"{self.name}.png" if self.task in ("t2i", "x2i") else self.name
-        return " ".join(["scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {target}"])
+        where = [] if self.checkpoint == "mini" else [f"EMU_CHECKPOINT={self.checkpoint}"]
+        return " ".join([*where, "scripts/predict", *(f"-i {shlex.quote(i)}" for i in inputs), f"-o {target}"])
 
 
 DEMOS: tuple[Demo, ...] = (
@@ -67,11 +70,19 @@ DEMOS: tuple[Demo, ...] = (
          3),
     Demo("start", "vla", "t2i", "a red circle next to a blue square on a white background", 2),
     Demo("vla", "vla", "vla", "Put the red ball above the blue box.", 4, reference="start"),
+    Demo("flash-stars", "flash", "t2i", "two small red stars above a blue circle on a yellow background", 1,
+         checkpoint="mini-flash"),
+    Demo("flash-fish", "flash", "t2i", "a large orange fish on a blue background", 1, checkpoint="mini-flash"),
+    Demo("flash-houses", "flash", "t2i", "three brown houses on a green background", 1, checkpoint="mini-flash"),
+    Demo("flash-heart", "flash", "t2i", "A big pink heart with a tiny purple star next to it.", 1,
+         checkpoint="mini-flash"),
 )  # fmt: skip
 
 
-def run(pipeline: Pipeline, demo: Demo, given: Image.Image | None) -> list[tuple[str, Image.Image]]:
-    """(preceding text, picture) for every picture in the answer."""
+def run(
+    pipeline: Pipeline, demo: Demo, given: Image.Image | None = None
+) -> tuple[list[tuple[str, Image.Image]], RunStats]:
+    """(preceding text, picture) for every picture in the answer, and what it took."""
     request = Request(
         prompt=demo.prompt,
         task=demo.task,
@@ -86,7 +97,26 @@ def run(pipeline: Pipeline, demo: Demo, given: Image.Image | None) -> list[tuple
         elif isinstance(event, Picture):
             shown.append((words, event.image))
             words = ""
-    return shown
+        elif isinstance(event, RunStats):
+            stats = event
+    return shown, stats
+
+
+def beside(pipelines: Mapping[str, Pipeline], demos: Sequence[Demo]) -> list[tuple[str, Image.Image]]:
+    """What mini draws of `demos`, then what their own checkpoints do, with the seconds from prompt to pixels. Each is
+    the faster of two, since the first of a shape is slower."""
+    cells = []
+    for demo in [*(replace(demo, checkpoint="mini") for demo in demos), *demos]:
+        shown, stats = min(
+            (run(pipelines[demo.checkpoint], demo) for _ in range(2)), key=lambda result: seconds(result[1])
+        )
+        words = f"{demo.checkpoint}: {seconds(stats):.2f} s, {stats.passes} passes"
+        cells.append((words, shown[0][1]))
+    return cells
+
+
+def seconds(stats: RunStats) -> float:
+    return stats.prefill_seconds + stats.decode_seconds + stats.vq_seconds
 
 
 def strip(cells: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
@@ -114,23 +144,32 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="pictures to generate, by name")
     args = parser.parse_args()
-    pipeline = Pipeline.load(args.model, args.vision)
+    pipelines = {"mini": Pipeline.load(args.model, args.vision)}
     made: dict[str, Image.Image] = {}
     strips: dict[str, list[tuple[str, Image.Image]]] = {}
     for demo in DEMOS:
         if args.only and demo.strip not in args.only and demo.name not in {d.reference for d in DEMOS}:
             continue
-        shown = run(pipeline, demo, made[demo.reference] if demo.reference else None)
+        if demo.checkpoint != "mini":
+            print(demo.command(), flush=True)
+            continue
+        shown, _ = run(pipelines["mini"], demo, made[demo.reference] if demo.reference else None)
         made[demo.name] = shown[-1][1]
         cells = strips.setdefault(demo.strip, [])
         if demo.reference and not cells:
             cells.append((f"({demo.reference})", made[demo.reference]))
         cells += shown if len(shown) > 1 else [(demo.prompt, shown[0][1])]
         print(demo.command(), flush=True)
+    for name in {demo.strip for demo in DEMOS if demo.checkpoint != "mini"}:
+        if not args.only or name in args.only:
+            demos = [demo for demo in DEMOS if demo.strip == name]
+            for key in {demo.checkpoint for demo in demos}:
+                pipelines[key] = Pipeline.load(MINIATURE / MINIATURES[key][0], args.vision)
+            strips[name] = beside(pipelines, demos)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, cells in strips.items():
         if not args.only or name in args.only:
-            columns = 3 if name == "t2i" else min(args.columns + 1, len(cells))
+            columns = {"t2i": 3, "flash": len(cells) // 2}.get(name, min(args.columns + 1, len(cells)))
             strip(cells, columns=columns).save(args.out / f"mini-{name}.png", optimize=True)
 
 
