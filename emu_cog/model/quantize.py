@@ -1,9 +1,10 @@
 """8-bit weights: each linear layer of the decoder in fp8 (e4m3) or int8, with one fp32 scale per weight row.
 
-Activations, norms, embeddings and the head keep the model's dtype: the head decides between 131072 codes, and its visual
-half is 2% of what a step reads. The scale is applied after the sum, so that a product is exact in the stored weights.
-This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a release of it serves two or three
-releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's own kernels read the bare tensors.
+Activations, norms, embeddings and the head keep the model's dtype: the head decides between 131072 codes, and its
+visual half is 2% of what a step reads. The scale is applied after the sum, so that a product is exact in the stored
+weights. This is the arithmetic of torchao's weight-only formats; torchao itself is not used: a release of it serves two
+or three releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's own kernels read the bare
+tensors.
 
 In FlashAR models with fp8 weights the products' inputs are fp8 as well (`Weight.narrow`).
 """
