@@ -228,7 +228,7 @@ def test_memory_that_runs_out_within_a_step_costs_one_submission(load: Load, mon
     (expected,) = drawn(pipeline, large)
 
     def draw(ops, w, batch, image, cache):
-        if len(batch.tokens) <= 32 and pipeline.runner.state.step.max() > 33 and not failed:
+        if len(batch.tokens) <= 8 and pipeline.runner.state.step.max() > 33 and not failed:
             failed.append(len(batch.tokens))
             raise torch.OutOfMemoryError("full")
         return real(ops, w, batch, image, cache)
@@ -238,7 +238,7 @@ def test_memory_that_runs_out_within_a_step_costs_one_submission(load: Load, mon
     pictures = [event for event in running[0] if isinstance(event, Picture)]
     with pytest.raises(RuntimeError, match="memory ran out while 2 outputs were generated side by side"):
         list(running[1])
-    assert failed == [32]
+    assert failed == [8]
     assert chosen(pictures) == chosen([expected])
 
 

@@ -23,6 +23,26 @@ def test_the_product_is_f_linears(rows: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, F.linear(x, weight))
 
 
+@pytest.mark.parametrize("shape", [(640, 384), (384, 960), (24, 40)])
+@pytest.mark.parametrize("rows", range(9, linear.CPU_ROWS + 1, 5))
+def test_no_row_depends_on_the_others(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    weight = linear.empty(*shape, dtype=torch.float32, device=torch.device("cpu")).normal_()
+    x = torch.randn(rows, shape[1])
+    blocks = torch.cat([F.linear(part, weight) for part in x.split(linear.CPU_BLOCK)])
+    assert torch.equal(linear.linear(x, weight), blocks)
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(8, 8), (23, 16), (24, 24), (100, linear.CPU_WIDE)])
+def test_products_are_as_wide_as_their_bits_allow(alike: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here those of more than `alike` rows have other bits."""
+    product = F.linear
+    monkeypatch.setattr(linear.F, "linear", lambda x, w: product(x, w) + (len(x) > alike))
+    monkeypatch.setattr(linear, "_widest", {})
+    assert linear.widest(torch.randn(16, 8)) == expected
+    assert linear.widest(torch.randn(16, 8).bfloat16()) == linear.CPU_BLOCK
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_logits_are_the_sums_themselves(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, Sequence
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pairs
-from emu_cog.ops.reference import TorchOps
 
 WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
@@ -68,14 +67,11 @@ class DiagonalRunner(ModelRunner):
     prompts, and `out` holds its cells row by row."""
 
     lm: FlashModel
-    cpu_block = 32  # a diagonal has more rows than a token
 
     pass_rows = PASS_ROWS
 
     def __init__(self, lm: FlashModel, *, slots: int, tokens: int) -> None:
         super().__init__(lm, slots=slots, tokens=tokens)
-        if isinstance(lm.ops, TorchOps):
-            lm.ops.block = self.cpu_block
         state, streams = self.state, 2 * (slots + 1)
         state.scores = state.scores.new_zeros((max(MAX_CELLS, self.pass_rows // 2), lm.ids.visual_count))
         self.rows = torch.ones_like(state.columns)

@@ -96,8 +96,6 @@ class _Captured:
 class ModelRunner:
     """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams."""
 
-    cpu_block = CPU_BLOCK
-    """Rows that a CPU multiplies at a time."""
     pass_rows = MAX_ROWS
     """Rows of the largest captured pass."""
 
@@ -143,7 +141,7 @@ class ModelRunner:
     @property
     def eager_block(self) -> int:
         """Of which number every eager pass has a multiple of rows, padding included."""
-        return self.cpu_block if self.lm.device.type == "cpu" else EAGER_ROWS
+        return CPU_BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
 
     # -- 1. sequences come and go ----------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ norm, product and rotation), so that they differ by the order of sums alone.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from emu_cog.ops.linear import CPU_BLOCK, linear
+from emu_cog.ops.linear import linear
 from emu_cog.prompt.tokens import TokenIds
 
 PAGE = 64
@@ -46,15 +45,15 @@ class Weight:
     narrow: bool = False
     """Whether the inputs of its products are rounded to fp8 as well, each row by a scale of its own (`narrowed`)."""
 
-    def product(self, x: Tensor, block: int = CPU_BLOCK) -> Tensor:
-        """(M, K) to (M, N), in x's dtype; on a CPU in blocks of rows."""
+    def product(self, x: Tensor) -> Tensor:
+        """(M, K) to (M, N), in x's dtype; on a CPU no row's bits depend on the others."""
         if self.scale is None:
-            return linear(x, self.data, block)
+            return linear(x, self.data)
         if self.narrow:
             inputs, scale = narrowed(x)
-            product = linear(inputs.to(x.dtype), self.data.to(x.dtype), block).float()
+            product = linear(inputs.to(x.dtype), self.data.to(x.dtype)).float()
             return (product * self.scale * scale[:, None]).to(x.dtype)
-        return (linear(x, self.data.to(x.dtype), block).float() * self.scale).to(x.dtype)
+        return (linear(x, self.data.to(x.dtype)).float() * self.scale).to(x.dtype)
 
 
 def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +129,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch whose attention is one operation: single tokens of as many streams or of one, or one `span`."""
+    """Rows of a batch whose attention is one operation: one `span`, or as many single tokens of each of some streams,
+    those of a stream beside each other."""
 
     rows: slice | Tensor
     tables: Tensor  # (streams, pages) int32
@@ -159,28 +159,28 @@ class Batch:
     @cached_property
     def groups(self) -> list[Group]:
         """The spans, divided for attention. Spans of one token go together where they have as many pages, which follows
-        from each alone; several of one stream read its pages once."""
-        several = {stream for stream, count in Counter(span.stream for span in self.spans).items() if count > 1}
-        alike: dict[tuple[bool, int, int], list[tuple[int, Span]]] = {}
-        row = 0
+        from each alone, and their streams as many of them."""
+        groups, row = [], 0
+        single: dict[tuple[int, int], list[int]] = {}  # rows, by stream and pages
         for span in self.spans:
             pages = pages_for(span.start + span.count)
-            single = span.count == 1
-            shared = (span.stream if span.stream in several else -1) if single else row
-            alike.setdefault((single, shared, pages), []).append((row, span))
-            row += span.count
-        groups = []
-        for (single, shared, pages), members in alike.items():
-            streams = [span.stream for _, span in (members if shared < 0 else members[:1])]
-            rows: slice | Tensor = slice(shared, shared + members[0][1].count)
-            if len(streams) == 1:  # a view: copying an index would wait for the device
-                tables = self.tables[streams[0] : streams[0] + 1, :pages]
+            if span.count == 1:
+                single.setdefault((span.stream, pages), []).append(row)
             else:
-                tables = self.tables[torch.tensor(streams, device=self.tables.device), :pages]
-            if single:
-                rows = torch.tensor([row for row, _ in members], device=self.tables.device)
-            groups.append(Group(rows, tables, None if single else members[0][1]))
+                groups.append(Group(slice(row, row + span.count), self._pages([span.stream], pages), span))
+            row += span.count
+        alike: dict[tuple[int, int], dict[int, list[int]]] = {}
+        for (stream, pages), rows in single.items():
+            alike.setdefault((pages, len(rows)), {})[stream] = rows
+        for (pages, _), streams in alike.items():
+            flat = torch.tensor([row for rows in streams.values() for row in rows], device=self.tables.device)
+            groups.append(Group(flat, self._pages(list(streams), pages), None))
         return groups
+
+    def _pages(self, streams: list[int], pages: int) -> Tensor:
+        if len(streams) == 1:  # a view: copying an index would wait for the device
+            return self.tables[streams[0] : streams[0] + 1, :pages]
+        return self.tables[torch.tensor(streams, device=self.tables.device), :pages]
 
     @cached_property
     def cells(self) -> tuple[Tensor, Tensor]:

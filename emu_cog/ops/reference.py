@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from emu_cog.ops import linear
-from emu_cog.ops.interface import PAGE, Batch, Layer, Shape, SlotState, Weight
+from emu_cog.ops.interface import Batch, Layer, Shape, SlotState, Weight
 from emu_cog.ops.noise import gumbel_noise
 from emu_cog.ops.sampling import guide, keep_sorted
 from emu_cog.prompt.tokens import TokenIds
 
 
 class TorchOps:
-    """`Ops` for any device. A CPU multiplies `block` rows of a step at a time."""
-
-    def __init__(self, block: int = linear.CPU_BLOCK) -> None:
-        self.block = block
+    """`Ops` for any device."""
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return w.product(x, self.block)
+        return w.product(x)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        gate, up = w.product(x, self.block).chunk(2, dim=-1)
+        gate, up = w.product(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
@@ -52,15 +51,15 @@ class TorchOps:
         m, heads, dim = q.shape
         out = q.new_zeros((m, heads * dim))
         for group in batch.groups:
-            rows, (streams, pages) = group.rows, group.tables.shape
-            # (streams, kv_heads, pages * PAGE, D)
-            k, v = (x[:, group.tables].view(len(x), streams, pages * PAGE, dim).transpose(0, 1) for x in (keys, values))
+            rows, streams, flat = group.rows, len(group.tables), group.tables.flatten()
+            # index_select copies whole pages, a tenth of what plain indexing takes on a CPU. (streams, kv_heads, L, D)
+            k, v = (x.index_select(1, flat).view(len(x), streams, -1, dim).transpose(0, 1) for x in (keys, values))
             if group.span:
                 length = group.span.start + group.span.count  # the host knows it: nothing waits for the device here
                 out[rows] = _attention(q[rows], k[0, :, :length], v[0, :, :length], causal=not group.span.open)
-            else:
-                k, v = (x.expand(len(q[rows]), -1, -1, -1) for x in (k, v))
-                out[rows] = _read(q[rows], k, v, batch.positions[rows])
+            elif isinstance(rows, Tensor):
+                tokens, positions = (x.index_select(0, rows) for x in (q, batch.positions))
+                out.index_copy_(0, rows, _read(tokens, k, v, positions))
         return out
 
     def sample(
@@ -130,11 +129,43 @@ def summed(product: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    """Attention of one token each of R streams up to its position (R,): (R, heads, D) over (R, kv_heads, L, D) to
-    (R, heads * D). The heads that share keys become queries of one head, so that no key is copied or read twice."""
-    folded = q.view(len(q), k.shape[1], -1, q.shape[2])
-    mask = torch.arange(k.shape[2], device=q.device) <= position[:, None, None, None]
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(len(q), -1)
+    """Attention of n tokens of each of S streams, one stream's beside each other, up to their positions (S * n,):
+    (S * n, heads, D) over (S, kv_heads, L, D) to (S * n, heads * D).
+
+    The heads that share keys become queries of one head, so that no key is copied or read twice. Of several tokens
+    each is computed as if alone: where PyTorch can, as a head of its own, else by operations of one of each stream.
+    """
+    (streams, kv, length, dim), n = k.shape, len(q) // len(k)
+    folded = q.view(streams, n, kv, -1, dim)
+    mask = torch.arange(length, device=q.device) <= position.view(streams, n, 1, 1, 1)
+    if n > 1 and not q.is_cuda and _heads_share_keys():
+        heads = folded.transpose(1, 2).flatten(1, 2)  # (S, kv * n, group, D)
+        mask = mask.transpose(1, 2).expand(-1, kv, -1, -1, -1).flatten(1, 2)
+        out = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, enable_gqa=True)
+        return out.view(streams, kv, n, -1, dim).transpose(1, 2).reshape(len(q), -1)
+    out = torch.empty_like(folded)
+    if streams < n:
+        for s in range(streams):
+            keys, values = (x[s : s + 1].expand(n, -1, -1, -1) for x in (k, v))
+            out[s] = F.scaled_dot_product_attention(folded[s], keys, values, attn_mask=mask[s])
+    else:
+        for i in range(n):
+            out[:, i] = F.scaled_dot_product_attention(folded[:, i], k, v, attn_mask=mask[:, i])
+    return out.view(len(q), -1)
+
+
+@cache
+def _heads_share_keys() -> bool:
+    """Whether a CPU computes several heads over the same keys each as if alone, to the last bit. PyTorch 2.13 does,
+    2.8 does not."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, n, length, 32, generator=generator) for n, length in ((8, 3), (2, 80), (2, 80)))
+    mask = torch.arange(80) <= torch.arange(60, 76).view(2, 8, 1, 1)
+    together = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return all(
+        torch.equal(together[:, i::4], F.scaled_dot_product_attention(q[:, i::4], k, v, attn_mask=mask[:, i::4]))
+        for i in range(4)
+    )
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
