@@ -135,7 +135,7 @@ def plan_memory(
     vertical = vertical_blocks(headers)
     with torch.device("meta"):
         vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
-    # The decoder's last level holds about four full-size fp32 feature maps at a time.
+    # The decoder's last level holds three full-size fp32 feature maps at a time; the fourth is for what a step holds.
     workspace = 4 * vision.ch * vision.ch_mult[0] * area * torch.float32.itemsize
     return Budget(
         device=str(device) if not spread else f"{torch.cuda.device_count()} GPUs",

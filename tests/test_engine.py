@@ -14,6 +14,7 @@ import pytest
 import torch
 from _models import tiny
 
+from emu_cog.engine.engine import Engine
 from emu_cog.engine.sequence import Ended, EngineRequest, Event, GenerationConfig, Opened, Stats, Tokens
 from emu_cog.pipeline import Pipeline
 from emu_cog.prompt.tokens import block_length
@@ -418,10 +419,44 @@ def test_an_unexpected_error_reaches_everyone_and_the_engine_goes_on(
     assert answers(list(pipeline.engine.generate([output], config))) == expected
 
 
+def test_an_engine_that_nobody_keeps_answers(make_checkpoint: Callable[[str], tiny.TinyFolders]) -> None:
+    """Its thread ended before it looked, and whoever read the events waited forever."""
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    output, config = prepare(pipeline, Request(prompt="boat", size=(2, 2), seed=5))
+    expected = answers(list(pipeline.engine.generate([output], config)))
+    events = Engine(pipeline.runner).generate([output], config)
+    gc.collect()
+    assert answers(list(events)) == expected
+
+
+def test_a_device_that_is_lost_is_told_to_all(
+    make_checkpoint: Callable[[str], tiny.TinyFolders], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where even what clears up failed, the engine's thread died, and all requests waited forever."""
+    folders = make_checkpoint("picture")
+    pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
+    output, config = prepare(pipeline, Request(prompt="boat", size=(2, 2), seed=5))
+
+    def lost(*args: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline.runner, "step", lost)
+    monkeypatch.setattr(pipeline.runner, "end", lost)
+    running = [pipeline.engine.submit([output], config) for _ in range(2)]
+    for one in running:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            list(one.events())
+    with pytest.raises(RuntimeError, match="closed: an error that it can't recover from .*: start the program again"):
+        pipeline.engine.submit([output], config)
+    with pytest.raises(RuntimeError, match="start the program again"):
+        pipeline.engine.call(int)
+
+
 def test_one_thread_serves_all_requests_and_ends_with_the_engine(
     make_checkpoint: Callable[[str], tiny.TinyFolders],
 ) -> None:
-    """Each request after a pause had a thread of its own, and with it none of cuDNN's plans for its prompt's shapes."""
+    """Each request after a pause had a thread of its own, and with it none of cuDNN's plans."""
     folders = make_checkpoint("picture")
     pipeline = Pipeline.load(folders.model, folders.vision, device="cpu")
     output, config = prepare(pipeline, Request(prompt="boat", size=(2, 2), seed=5))

@@ -12,6 +12,7 @@ from emu_cog.errors import InputError
 from emu_cog.memory import plan_memory
 from emu_cog.model.headers import read_headers
 from emu_cog.model.quantize import FORMATS, check_format, quantizable, quantized
+from emu_cog.ops.interface import Weight
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request
 from emu_cog.settings import Settings
@@ -96,3 +97,14 @@ def test_the_environment_chooses() -> None:
     assert Settings.from_env({}).quantize is None
     with pytest.raises(InputError, match="EMU_COMPILE='yes'"):
         Settings.from_env({"EMU_COMPILE": "yes"})
+
+
+@pytest.mark.parametrize(("form", "narrow"), [("int8", False), ("fp8", False), ("fp8", True)])
+def test_fp16_holds_the_sums(form: str, narrow: bool) -> None:
+    """They were infinite: 448 times an input, some thousand times."""
+    torch.manual_seed(3)
+    weight, x = torch.randn(24, 4096), 30 * torch.randn(5, 4096)
+    product = Weight(*quantized(weight, form), narrow).product(x.half())
+    assert product.dtype == torch.float16
+    expected = x @ weight.T
+    assert float((product.float() - expected).abs().max() / expected.abs().max()) < (0.08 if form == "fp8" else 0.02)

@@ -64,6 +64,8 @@ class Submission:
         """Outputs that have not ended."""
         self.stats = Stats()
         self.decoding_since: float | None = None
+        self.engine: Engine | None = None
+        """Kept until this has ended, whoever else has let it go."""
 
     def events(self, *, waiting: Callable[[], None] | None = None) -> Generator[Event, None, None]:
         """Yield the events as they happen, Stats last, or none where it was cancelled. Raises what kept the engine
@@ -90,9 +92,12 @@ class Submission:
     def cancel(self) -> None:
         """Let its sequences go at the next look; nothing happens where they have ended."""
         self.cancelled = True
+        self.engine = None
 
     def put(self, event: Event | BaseException) -> None:
         self._queue.put(event)
+        if isinstance(event, Stats | BaseException):
+            self.engine = None
 
 
 class Engine:
@@ -113,6 +118,7 @@ class Engine:
         self._work = threading.Event()
         """Set when there is something to do; and when nobody uses the engine any more, so that its thread ends."""
         self._closing = False
+        self._why = "the process is about to end"
         weakref.finalize(self, self._work.set).atexit = False
         # A thread that still computes while the interpreter ends can crash it.
         closer = weakref.WeakMethod(self.close)
@@ -129,6 +135,7 @@ class Engine:
         "visual", probs (1, V) over the ids legal there (or the ten digits).
         """
         submission = Submission(len(requests))
+        submission.engine = self
         prompts: dict[tuple[tuple[int, ...], tuple[int, ...]], Prompt] = {}
         entries = []
         for index, request in enumerate(requests):
@@ -169,7 +176,7 @@ class Engine:
     def _start(self) -> None:
         """Wake the thread; start it if there is none."""
         if self._closing:
-            raise RuntimeError("the engine is closed: the process is about to end")
+            raise RuntimeError(f"the engine is closed: {self._why}")
         if self._thread is None:
             arguments = weakref.ref(self), self._work
             self._thread = threading.Thread(target=_serve, args=arguments, name="emu-engine", daemon=True)
@@ -181,6 +188,8 @@ class Engine:
     @torch.inference_mode()
     def run(self) -> bool:
         """Rounds until nothing is left to do. In the engine's thread. False once the engine is closed."""
+        if self.lm.device.type == "cuda":
+            torch.cuda.set_device(self.lm.device)  # a thread's own; kernels are launched there
         while True:
             with self._lock:
                 new, calls = list(self._new), list(self._calls)
@@ -200,11 +209,31 @@ class Engine:
             try:
                 self._round()
             except BaseException as error:  # of unknown reach: nothing in progress can be trusted any more
-                for submission in {entry.submission for entry in self._entries}:
-                    self._fail(submission, error)
+                try:
+                    for submission in {entry.submission for entry in self._entries}:
+                        self._fail(submission, error)
+                except BaseException:  # not even the device's memory can be written
+                    self._end(error)
+                    return False
         for submission in {entry.submission for entry in self._entries}:
             self._fail(submission, RuntimeError("the engine was closed"))
         return False
+
+    def _end(self, error: BaseException) -> None:
+        """Nothing can be computed any more: whoever waits gets `error`."""
+        with self._lock:
+            self._closing = True
+            self._why = (
+                f"an error that it can't recover from ({type(error).__name__}: {error}): start the program again"
+            )
+            entries = [*self._entries, *(entry for entries in self._new for entry in entries)]
+            calls = list(self._calls)
+            for waiting in (self._entries, self._new, self._calls):
+                waiting.clear()
+        for submission in {entry.submission for entry in entries}:
+            submission.put(error)
+        for _, future in calls:
+            future.set_exception(error)
 
     def _round(self) -> None:
         # 1. Who leaves, who comes.
@@ -429,8 +458,8 @@ class Engine:
             self._remove(entry)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
-        self._drop(submission)
         submission.put(error)
+        self._drop(submission)
 
     def _out_of_memory(self, submission: Submission, when: str) -> None:
         """Let the submission that did not fit go, so that the others can go on."""
@@ -457,7 +486,7 @@ class _Entry:
 
 
 def _serve(engine: weakref.ref[Engine], work: threading.Event) -> None:
-    """The engine's thread, one for all requests: cuDNN keeps its plans by thread, and makes one for every new shape.
+    """The engine's thread, one for all requests: cuDNN keeps the plans of its convolutions by thread.
 
     It holds the engine only while there is work, so that one that nobody uses is freed, and its thread ends.
     """

@@ -6,7 +6,8 @@ weights. This is the arithmetic of torchao's weight-only formats; torchao itself
 or three releases of torch (pytorch/ao issue 2919), this package 2.8 to 2.13, and the step's own kernels read the bare
 tensors.
 
-In FlashAR models with fp8 weights the products' inputs are fp8 as well (`Weight.narrow`).
+In FlashAR models with fp8 weights the products' inputs are fp8 as well (`Weight.narrow`), each row with a scale of its
+own, and tensor cores keep fewer bits than fp32 of their sums.
 """
 
 from __future__ import annotations

@@ -20,8 +20,11 @@ from emu_cog.prompt.tokens import TokenIds
 PAGE = 64
 """Tokens per page of the cache: what the attention kernel reads at a time."""
 MAX_ROWS = 128
-"""Tokens of the largest step. Up to here no token's result depends on the tokens beside it, to the last bit."""
+"""Rows of the kernels' largest tile, and of the plain models' largest step. No row of a step depends on others,
+to the last bit."""
 
+INPUT_SCALE = 16.0
+"""Inputs of 8-bit products are divided by this, so that fp16 holds them and the sums; the sum is multiplied by it."""
 SMALLEST_INPUT = 1e-12
 """The least that a row's largest number counts as, where it is scaled by it."""
 
@@ -51,9 +54,13 @@ class Weight:
             return linear(x, self.data)
         if self.narrow:
             inputs, scale = narrowed(x)
-            product = linear(inputs.to(x.dtype), self.data.to(x.dtype)).float()
-            return (product * self.scale * scale[:, None]).to(x.dtype)
-        return (linear(x, self.data.to(x.dtype)).float() * self.scale).to(x.dtype)
+            kind = torch.bfloat16 if x.dtype == torch.float16 else x.dtype  # fp16 can't hold these sums
+            product = linear(inputs.to(kind), self.data.to(kind)).float().mul_(scale[:, None])
+        elif x.dtype == torch.float16:
+            product = linear(x / INPUT_SCALE, self.data.to(x.dtype)).float().mul_(INPUT_SCALE)
+        else:
+            product = linear(x, self.data.to(x.dtype)).float()
+        return product.mul_(self.scale).to(x.dtype)
 
 
 def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
-"""`interface.Ops` for CUDA, or for Triton's interpreter: own kernels for all passes that requests may share, PyTorch's
-products and attention beyond `rows` tokens, where a pass reads one prompt alone."""
+"""`interface.Ops` for CUDA, or for Triton's interpreter: own kernels for all passes that requests may share.
+
+Where a pass reads one prompt alone, PyTorch's products beyond `rows` tokens and its attention beyond MAX_ROWS.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ from emu_cog.ops.autotune import (
     kind,
 )
 from emu_cog.ops.interface import (
+    INPUT_SCALE,
     MAX_ROWS,
     SMALLEST_INPUT,
     Batch,
@@ -226,7 +229,7 @@ class TritonOps:
     ) -> Tensor:
         m = len(batch.tokens)
         q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=product.device)
-        # Steps want many programs, prompts want large ones: 2048 tokens took 160 us an H200 with one head per program.
+        # Steps of few rows want many programs, others large ones: 2048 tokens took 160 us an H200 with one head each.
         block = 8 if batch.last is not None else 1 if m <= self.rows else 16
         layers.rope_store_kernel[(m, _up(shape.heads + 2 * shape.kv_heads, block))](
             product,
@@ -416,7 +419,7 @@ def _replay_seconds(work: Callable[[], object]) -> float:
 
 def interleaved(x: Tensor) -> Tensor:
     """(M, K) as the kernel of 8-bit weights reads it (kernels/eight_bit.py)."""
-    scaled = (x.float() / layers.INPUT_SCALE.value).clamp(-65504.0, 65504.0).half()
+    scaled = (x.float() / INPUT_SCALE).clamp(-65504.0, 65504.0).half()
     return scaled.view(len(x), -1, 4).transpose(1, 2).reshape(x.shape)
 
 

@@ -110,7 +110,7 @@ def beside(pipelines: Mapping[str, Pipeline], demos: Sequence[Demo]) -> list[tup
         shown, stats = min(
             (run(pipelines[demo.checkpoint], demo) for _ in range(2)), key=lambda result: seconds(result[1])
         )
-        words = f"{demo.checkpoint}: {seconds(stats):.2f} s, {stats.passes} passes"
+        words = f"{demo.checkpoint} {seconds(stats):.1f} s, {stats.passes} passes"
         cells.append((words, shown[0][1]))
     return cells
 

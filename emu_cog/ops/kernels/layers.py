@@ -4,7 +4,7 @@ What justifies them: on an H200 the 34 B model's products in bf16 take 15.4, 15.
 64 rows, `F.linear` 17.1, 16.9, 17.2 and 17.5; with fp8 inputs 8.8, 9.2, 9.8 and 11.5 ms with 16, 32, 64 and 128 rows,
 `torch._scaled_mm` 12.0, 11.9, 11.6 and 11.9 (ours with the 0.7 ms that rounding the inputs takes). And no row's bits
 depended on the number of rows, which PyTorch does not promise. In bf16 with 128, 256 and 512 rows (19.5, 33, 57 ms;
-`F.linear` 17.6, 25, 44) that is what is left.
+`F.linear` 17.6, 25, 44) those bits are the only reason.
 
 Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
 kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from emu_cog.ops import interface
 
 
 @triton.jit
@@ -30,8 +32,7 @@ def _begin(PDL: tl.constexpr):
         )
 
 
-INPUT_SCALE = tl.constexpr(16.0)
-"""Inputs of 8-bit products are divided by this, so that fp16 holds them; the sum is multiplied by it."""
+INPUT_SCALE = tl.constexpr(interface.INPUT_SCALE)
 
 
 @triton.jit
@@ -63,7 +64,8 @@ def linear_kernel(
     PDL: tl.constexpr,
 ):
     """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW x and w are fp8, which
-    only Triton's interpreter (ASM False) widens before it multiplies.
+    only Triton's interpreter (ASM False) widens before it multiplies. Of such sums Hopper keeps fewer bits than fp32:
+    over 5120 to 25600 random numbers they are off by up to 0.5 % of the largest.
 
     Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS rows, so that tiles that read the same
     weights run at the same time; split s, `chunk` long, of the sum over K.
