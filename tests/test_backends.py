@@ -83,7 +83,7 @@ class TestCheckpoint:
         ({"backend": "vllm"}, "EMU_BACKEND='vllm' is not known, accepted are native, upstream"),
         ({"backend": "upstream", "quantize": "int8"}, "EMU_QUANTIZE=int8 with EMU_BACKEND=upstream"),
         ({"device_map": "balanced"}, "EMU_DEVICE_MAP='balanced' is not known, accepted is auto"),
-        ({"checkpoint": "/nowhere"}, "EMU_CHECKPOINT=/nowhere is no folder.*mini, image, base"),
+        ({"checkpoint": "/nowhere"}, "EMU_CHECKPOINT=/nowhere is no folder.*mini, mini-flash, image, base"),
         ({"weights_source": "ftp"}, "EMU_WEIGHTS_SOURCE='ftp' is not known, accepted are local, cdn, hub"),
     ],
 )
