@@ -31,7 +31,7 @@ from scripts.mini.train.language_model import MATRICES, NAMES, Shape
 from scripts.mini.train.muon import Muon
 from scripts.mini.train.runs import device_name, fraction, log_record, stop_on_signal
 from scripts.mini.train.sequences import FLASH_KIND, tokenizer
-from scripts.mini.train.train_language import TOKENS, Gradients, Training, read_weights
+from scripts.mini.train.train_language import Gradients, Training, add_options, prepare, read_weights
 
 BACKBONE_RATE = 0.4
 """The decoder's learning rate, relative. Theirs is 0.2, over 50 times as many steps from a much larger model."""
@@ -138,31 +138,20 @@ def main() -> None:
         "--plain", type=Path, default=MINIATURE / "model", help="folder of the plain model to begin with"
     )
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision", help="to check the export with")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, state and log")
     parser.add_argument("--export", type=Path, help="folder for the final weights with all that EMU_CHECKPOINT needs")
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
     parser.add_argument("--wall", type=float, default=math.inf, help="seconds of this run, setup included")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
-    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument(
         "--backbone", type=fraction, default=BACKBONE_RATE, help="the decoder's rate, relative to --rate"
     )
-    parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--inner", type=int, default=768, help="neurons kept in each layer")
     parser.add_argument("--vertical", type=int, default=1, help="vertical layers")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per step")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--defaults", type=json.loads, default={}, help="the checkpoint's default settings, as in export"
     )
-    parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
+    add_options(parser, steps=1_000_000, rate=2e-3)
     args = parser.parse_args()
     started = time.time()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    device, dtype = prepare(args.seed)
 
     words, shape = tokenizer(args.plain), Shape.read(args.plain)
     if not 0 < args.inner <= shape.intermediate_size:
@@ -171,7 +160,7 @@ def main() -> None:
         replace(shape, intermediate_size=args.inner),
         visual=words.ids.visual,
         vertical=args.vertical,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        dtype=dtype,
         compiled=args.compile,
     ).to(device)
     gradients = Gradients(model, FLASH_LENGTHS, args.tokens, captured=device.type == "cuda" and not args.eager)

@@ -264,31 +264,42 @@ class Training(Generic[Model]):
         return {k: round(v, 4) for k, v in loss.items()}
 
 
+def add_options(parser: argparse.ArgumentParser, *, steps: int, rate: float) -> None:
+    """The options of every training on a dataset."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, state and log")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--decay", type=float, default=0.05)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per step; a multiple of all lengths")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
+
+
+def prepare(seed: int) -> tuple[torch.device, torch.dtype]:
+    """Seed torch; what to train on, and the model's dtype there."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of dataset shards, written by encode")
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder of the tokenizer files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, state and log")
     parser.add_argument("--resume", type=Path, help="folder of the initial weights")
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="training time over all runs, without setup")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the first shard")
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--decay", type=float, default=0.05)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per step; a multiple of all LENGTHS")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shape", type=json.loads, default={}, help="model sizes other than the default, as JSON")
-    parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--eager", action="store_true", help="do not use CUDA graphs")
+    add_options(parser, steps=12_000, rate=3e-3)
     args = parser.parse_args()
     started = time.time()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    device, dtype = prepare(args.seed)
 
     words = tokenizer(args.vocabulary)
     shape = replace(Shape(vocab_size=words.ids.vocab_size), **args.shape)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LanguageModel(shape, dtype=dtype, compiled=args.compile).to(device)
     if args.resume:
         model.load_released(read_weights(args.resume))
