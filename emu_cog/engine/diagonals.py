@@ -67,8 +67,8 @@ class DiagonalRunner(ModelRunner):
     prompts, and `out` holds its cells row by row."""
 
     lm: FlashModel
-
     pass_rows = PASS_ROWS
+    step_sizes = SIZES
 
     def __init__(self, lm: FlashModel, *, slots: int, tokens: int) -> None:
         super().__init__(lm, slots=slots, tokens=tokens)
@@ -120,10 +120,6 @@ class DiagonalRunner(ModelRunner):
         self.image_tables[2 * s.slot : 2 * s.slot + 2] = 0
 
     # -- 2. one step of all pictures -------------------------------------------------------------------------
-
-    @property
-    def sizes(self) -> list[int]:
-        return [*(size for size in SIZES if size < self.slots), self.slots]
 
     def widths(self, sequences: int) -> list[int]:
         return [1]
@@ -182,10 +178,9 @@ class DiagonalRunner(ModelRunner):
             cells = counts[left[0]]
             if self.captured:
                 cells = next(width for width in WIDTHS if width >= cells)
-            several = most // (2 * cells)
+            several = max(most // (2 * cells), 1)
             if self.captured:
-                several = max((size for size in self.sizes if size <= several), default=1)
-            several = max(several, 1)
+                several = max(size for size in self.sizes if size <= several)
             yield left[:several], cells
             left = left[several:]
 

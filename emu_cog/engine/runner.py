@@ -52,8 +52,6 @@ EAGER_ROWS = 64
 EIGHT_BIT_ROWS = 64
 """Tokens of the widest pass with 8-bit weights: on an H200 the kernels that unpack them take 14 ms for the 34 B model's
 products with 64 tokens, but 40 with 128."""
-SIZES = (1, 2, 4, 8, 16)
-"""Numbers of sequences that steps are captured for, up to the number of slots."""
 MEASURE_SECONDS = 2.0
 """For repeated measurements of what eager steps cost."""
 MAX_STEPS = body_length(*LARGEST)
@@ -98,6 +96,8 @@ class ModelRunner:
 
     pass_rows = MAX_ROWS
     """Rows of the largest captured pass."""
+    step_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of sequences that steps are captured for, up to the number of slots."""
 
     def __init__(self, lm: LanguageModel, *, slots: int, tokens: int) -> None:
         assert slots <= MAX_SEQUENCES
@@ -404,8 +404,8 @@ class ModelRunner:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of sequences that steps are captured for."""
-        return [*(size for size in SIZES if size < self.slots), self.slots]
+        """`step_sizes`, as far as there are slots."""
+        return [*(size for size in self.step_sizes if size < self.slots), self.slots]
 
     def _graph(self, sequences: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         key = self._size(sequences), width, drawing, drawing and nucleus

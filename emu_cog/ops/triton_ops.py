@@ -122,6 +122,8 @@ class TritonOps:
             "BLOCK_K": config.block_k,
             "STAGES": config.stages,
             "SWIGLU": swiglu,
+            "KIND": self.dtype,
+            "ASM": x.device.type != "cpu",
             "EVEN": n % config.block_n == 0 and k % chunk == 0 and chunk % config.block_k == 0,
             "num_warps": config.warps,
             **self.launch,
@@ -138,8 +140,6 @@ class TritonOps:
                 k,
                 chunk,
                 FP8=fp8,
-                KIND=self.dtype,
-                ASM=x.device.type != "cpu",
                 **common,
             )
         else:
@@ -154,8 +154,6 @@ class TritonOps:
                 k,
                 chunk,
                 NARROW=w.narrow,
-                KIND=self.dtype,
-                ASM=x.device.type != "cpu",
                 **common,
             )
         return partials

@@ -50,7 +50,7 @@ REPEATS, PATIENCE = 2, 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """Whose code it is and in which dtype, and the seconds that it took."""
+    """`name`: whose code it is and in which dtype. `seconds`: what it took."""
 
     name: str
     seconds: float
@@ -205,8 +205,8 @@ def measure(
     """A row with the seconds from `prompts` to the codes of one picture of `size`, after one of WARM_UP. None, and no
     row, where it fails."""
     dtype = str(lm.dtype).removeprefix("torch.")
-    name = f"{NAMES[checked(clone)]}, {dtype}"
-    what = f"flash, {dtype}: 1 picture of {size[0]} x {size[1]} by {NAMES[checked(clone)]}, prompt to codes"
+    whose = NAMES[checked(clone)]
+    what = f"flash, {dtype}: 1 picture of {size[0]} x {size[1]} by {whose}, prompt to codes"
     warnings.simplefilter("ignore", FutureWarning)  # transformers', of names that their code uses
     try:
         theirs = on_the_same_weights(lm, bench.size, clone)
@@ -230,4 +230,4 @@ def measure(
         f"attention, transformers {transformers.__version__}"
     )
     bench.report.add(Row(part="flash", what=what, value=seconds, unit="s", note=note))
-    return Rival(name=name, seconds=seconds)
+    return Rival(name=f"{whose}, {dtype}", seconds=seconds)
