@@ -32,7 +32,7 @@ from scripts.mini.train.flash_model import FlashModel, Layout, begin
 from scripts.mini.train.language_model import LanguageModel, Shape
 from scripts.mini.train.sequences import BLANK, FLASH_SHARES, Chunk, Mix, chunk, draw, flash_sequence
 from scripts.mini.train.train_flash import FlashTraining, optimizers
-from scripts.mini.train.train_language import Gradients
+from scripts.mini.train.train_language import Gradients, read_weights
 from tests.conftest import ROOT
 
 CODES = 2048
@@ -200,6 +200,18 @@ def test_only_the_vertical_branch_learns_at_first(tmp_path: Path) -> None:
     assert not torch.equal(made.model.embed, before["decoder.embed"])
     groups = [(g["scale"], g["lr"]) for o in made.optims for g in o.param_groups]
     assert groups[0][1] == pytest.approx(0.4 * groups[1][1])
+
+
+def test_a_saved_model_is_what_a_further_training_begins_with(tmp_path: Path) -> None:
+    first, second = training(tmp_path).model, training(tmp_path).model
+    with torch.no_grad():
+        for p in first.parameters():
+            p.copy_(torch.randn_like(p).bfloat16())
+    first.save(tmp_path)
+    second.load_flash(read_weights(tmp_path))
+    trained = {name for name, p in first.named_parameters() if p.requires_grad}
+    own = second.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in first.state_dict().items() if name in trained)
 
 
 def test_every_weight_but_the_plain_head_is_trained(words: Tokenizer) -> None:

@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,7 +135,7 @@ def write(path: Path, rows: Rows, pad: int) -> None:
         for i, (line, more) in enumerate(lines):
             ids[i, : len(line)], other[i, : len(more)] = line, more
         arrays |= {f"ids_{length}": ids, f"{'grid' if flash else 'learn'}_{length}": other}
-    unfinished = path.with_suffix(".unfinished.npz")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished.npz")  # others may write to this folder
     np.savez(unfinished, **arrays)
     unfinished.rename(path)
 

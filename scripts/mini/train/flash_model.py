@@ -262,6 +262,18 @@ class FlashModel(nn.Module):
                 own[f"vertical_block.{i}.{theirs}"] = weight
         return state | {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in own.items()}
 
+    def load_flash(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `flash_state`."""
+        plain = {"model." + k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        self.decoder.load_released(plain | {"lm_head.weight": state[FLASH_HEADS[0]]})
+        with torch.no_grad():
+            self.norm.copy_(state["vertical_norm.weight"])
+            for own, name in zip((*self.gates, *self.heads), (*GATES, *FLASH_HEADS), strict=True):
+                own.copy_(state[name][self.visual :] if name in FLASH_HEADS else state[name])
+            for name, theirs in NAMES.items():
+                for i, weight in enumerate(self.stack[name].unbind(0)):
+                    weight.copy_(state[f"vertical_block.{i}.{theirs}"])
+
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors as Xiaomi-Robotics-U0-FlashAR has them."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ DEFAULTS = {
 
 
 def optimizers(model: FlashModel, rate: float, backbone: float, decay: float) -> list[torch.optim.Optimizer]:
-    """`scale` of each group multiplies the learning rate; those that `wait` begin after VERTICAL_ONLY."""
+    """`scale` of each group multiplies the learning rate; those that `wait` begin last."""
     decoder = model.decoder
     matrices = [decoder.stack[name] for name in MATRICES]
     rest = [decoder.embed, decoder.norm, *(decoder.stack[name] for name in NAMES if name not in MATRICES)]
@@ -90,8 +90,8 @@ def held_out_loss(model: FlashModel, path: Path, tokens: int) -> dict[str, float
 class FlashTraining(Training[FlashModel]):
     """As Training, with rates by group."""
 
-    def __init__(self, *args: Any, backbone: float, **kwargs: Any) -> None:
-        self.backbone = backbone
+    def __init__(self, *args: Any, backbone: float, vertical_only: float = VERTICAL_ONLY, **kwargs: Any) -> None:
+        self.backbone, self.vertical_only = backbone, vertical_only
         super().__init__(*args, **kwargs)
 
     def optimizers(self, decay: float) -> list[torch.optim.Optimizer]:
@@ -103,7 +103,7 @@ class FlashTraining(Training[FlashModel]):
     def set_rates(self, now: float, progress: float) -> None:
         for optim in self.optims:
             for group in optim.param_groups:
-                group["lr"] = 0.0 if group["waits"] and progress < VERTICAL_ONLY else now * group["scale"]
+                group["lr"] = 0.0 if group["waits"] and progress < self.vertical_only else now * group["scale"]
 
 
 def export(trained: Path, vocabulary: Path, vision: Path, target: Path, defaults: dict[str, object]) -> int:
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--plain", type=Path, default=MINIATURE / "model", help="folder of the plain model to begin with"
     )
+    parser.add_argument("--resume", type=Path, help="folder of an earlier result to begin with, instead of --plain")
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision", help="to check the export with")
     parser.add_argument("--export", type=Path, help="folder for the final weights with all that EMU_CHECKPOINT needs")
     parser.add_argument("--wall", type=float, default=math.inf, help="seconds of this run, setup included")
@@ -167,7 +168,10 @@ def main() -> None:
     print(f"steps ready {time.time() - started:.0f}s", flush=True)
     data = Data(args.data, device)
     data.wait(args.wait)
-    begin(model, read_weights(args.plain), shape, sample(data, max(args.tokens // FLASH_LENGTHS[-1], 1)))
+    if args.resume:
+        model.load_flash(read_weights(args.resume))
+    else:
+        begin(model, read_weights(args.plain), shape, sample(data, max(args.tokens // FLASH_LENGTHS[-1], 1)))
     print(f"data {time.time() - started:.0f}s, {data.samples} samples", flush=True)
     training = FlashTraining(
         model,
@@ -176,6 +180,7 @@ def main() -> None:
         args.out,
         rate=args.rate,
         backbone=args.backbone,
+        vertical_only=0.0 if args.resume else VERTICAL_ONLY,
         decay=args.decay,
         tokens=args.tokens,
         visual=words.ids.visual,
@@ -189,6 +194,7 @@ def main() -> None:
         "device": device_name(device),
         "seed": args.seed,
         "backbone": args.backbone,
+        "resumed": args.resume is not None,
         "vertical": args.vertical,
         "shape": asdict(model.shape),
     }
