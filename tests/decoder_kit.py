@@ -81,11 +81,11 @@ def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that would be captured as CUDA graphs are run instead, at each replay."""
 
     def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        slots = torch.full((size,), self.state.padding, device=self.lm.device)
+        slots = self._padding_slots(size)
         hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
 
         def replay() -> None:
-            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
+            hidden.copy_(self._device_step(slots.tensor, width, drawing, nucleus))
 
         return _Captured(slots, hidden, replay)
 

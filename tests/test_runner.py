@@ -182,7 +182,7 @@ def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch)
             assert Reads.count == 0
         assert runner.state.step.tolist() == [12, 12, 12, 0, 0]
         assert runner.state.position.tolist() == [15, 14, 16, 15, 17, 16, 0, 0, 0, 0]
-        assert runner._graphs[4, 1, True, True].slots.tolist() == [0, 1, 2, runner.state.padding]
+        assert runner._graphs[4, 1, True, True].slots.tensor.tolist() == [0, 1, 2, runner.state.padding]
         for s in three:
             s.made = 12
         for ids in runner.read([(s, 0) for s in three]):
@@ -344,7 +344,7 @@ def test_captured_pictures_replay_one_graph_without_synchronizing(name: str, mak
 
     with torch.inference_mode():
         steps()
-    assert graphs[0].keys() == graphs[1].keys() == {(1, True, name == "top-p")}
+    assert graphs[0].keys() == graphs[1].keys() == {(1, 1, True, name == "top-p")}
     assert all(graphs[0][key] is graphs[1][key] for key in graphs[0])
 
 

@@ -308,7 +308,7 @@ class DiagonalRunner(ModelRunner):
         for width in WIDTHS[:-1]:
             for size in (size for size in self.sizes if 2 * size * width <= self.pass_rows):
                 graph = self._graph(size, width, True, False)
-                graph.write([self.state.padding] * size)
+                self._padding_slots(size)
                 taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")
         log.info("a pass takes, by pictures x cells of each: %s", ", ".join(taken))
 

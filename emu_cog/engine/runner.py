@@ -75,20 +75,27 @@ def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
 
 
 @dataclass
+class _Slots:
+    """Which slots the captured steps for a fixed number of sequences read, whatever their width."""
+
+    tensor: Tensor
+    written: Sequence[int] = ()
+
+    def write(self, slots: Sequence[int]) -> None:
+        """Write `slots`, padded, where they have changed."""
+        if slots != self.written:
+            self.tensor.copy_(torch.tensor(slots))
+            self.written = slots
+
+
+@dataclass
 class _Captured:
     """A step for a fixed number of sequences: write the slots, replay, read the hidden states (2 sequences, hidden) of
     the first token of each stream."""
 
-    slots: Tensor
+    slots: _Slots
     hidden: Tensor
     replay: Callable[[], None]
-    written: Sequence[int] = ()
-
-    def write(self, slots: Sequence[int]) -> None:
-        """Write `slots` where they have changed."""
-        if slots != self.written:
-            self.slots.copy_(torch.tensor(slots))
-            self.written = slots
 
 
 class ModelRunner:
@@ -115,6 +122,7 @@ class ModelRunner:
         )
         self.capture_seconds = 0.0
         self._graphs: dict[tuple[int, int, bool, bool], _Captured] = {}
+        self._slots: dict[int, _Slots] = {}
         self._seconds: dict[tuple[int, int], float] = {}
         self._pool: Any = None
 
@@ -346,7 +354,7 @@ class ModelRunner:
             self._graph(size, 1, False, False)
             for width in self.widths(size) if several else (1,):
                 graph = self._graph(size, width, True, False)
-                graph.write([self.state.padding] * size)
+                self._padding_slots(size)
                 self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
         log.info(
             "a pass takes, by pictures x tokens of each: %s",
@@ -393,8 +401,8 @@ class ModelRunner:
         return hidden[::width]
 
     def _replay(self, sequences: Sequence[SequenceState], width: int, drawing: bool, nucleus: bool) -> Tensor:
-        graph = self._graph(len(sequences), width, drawing, nucleus)
-        graph.write([s.slot for s in sequences] + [self.state.padding] * (len(graph.slots) - len(sequences)))
+        graph, padding = self._graph(len(sequences), width, drawing, nucleus), self.state.padding
+        graph.slots.write([s.slot for s in sequences] + [padding] * (len(graph.slots.tensor) - len(sequences)))
         graph.replay()
         return graph.hidden[: 2 * len(sequences) : 2]
 
@@ -413,14 +421,21 @@ class ModelRunner:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
+    def _padding_slots(self, size: int) -> _Slots:
+        """The slots of `size` sequences, written to the padding."""
+        if size not in self._slots:
+            self._slots[size] = _Slots(torch.empty((size,), dtype=torch.int64, device=self.lm.device))
+        self._slots[size].write([self.state.padding] * size)
+        return self._slots[size]
+
     def _capture(self, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         """Capturing needs one ordinary run first, which compiles the kernels. It steps the padding alone."""
         started, device = time.perf_counter(), self.lm.device
-        slots = torch.full((size,), self.state.padding, device=device)
+        slots = self._padding_slots(size)
         hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
 
         def step() -> None:
-            hidden.copy_(self._device_step(slots, width, drawing, nucleus))
+            hidden.copy_(self._device_step(slots.tensor, width, drawing, nucleus))
 
         with self._current_device():
             side = torch.cuda.Stream(device)
