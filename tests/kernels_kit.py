@@ -2,15 +2,18 @@
 
 `python -m tests.kernels_kit 80 16` prints a JSON object for compute capability 8.0 and passes of 16 rows: bytes of
 shared memory by weight format and kernel. With "all" for 16 it does so for all of ROWS, and adds what autotuning makes
-of all candidates. It needs a process of its own, where TRITON_INTERPRET is not set.
+of all candidates; with "layouts" it tells how attention divides its work. It needs a process of its own, where
+TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import Qwen3Config
@@ -18,8 +21,16 @@ from transformers import Qwen3Config
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS
 from emu_cog.model.qwen3 import forward
-from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, default_config, kind
-from emu_cog.ops.interface import Batch, Layer, ModelWeights, Shape, SlotState, Weight
+from emu_cog.ops.autotune import (
+    ROWS,
+    Card,
+    KernelBuildError,
+    LinearConfig,
+    autotune,
+    default_config,
+    kind,
+)
+from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Shape, SlotState, Weight
 from tests.decoder_kit import IDS
 
 META = torch.device("meta")
@@ -79,8 +90,9 @@ class _Driver:
 
 
 @contextmanager
-def compiled(capability: int) -> Iterator[dict[str, list[int]]]:
-    """Launches compile for the capability and do nothing else; yields the bytes of shared memory by kernel."""
+def compiled(capability: int, listing: dict[str, str] | None = None) -> Iterator[dict[str, list[int]]]:
+    """Launches compile for the capability and do nothing else; yields the bytes of shared memory by kernel. `listing`
+    takes each kernel's intermediate code, of its last launch."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -90,6 +102,8 @@ def compiled(capability: int) -> Iterator[dict[str, list[int]]]:
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         found.setdefault(self.__name__, []).append(int(kernel.metadata.shared))
+        if listing is not None:
+            listing[self.__name__] = kernel.asm["ttgir"]
         return kernel
 
     driver.set_active(_Driver(capability))
@@ -101,7 +115,9 @@ def compiled(capability: int) -> Iterator[dict[str, list[int]]]:
 
 
 def card(capability: int) -> Card:
-    return Card(name=f"sm_{capability}", shared=SHARED[capability] * 1024, pdl=capability >= 90)
+    return Card(
+        name=f"sm_{capability}", shared=SHARED[capability] * 1024, hopper=capability >= 90, wgmma=capability == 90
+    )
 
 
 def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> dict[str, list[int]]:
@@ -126,12 +142,12 @@ def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> 
 
 def tuned(capability: int, weights: ModelWeights) -> dict[str, dict[str, list]]:
     """Autotune over all candidates, each one as fast as it has stages. By rows and weight shape: "tried", a list of
-    (block_n, stages, bytes of shared memory), the default first, and "chosen", (block_n, stages)."""
+    (block_n, block_k, stages, bytes of shared memory), the default first, and "chosen", without the last."""
     from emu_cog.ops.triton_ops import TritonOps
 
     limits = card(capability)
     ops = TritonOps(default_config(weights, limits), torch.bfloat16)
-    tried: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    tried: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {}
 
     def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
         dtype = torch.bfloat16 if some[0].scale is None else torch.float16
@@ -139,16 +155,47 @@ def tuned(capability: int, weights: ModelWeights) -> dict[str, dict[str, list]]:
         with compiled(capability) as found:
             ops.product(x, some[0], config, swiglu=swiglu)
         (needed,) = (shared for kernel, (shared,) in found.items() if kernel.startswith("linear"))
-        tried.setdefault((rows, *kind(some[0])), []).append((config.block_n, config.stages, needed))
+        tried.setdefault((rows, *kind(some[0])), []).append((config.block_n, config.block_k, config.stages, needed))
         if needed > limits.shared:  # as Triton refuses to load it
             raise KernelBuildError(f"out of resource: shared memory, Required: {needed}")
         return 1.0 / config.stages
 
     linear = autotune(ops.config, weights, seconds, limits)[0].linear
-    return {str(at): {"tried": all_, "chosen": [linear[at].block_n, linear[at].stages]} for at, all_ in tried.items()}
+    return {
+        str(at): {"tried": all_, "chosen": [linear[at].block_n, linear[at].block_k, linear[at].stages]}
+        for at, all_ in tried.items()
+    }
+
+
+def layouts(capability: int) -> dict[str, dict[int, list[list[str]]]]:
+    """How the warps of the attention kernel divide its products: of "windows" and of "diagonals", by head size, for
+    several widths."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    found: dict[str, dict[int, list[list[str]]]] = {"windows": {}, "diagonals": {}}
+    for dim in (16, 32, 64, 128, 256):
+        weights = released()
+        weights = replace(weights, shape=replace(weights.shape, head_dim=dim))
+        ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
+        cache = torch.empty((2, 9, PAGE, dim), dtype=torch.bfloat16, device=META)
+        into = Weight(torch.empty((64, 16 * dim), dtype=torch.bfloat16, device=META))
+        tables = torch.empty((2, 4), dtype=torch.int32, device=META)
+        for name, width in (("windows", 1), ("windows", 8), ("windows", 32), ("diagonals", 8), ("diagonals", 64)):
+            at = torch.empty(2 * width, dtype=torch.int64, device=META)
+            last = at if name == "diagonals" else None
+            batch = Batch(tokens=at, positions=at, streams=at, tables=tables, width=width, last=last)
+            listing: dict[str, str] = {}
+            with compiled(capability, listing):
+                ops.attend(torch.empty((2 * width, 16, dim), dtype=cache.dtype, device=META), cache, cache, batch, into)
+            of_products = sorted(set(re.findall(r"nvidia_mma<(.*?)>", listing["attend_kernel"])))
+            found[name].setdefault(dim, []).append(of_products)
+    return found
 
 
 def main() -> None:
+    if sys.argv[2] == "layouts":
+        print(json.dumps(layouts(int(sys.argv[1]))))
+        return
     capability, everything = int(sys.argv[1]), sys.argv[2] == "all"
     import triton
 

@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, autotune, candidates, default_config, kind
+from emu_cog.ops.autotune import (
+    CHUNK,
+    ROWS,
+    Card,
+    KernelBuildError,
+    LinearConfig,
+    autotune,
+    candidates,
+    default_config,
+    kind,
+)
 from emu_cog.ops.interface import MAX_ROWS, Weight
 from tests.kernels_kit import released
 
@@ -32,6 +42,20 @@ def test_defaults_divide_every_weight_evenly_and_sum_alike_for_all_rows(dtype: t
     for name, count in splits.items():
         weight = getattr(layer, name) if isinstance(name, str) else name
         assert {linear[rows, *kind(weight)].splits for rows in ROWS} == {count}
+
+
+@pytest.mark.parametrize(("narrow", "down"), [(False, 6), (True, 3)])
+def test_with_a_copy_engine_sums_are_divided_by_three(narrow: bool, down: int) -> None:
+    """Whatever is tried: all begin their splits at the same inputs, and no tile reads across one."""
+    weights = released(torch.float8_e4m3fn, narrow=True) if narrow else released()
+    linear = default_config(weights, Card(name="a card", hopper=True)).linear
+    layer = weights.layers[0]
+    for weight, splits in ((layer.qkv, 3), (layer.o, 3), (layer.gate_up, 1), (layer.down, down)):
+        for rows in ROWS:
+            for config in candidates(linear[rows, *kind(weight)], rows, narrow=narrow):
+                assert config.splits == splits
+                assert config.tma or (narrow and splits == 1)
+                assert CHUNK % config.block_k == 0
 
 
 def test_autotuning_takes_the_fastest_and_never_changes_the_order_of_a_sum() -> None:
@@ -88,4 +112,4 @@ def test_candidates_are_different_and_sum_alike(rows: int) -> None:
 
 
 def test_other_devices_than_cuda_get_the_least_shared_memory() -> None:
-    assert Card.of(torch.device("cpu")) == Card(name="cpu", shared=99 * 1024, pdl=False)
+    assert Card.of(torch.device("cpu")) == Card(name="cpu", shared=99 * 1024, hopper=False)

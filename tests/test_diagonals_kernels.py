@@ -74,7 +74,7 @@ def test_diagonals_are_the_references(
 
 def agree(lm: FlashModel, tolerance: float, slots: list[int], *, width: int, steps: int = 3) -> None:
     slow = states(lm, LastOps(), slots, width=width, steps=steps)
-    fast = states(lm, kernels(lm, open_splits=2, queries=16), slots, width=width, steps=steps)
+    fast = states(lm, kernels(lm, open_splits=2, open_queries=16), slots, width=width, steps=steps)
     assert torch.equal(slow[0], fast[0])
     assert (slow[0] > 0).sum() == sum(slot < 3 for slot in slots) * steps * (steps + 1) // 2
     for a, b in zip(slow[1:], fast[1:], strict=True):
@@ -85,7 +85,7 @@ def agree(lm: FlashModel, tolerance: float, slots: list[int], *, width: int, ste
 def test_no_cell_depends_on_the_room_of_its_pass(model: Callable[[str | None], FlashModel]) -> None:
     """To the last bit, whatever the padding and the pictures beside it, in one tile of rows or in two."""
     lm = model(None)
-    ops = kernels(lm, open_splits=2, queries=16)
+    ops = kernels(lm, open_splits=2, open_queries=16)
     small, large = states(lm, ops, [0, 1], width=4), states(lm, ops, [1, 3, 0, 3], width=20)
     assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
 

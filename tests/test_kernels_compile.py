@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.kernels_kit import SHARED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-OTHERS = {"add_norm", "linear", "rope_store", "attend", "combine", "guide", "count", "pick", "accept"}
+OTHERS = {"add_norm", "linear", "rope_store", "attend", "guide", "count", "pick", "accept"}
 QUICK = {90: ROWS[0], 80: ROWS[-1]}
 """Capability to rows of a pass; all of ROWS are compiled by the slow test."""
 
@@ -57,7 +57,8 @@ def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatc
             continue
         assert isinstance(found[name], dict), found[name]
         names = {kernel.removesuffix("_kernel") for kernel in found[name]}
-        assert names == OTHERS | {"bfloat16": set(), "narrow": {"narrow"}}.get(name, {"linear8"})
+        own = {"bfloat16": {"combine"}, "narrow": {"combine_narrow", "narrow"}}.get(name, {"combine", "linear8"})
+        assert names == OTHERS | own
         for kernel, needed in found[name].items():
             assert needed <= SHARED[capability] * 1024, f"{kernel} with {name} weights"
 
@@ -65,6 +66,19 @@ def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_default_configurations_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_for(capability, tmp_path, QUICK[capability]), capability, monkeypatch)
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in SHARED if c != 90)])
+def test_attention_divides_its_products_alike_at_any_width(capability: int, tmp_path: Path) -> None:
+    """Else a token's bits would depend on what is drawn beside it (see `window_queries` and `open_queries`)."""
+    found = compile_for(capability, tmp_path, "layouts")
+    for dim, layouts in found["windows"].items():
+        assert layouts[0] == layouts[1] == layouts[2] != [], f"heads of {dim}"
+    for dim, (narrow, wide) in found["diagonals"].items():
+        if capability == 90:  # warps beyond the first four take further rows
+            wide = [layout.replace("warpsPerCTA = [8, 1]", "warpsPerCTA = [4, 1]") for layout in wide]
+            assert narrow != []
+        assert narrow == wide, f"heads of {dim}"
 
 
 @pytest.mark.slow
@@ -76,8 +90,8 @@ def test_autotuning_skips_what_does_not_fit(capability: int, tmp_path: Path, mon
     limit, too_large = SHARED[capability] * 1024, 0
     for name in ("bfloat16", *FORMATS):
         for at, tuning in found.get(f"{name} candidates", {}).items():
-            needed = {(block_n, stages): shared for block_n, stages, shared in tuning["tried"]}
-            assert tuning["tried"][0][2] <= limit, f"the default for {at} with {name} weights"
+            needed = {tuple(tiles): shared for *tiles, shared in tuning["tried"]}
+            assert tuning["tried"][0][-1] <= limit, f"the default for {at} with {name} weights"
             assert needed[tuple(tuning["chosen"])] <= limit
             too_large += sum(shared > limit for shared in needed.values())
     assert too_large

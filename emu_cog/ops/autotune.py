@@ -37,6 +37,28 @@ NARROW = {
     128: [(64, 3, 4), (128, 3, 4), (128, 4, 8), (256, 4, 8)],
 }
 """The same where inputs are fp8, too."""
+TMA = {
+    16: [(64, 128, 4, 4), (64, 128, 6, 4)],
+    32: [(64, 128, 4, 4), (64, 64, 4, 4)],
+    64: [(64, 128, 4, 4), (128, 64, 4, 8), (64, 64, 6, 4), (128, 64, 4, 4)],
+    128: [(128, 64, 3, 4), (128, 64, 4, 8), (256, 64, 4, 8)],
+}
+"""Outputs, inputs, stages and warps tried where the card's copy engine loads the tiles of 16-bit weights: on an H200
+the products of the 34 B model take 15.3, 16.0, 16.6 and 18.2 ms with 16 to 128 rows (15.5, 16.1, 16.9 and 19.0
+without), 28.8 with 256 (32.1) and 49.3 with 512 (55.9)."""
+NARROW_TMA = {
+    16: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
+    32: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
+    64: [(64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8)],
+    128: [(128, 128, 3, 4), (128, 128, 4, 8), (256, 128, 4, 8)],
+}
+"""The same where weights and inputs are fp8."""
+SPLIT_BYTES = 10 * 1024
+"""Where the copy engine loads the tiles, a program reads at most as much of a row: the sum is divided by 3, or a
+multiple. Then tiles of 128 or 256 outputs fill an H200 about once: products with 256 rows took 38, 53, 107 us for o,
+qkv, down in bf16 instead of 53, 62, 116 with the even splits of other cards."""
+CHUNK = 256
+"""Splits of a sum begin at multiples of it, whatever the tiles; no tile reads more inputs at a time."""
 TIMED_LAYERS = 16
 """Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
@@ -50,11 +72,14 @@ class KernelBuildError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What configurations depend on: `shared` memory per program in bytes; `pdl`, programmatic dependent launch."""
+    """What configurations depend on: `shared` memory per program in bytes; `hopper`, whether it has programmatic
+    dependent launch and a copy engine for tiles (TMA), as all since Hopper; `wgmma`, whether it has Hopper's own matrix
+    instructions."""
 
     name: str
     shared: int = DEFAULT_SHARED
-    pdl: bool = False
+    hopper: bool = False
+    wgmma: bool = False
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
@@ -65,7 +90,8 @@ class Card:
         return cls(
             name=f"{properties.name} (sm_{properties.major}{properties.minor})",
             shared=getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED),
-            pdl=properties.major >= 9,
+            hopper=properties.major >= 9,
+            wgmma=properties.major == 9,
         )
 
 
@@ -78,6 +104,8 @@ class LinearConfig:
     stages: int
     warps: int = 4
     splits: int = 1
+    tma: bool = False
+    """Whether the card's copy engine loads the tiles (`linear_kernel`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +117,16 @@ class KernelConfig:
     key_splits: int = 8
     key_block: int = 64
     key_stages: int = 2
-    queries: int = 64
-    """Rows of an attention program: tokens of a window times the heads that share keys. As few as Hopper's own matrix
-    instructions take."""
-    open_splits: int = 4
-    """As key_splits, for diagonals: 64 cells of two streams with 300, 2300, 4300 keys took 22, 46, 71 us on an H200
-    (with 8 splits 30, 56, 80), 16 cells 10, 20, 33 us (9, 17, 24)."""
+    open_queries: int = 64
+    """Rows of an attention program for diagonals, at most: cells times the heads that share keys."""
+    deep_stages: int = 2
+    """As key_stages, for diagonals and for windows that need few programs: there each waits for its keys. With 5 (three
+    blocks of keys on their way, with 2 one) instead of 2 two streams of 2300 tokens took 11.2 instead of 12.9 us a
+    layer on an H200, with windows of 8 tokens 14.9 instead of 19.6; 64 streams 111 instead of 97."""
+    open_splits: int = 8
+    """Attention programs of a diagonal for each head that its streams share: tiles of its cells times parts of the
+    keys. 64 cells of two streams with 300, 2300, 4300 keys take 19, 38, 58 us a layer on an H200, 16 cells with 2300
+    and 4300 keys 16 and 21; in programs of 64 rows and four parts it was 22, 46, 71, 21 and 33."""
     pdl: bool = False
 
 
@@ -112,13 +144,23 @@ def default_config(w: ModelWeights, card: Card, most_rows: int = MAX_ROWS) -> Ke
             card.shared,
             rows,
             words=WORDS if most_rows <= MAX_ROWS else MANY_ROWS_WORDS,
+            tma=card.hopper,
             swiglu=weight is layer.gate_up,
             unsplit=any(weight is head for head in unsplit),
         )
         for rows in ROWS
         for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, *unsplit)
     }
-    return KernelConfig(linear=linear, key_block=64 if w.embed.dtype.itemsize == 2 else 32, pdl=card.pdl)
+    half = w.embed.dtype.itemsize == 2
+    # Five stages of programs with 128 rows take 197 KB with Triton 3.4, 131 with 3.6.
+    deep = half and card.shared >= 200 * 1024 and w.shape.head_dim <= 128
+    return KernelConfig(
+        linear=linear,
+        key_block=64 if half else 32,
+        deep_stages=5 if deep else KernelConfig.key_stages,
+        open_queries=128 if card.wgmma and deep else 64,
+        pdl=card.hopper,
+    )
 
 
 def autotune(
@@ -168,7 +210,14 @@ def candidates(default: LinearConfig, rows: int, *, narrow: bool = False) -> lis
     round differently. Half of `block_k` gives the same bits: the instructions add 16 numbers at a time either way.
     """
     half = replace(default, block_k=default.block_k // 2)
-    if narrow or default.block_k == MANY_ROWS_WORDS:
+    if default.tma:
+        sizes = [
+            (replace(default, block_k=k), n, stages, warps)
+            for n, k, stages, warps in (NARROW_TMA if narrow else TMA)[rows]
+        ]
+        if narrow and default.splits == 1:
+            sizes += [(replace(default, tma=False), *size) for size in NARROW[rows]]
+    elif narrow or default.block_k == MANY_ROWS_WORDS:
         sizes = [(default, *size) for size in (NARROW if narrow else EIGHT_BIT)[rows]]
     elif rows <= 32 or default.block_k < 128:
         sizes = [(default, 64, 2, 4), (default, 64, 4, 4), (default, 128, 3, 8)]
@@ -182,25 +231,63 @@ def candidates(default: LinearConfig, rows: int, *, narrow: bool = False) -> lis
     return [default, *(config for config in others if config != default)]
 
 
+def window_queries(width: int, *, head_dim: int, key_block: int) -> int:
+    """Rows of the attention programs, of two warps each, for windows of `width` tokens: few where few are needed.
+
+    A token's bits must not depend on it. They don't where both warps divide the keys between them: then each row is
+    computed in the same way, whatever the others. Triton divides the rows instead where there are many for the size of
+    the products (tests/test_kernels_compile.py looks at what it does); in fp32, which serves tests, it does something
+    else again. Hopper's own instructions need 64 rows and four warps: 64 streams of 2300 tokens took 159 us a layer
+    with those and 97 us with 16 rows, 16 streams 45 and 32, two 11.7 and 12.6, two with windows of 8, 16 and 32 tokens
+    13.9, 17.3, 29 and 19.5, 23.4, 38 us.
+    """
+    most = 16 if head_dim < 64 or key_block < 64 else 32 if head_dim < 128 else 64
+    return min(most, 16 if width <= 2 else 32 if width <= 16 else 64)
+
+
+def open_queries(width: int, *, group: int, most: int) -> int:
+    """Rows of the attention programs, of a warp for each 16, for diagonals of `width` cells: 64, or 128 where there are
+    as many, which read every key half as often. Hopper's own instructions give the same bits in both."""
+    return min(most, 64 if width * group <= 64 else 128)
+
+
 def kind(weight: Weight) -> tuple[int, int, int]:
     """N, K and the bytes of a number."""
     return weight.data.shape[0], weight.data.shape[1], weight.data.dtype.itemsize
 
 
 def _default_linear(
-    weight: Weight, shared: int, rows: int, *, words: int, swiglu: bool = False, unsplit: bool = False
+    weight: Weight,
+    shared: int,
+    rows: int,
+    *,
+    words: int,
+    tma: bool,
+    swiglu: bool = False,
+    unsplit: bool = False,
 ) -> LinearConfig:
     """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
     multiprocessor. `shared` is the shared memory per program in bytes."""
-    n, k, _ = kind(weight)
+    n, k, itemsize = kind(weight)
     in_words = weight.scale is not None and not weight.narrow
+    # Rows that the copy engine reads begin at multiples of 16 bytes.
+    tma = tma and not in_words and itemsize <= 2 and k * itemsize % 16 == 0
     k, block = (k // 4, words) if in_words else (k, 128)
-    wanted = 1 if unsplit or swiglu else round(400 / (n / 64))
-    # Splits of equal length and of at least eight blocks: then no load needs a mask.
-    fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
-    splits = max(fitting, default=1)
-    itemsize = 4 if in_words else weight.data.dtype.itemsize
+    thirds = 3 * _up(k * itemsize, 3 * SPLIT_BYTES)
+    if unsplit or swiglu:
+        splits = 1
+    elif tma and k >= 8 * block * thirds:
+        splits = thirds
+    else:  # of equal length and of at least eight blocks: then no load needs a mask
+        wanted = round(400 / (n / 64))
+        fitting = [s for s in range(1, wanted + 1) if k % (s * block) == 0 and k >= 8 * s * block]
+        splits = max(fitting, default=1)
+    itemsize = 4 if in_words else itemsize
     inputs = rows * (1 if weight.narrow else max(itemsize * 2, 4))
     stage = block * (64 * itemsize * (2 if swiglu else 1) + inputs)
     stages = min(6 if splits == 1 else 4, shared // stage)
-    return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits)
+    return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits, tma=tma)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)

@@ -15,8 +15,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from emu_cog.ops.autotune import (
+    CHUNK,
     ROWS,
     Card,
     KernelBuildError,
@@ -25,10 +27,13 @@ from emu_cog.ops.autotune import (
     autotune,
     default_config,
     kind,
+    open_queries,
+    window_queries,
 )
 from emu_cog.ops.interface import (
     INPUT_SCALE,
     MAX_ROWS,
+    SCALE_BYTES,
     SMALLEST_INPUT,
     Batch,
     Layer,
@@ -44,6 +49,7 @@ from emu_cog.ops.reference import TorchOps
 from emu_cog.ops.sampling import keep_sorted
 from emu_cog.prompt.tokens import TokenIds
 
+FP8 = torch.float8_e4m3fn
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -75,7 +81,7 @@ class TritonOps:
 
     def __init__(self, config: KernelConfig, dtype: torch.dtype, rows: int = MAX_ROWS) -> None:
         """`rows`: tokens of the largest pass that requests may share."""
-        self.config, self.dtype, self.rows = config, DTYPES[dtype], rows
+        self.config, self.kind, self.dtype, self.rows = config, dtype, DTYPES[dtype], rows
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
         self._torch = TorchOps()
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
@@ -108,13 +114,15 @@ class TritonOps:
         # Four 8-bit weights are one word along K.
         data = w.data.view(torch.int32) if eight_bits else w.data.contiguous()  # on a CPU it may lie along N
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
-        chunk = _up(_up(k, config.splits), config.block_k) * config.block_k
+        unit = CHUNK if config.splits > 1 and not eight_bits else config.block_k
+        chunk = _up(_up(k, config.splits), unit) * unit
         splits = _up(k, chunk)
-        partials = torch.empty((splits, m, n), dtype=x.dtype if swiglu else torch.float32, device=x.device)
-        scale = None
+        scale, rows = None, _rows(m)
         if w.narrow:
-            x, scale = self.narrowed(x)
-        rows = _rows(m)
+            x = x if x.dtype == FP8 else self.narrowed(x)
+            scale = x.view(torch.uint8)[:, k:].view(torch.float32)
+        kind = torch.float16 if eight_bits else self.kind
+        partials = torch.empty((splits, m, n), dtype=kind if swiglu else torch.float32, device=x.device)
         grid = (_up(n, config.block_n) * _up(m, rows), splits)
         common: dict[str, Any] = {
             "ROWS": rows,
@@ -143,9 +151,13 @@ class TritonOps:
                 **common,
             )
         else:
+            inputs, weights = x[:, :k], data
+            if config.tma:
+                inputs = TensorDescriptor.from_tensor(inputs, [rows, config.block_k])
+                weights = TensorDescriptor.from_tensor(data, [config.block_n, config.block_k])
             layers.linear_kernel[grid](
-                x,
-                data,
+                inputs,
+                weights,
                 scale,
                 w.scale,
                 partials,
@@ -153,29 +165,28 @@ class TritonOps:
                 n,
                 k,
                 chunk,
+                x.stride(0),
+                TMA=config.tma,
                 NARROW=w.narrow,
                 **common,
             )
         return partials
 
-    def narrowed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`interface.narrowed`."""
+    def narrowed(self, x: Tensor) -> Tensor:
+        """`interface.narrowed`: rows of numbers, each with its scale behind them, (M, K + SCALE_BYTES) fp8."""
         (m, k), block = x.shape, power_of_two(x.shape[1])
-        out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        out = self._narrow_rows(m, k, x.device)
         layers.narrow_kernel[(m,)](
-            x,
-            out,
-            scale,
-            k,
-            SMALLEST=SMALLEST_INPUT,
-            LARGEST=torch.finfo(out.dtype).max,
-            BLOCK=block,
-            ASM=x.device.type != "cpu",
-            num_warps=max(1, min(16, block // 512)),
-            **self.launch,
+            x, out, k, BLOCK=block, num_warps=max(1, min(16, block // 512)), **self._narrowing(x), **self.launch
         )
-        return out, scale
+        return out
+
+    def _narrow_rows(self, m: int, k: int, device: torch.device) -> Tensor:
+        return torch.empty((m, k + SCALE_BYTES), dtype=FP8, device=device)
+
+    def _narrowing(self, x: Tensor) -> dict[str, Any]:
+        """Arguments of the kernels that round to fp8."""
+        return {"SMALLEST": SMALLEST_INPUT, "LARGEST": torch.finfo(FP8).max, "ASM": x.device.type != "cpu"}
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
         return self._product(x, w) if len(x) <= self.rows else w.product(x)
@@ -202,7 +213,8 @@ class TritonOps:
         self, product: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
         m, h = residual.shape
-        out = self._input(residual, into)
+        narrow = into is not None and into.narrow and m <= self.rows
+        out = self._narrow_rows(m, h, residual.device) if narrow else self._input(residual, into)
         source, splits = (residual, 0) if product is None else (product, _splits(product))
         block = power_of_two(h)
         warps = max(1, min(16, block // 256))
@@ -217,7 +229,9 @@ class TritonOps:
             SPLITS=splits,
             BLOCK=block,
             INTERLEAVED=self._interleaved(into, m),
+            NARROW=narrow,
             num_warps=warps,
+            **self._narrowing(residual),
             **self.launch,
         )
         return out
@@ -260,21 +274,29 @@ class TritonOps:
         if m > MAX_ROWS and batch.last is None:
             out = self._torch.attend(q, keys, values, batch, into)
             return interleaved(out) if self._interleaved(into, m) else out
-        kv, queries = keys.shape[0], self.config.queries
-        splits = self.config.key_splits if batch.last is None else self.config.open_splits
-        group, width = heads // kv, batch.width
-        tokens = max(queries // group, 1)
+        kv, group, width, config = keys.shape[0], heads // keys.shape[0], batch.width, self.config
+        if batch.last is None:
+            queries = window_queries(width, head_dim=dim, key_block=config.key_block)
+            tokens = max(queries // group, 1)
+            windows = m // width * _up(width, tokens)
+            splits, warps = config.key_splits, 2
+            stages = config.deep_stages if windows <= 4 else config.key_stages
+            # Tokens of a window, which read up to themselves, may differ in how their keys are divided.
+            grid = (windows, kv, splits if width == 1 else 2 * splits)
+        else:
+            queries = open_queries(width, group=group, most=config.open_queries)
+            tokens = max(queries // group, 1)
+            splits, warps, stages = config.open_splits, max(queries // 16, 1), config.deep_stages
+            grid = (m // width, kv, max(splits, power_of_two(_up(width, tokens))))
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
-        out = self._input(q.view(m, heads * dim), into)
-        # Only the tokens of a window that read up to themselves may differ in how their keys are divided.
-        alike = width == 1 or batch.last is not None
-        grid = (m // width * _up(width, tokens), kv, splits if alike else 2 * splits)
+        last, opened = batch.positions if batch.last is None else batch.last, batch.last is not None
         layers.attend_kernel[grid](
             q,
             keys,
             values,
-            batch.positions if batch.last is None else batch.last,
+            batch.positions,
+            last,
             batch.streams,
             batch.tables,
             acc,
@@ -291,14 +313,38 @@ class TritonOps:
             PAGE=keys.shape[2],
             BLOCK=self.config.key_block,
             SPLITS=splits,
-            STAGES=self.config.key_stages,
-            num_warps=4,
+            STAGES=stages,
+            OPEN=opened,
+            num_warps=warps,
             **self.launch,
         )
+        if into.narrow and m <= self.rows:
+            out = self._narrow_rows(m, heads * dim, q.device)
+            layers.combine_narrow_kernel[(m,)](
+                acc,
+                logs,
+                last,
+                out,
+                width,
+                OPEN=opened,
+                HEADS=heads,
+                D=dim,
+                SPLITS=splits,
+                BLOCK=power_of_two(heads * dim),
+                KIND=self.dtype,
+                num_warps=max(1, min(16, heads * dim // 512)),
+                **self._narrowing(q),
+                **self.launch,
+            )
+            return out
+        out = self._input(q.view(m, heads * dim), into)
         layers.combine_kernel[(m, heads)](
             acc,
             logs,
+            last,
             out,
+            width,
+            OPEN=opened,
             HEADS=heads,
             D=dim,
             SPLITS=splits,

@@ -1,10 +1,10 @@
 """The decode step's kernels, in Triton: up to 128 tokens through weights that are read once, at memory bandwidth.
 
-What justifies them: on an H200 the 34 B model's products in bf16 take 15.4, 15.7, 16.1 and 17.8 ms with 2, 16, 32 and
-64 rows, `F.linear` 17.1, 16.9, 17.2 and 17.5; with fp8 inputs 8.8, 9.2, 9.8 and 11.5 ms with 16, 32, 64 and 128 rows,
-`torch._scaled_mm` 12.0, 11.9, 11.6 and 11.9 (ours with the 0.7 ms that rounding the inputs takes). And no row's bits
-depended on the number of rows, which PyTorch does not promise. In bf16 with 128, 256 and 512 rows (19.5, 33, 57 ms;
-`F.linear` 17.6, 25, 44) those bits are the only reason.
+What justifies them: on an H200 the 34 B model's products in bf16 take 15.1, 16.4, 18.3 ms with 16, 64, 128 rows,
+`F.linear` 16.0, 16.9 and 17.3; with fp8 inputs 8.2, 8.3, 8.9, 10.5 ms with 16, 32, 64 and 128 rows, `torch._scaled_mm`
+11.9, 11.9, 11.6 and 11.7, both without rounding the inputs. And no row's bits depended on the number of rows, which
+PyTorch does not promise. In bf16 with 256 and 512 rows (27 and 47 ms; `F.linear` 24 and 42) those bits are the only
+reason: a tile's inputs come from the L2 cache for every block of outputs, and Triton can't share them between programs.
 
 Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
 kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
@@ -33,6 +33,7 @@ def _begin(PDL: tl.constexpr):
 
 
 INPUT_SCALE = tl.constexpr(interface.INPUT_SCALE)
+SCALE_BYTES = tl.constexpr(interface.SCALE_BYTES)
 
 
 @triton.jit
@@ -43,21 +44,23 @@ def _scaled(x):
 
 @triton.jit
 def linear_kernel(
-    x_ptr,  # (M, K)
+    x_ptr,  # (M, K), its rows x_stride apart
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
-    x_scale_ptr,  # (M,) fp32, with NARROW
+    x_scale_ptr,  # fp32, x_stride bytes apart, with NARROW
     scale_ptr,  # (N,) or (2N,) fp32, with NARROW
     out_ptr,  # (M, N) of KIND; without SWIGLU partials (splits, M, N) fp32
     M,
     N,
     K,
     chunk,
+    x_stride,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     SWIGLU: tl.constexpr,
     EVEN: tl.constexpr,
+    TMA: tl.constexpr,
     NARROW: tl.constexpr,
     KIND: tl.constexpr,
     ASM: tl.constexpr,
@@ -65,25 +68,30 @@ def linear_kernel(
 ):
     """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW x and w are fp8, which
     only Triton's interpreter (ASM False) widens before it multiplies. Of such sums Hopper keeps fewer bits than fp32:
-    over 5120 to 25600 random numbers they are off by up to 0.5 % of the largest.
+    over 5120 to 25600 random numbers they are off by up to 0.5 % of the largest. With TMA x_ptr and w_ptr are tensor
+    descriptors of blocks (ROWS, BLOCK_K) and (BLOCK_N, BLOCK_K), zero beyond the ends.
 
     Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS rows, so that tiles that read the same
     weights run at the same time; split s, `chunk` long, of the sum over K.
     """
     tiles = tl.cdiv(M, ROWS)
-    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) // tiles * BLOCK_N
+    first_m = tl.program_id(0) % tiles * ROWS
+    n, m, k = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, K)
-    m = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
     live = n < N
-    w_at = w_ptr + n[:, None] * K + k[None, :]
-    x_at = x_ptr + m[None, :] * K + k[:, None]
+    if not TMA:
+        w_at = w_ptr + n[:, None] * K + k[None, :]
+        x_at = x_ptr + m[None, :] * x_stride + k[:, None]
     _begin(PDL)
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        if EVEN:
+        if TMA:
+            w = w_ptr.load([first_n, at])
+            x = tl.trans(x_ptr.load([first_m, at]))
+        elif EVEN:
             w = tl.load(w_at + at, eviction_policy="evict_first")
             x = tl.load(x_at + at, mask=m[None, :] < M, other=0.0)
         else:
@@ -94,7 +102,9 @@ def linear_kernel(
             w, x = w.to(tl.float16), x.to(tl.float16)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if SWIGLU:
-            if EVEN:
+            if TMA:
+                up = w_ptr.load([N + first_n, at])
+            elif EVEN:
                 up = tl.load(w_at + N * K + at, eviction_policy="evict_first")
             else:
                 up = tl.load(w_at + N * K + at, mask=live[:, None] & inside[None, :], other=0.0)
@@ -102,7 +112,7 @@ def linear_kernel(
                 up = up.to(tl.float16)
             acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
     if NARROW:
-        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        x_scale = tl.load(x_scale_ptr + m * (x_stride // 4), mask=m < M, other=0.0)[None, :]
         acc *= tl.load(scale_ptr + n, mask=live, other=0.0)[:, None] * x_scale
         if SWIGLU:
             acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None] * x_scale
@@ -113,10 +123,24 @@ def linear_kernel(
 
 
 @triton.jit
+def _store_narrow(x, out_ptr, row, i, K, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, ASM: tl.constexpr):
+    """`interface.narrowed` of one row x (fp32, zero from K on): K numbers of fp8, then the row's scale in fp32; rows
+    are K + interface.SCALE_BYTES apart. Triton's interpreter (ASM False) does not round to fp8 by itself."""
+    out = out_ptr + row * (K + SCALE_BYTES)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST) / LARGEST
+    tl.store((out + K).to(tl.pointer_type(tl.float32), bitcast=True), scale)
+    x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+    if not ASM:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = tl.maximum(power, 0.015625) / 8  # of three bits behind the first; the least exponent is -6
+        x = (x / step + 12582912.0 - 12582912.0) * step
+    tl.store(out + i, x.to(out_ptr.dtype.element_ty), mask=i < K)
+
+
+@triton.jit
 def narrow_kernel(
     x_ptr,  # (M, K)
-    out_ptr,  # (M, K) fp8
-    scale_ptr,  # (M,) fp32
+    out_ptr,  # see _store_narrow
     K,
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -124,19 +148,12 @@ def narrow_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`interface.narrowed`. One program per row. Triton's interpreter (ASM False) does not round to fp8 by itself."""
+    """Round to fp8. One program per row."""
     _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + i, mask=i < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST) / LARGEST
-    tl.store(scale_ptr + row, scale)
-    x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
-    if not ASM:
-        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        step = tl.maximum(power, 0.015625) / 8  # of three bits behind the first; the least exponent is -6
-        x = (x / step + 12582912.0 - 12582912.0) * step
-    tl.store(out_ptr + row * K + i, x.to(out_ptr.dtype.element_ty), mask=i < K)
+    _store_narrow(x, out_ptr, row, i, K, SMALLEST, LARGEST, ASM)
 
 
 @triton.jit
@@ -170,13 +187,17 @@ def add_norm_kernel(
     product_ptr,  # (splits, M, H)
     residual_ptr,  # (M, H), read and written
     weight_ptr,  # (H,)
-    out_ptr,  # (M, H); with INTERLEAVED as an 8-bit product reads it
+    out_ptr,  # (M, H); with INTERLEAVED as an 8-bit product reads it, with NARROW as _store_narrow writes it
     H,
     eps,
     M,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NARROW: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sum the product's splits, add them to the residual stream, and write its RMSNorm. One program per token."""
@@ -195,10 +216,13 @@ def add_norm_kernel(
         tl.store(residual_ptr + row * H + i, x.to(kind), mask=live)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
     y = ((x * scale).to(kind).to(tl.float32) * weight).to(kind)
-    if INTERLEAVED:
-        i = (i % 4) * (H // 4) + i // 4
-        y = _scaled(y.to(tl.float32))
-    tl.store(out_ptr + row * H + i, y.to(out_ptr.dtype.element_ty), mask=live)
+    if NARROW:
+        _store_narrow(y.to(tl.float32), out_ptr, row.to(tl.int64), i, H, SMALLEST, LARGEST, ASM)
+    else:
+        if INTERLEAVED:
+            i = (i % 4) * (H // 4) + i // 4
+            y = _scaled(y.to(tl.float32))
+        tl.store(out_ptr + row * H + i, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -275,10 +299,11 @@ def attend_kernel(
     q_ptr,  # (M, KV * GROUP, D)
     k_ptr,
     v_ptr,  # (KV, pages, PAGE, D)
-    position_ptr,  # (M,) int64: the last key that is read
+    position_ptr,  # (M,) int64
+    last_ptr,  # (M,) int64: the last key that is read; of the first token of a window that of all
     stream_ptr,  # (M,) int64
     tables_ptr,  # (streams, pages) int32
-    acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32
+    acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32, written where log_ptr is finite
     log_ptr,  # (M, KV * GROUP, SPLITS) fp32: log2 of the sum, -inf for a split with no keys
     table_stride,
     head_stride,
@@ -293,34 +318,61 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    OPEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attention of up to TOKENS tokens of a window of `width` over a split of their stream's keys, for the GROUP heads
-    that share keys: QUERIES rows of one shape whatever the width, so that each token is computed as if alone. BLOCK
-    divides PAGE.
+    """Attention of up to TOKENS tokens of a window of `width` over a part of their stream's keys, for the GROUP heads
+    that share keys: QUERIES rows, each computed as if alone. BLOCK divides PAGE.
 
-    The keys of a token are divided into SPLITS equal parts by their own number alone, in steps of SPLITS * BLOCK keys.
-    Where that number grows by a step within the tokens, programs of their own take those behind: program (tokens, kv
-    head, split, and SPLITS + split for those behind).
+    The keys of a token are divided into equal parts by its own number alone, in steps of BLOCK keys a part. Without
+    OPEN there are SPLITS parts; where the number grows by a step within the tokens, programs of their own take those
+    behind: program (window and tile of tokens, kv head, split, and SPLITS + split for those behind).
+
+    With OPEN all tokens of a window read the same keys. A window has SPLITS programs for each head, which its own
+    tokens divide: where they are more tiles, there are fewer parts. Program (window, kv head, tile and split).
     """
     _begin(PDL)
-    tiles = tl.cdiv(width, TOKENS)
-    tile, head = tl.program_id(0) % tiles, tl.program_id(1)
-    split, behind = tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
-    first = tl.program_id(0) // tiles * width + tile * TOKENS
     query, d, t = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, BLOCK)
-    token = query // GROUP
-    row = first + token
-    live = (token < TOKENS) & (token + tile * TOKENS < width)
-    shortest = (tl.load(position_ptr + first) + 1).to(tl.int32)
-    # Padding within a window has no keys of its own: it reads those of the first.
-    length = tl.maximum((tl.load(position_ptr + row, mask=live, other=0) + 1).to(tl.int32), shortest)
-    steps = tl.cdiv(shortest, SPLITS * BLOCK) + behind
-    live = live & (tl.cdiv(length, SPLITS * BLOCK) == steps)
-    part = steps * BLOCK
-    begin = split * part
-    end = tl.minimum(begin + part, tl.max(tl.where(live, length, 0), axis=0))
-    if (behind == 0) | (end > 0):
+    head = tl.program_id(1)
+    if OPEN:
+        window = tl.program_id(0) * width
+        last = tl.load(last_ptr + window)
+        count = (last - tl.load(position_ptr + window) + 1).to(tl.int32)
+        tiles = 1
+        while tiles * TOKENS < count:
+            tiles *= 2
+        parts = tl.maximum(SPLITS // tiles, 1)
+        tile, split = tl.program_id(2) // parts, tl.program_id(2) % parts
+        first = window + tile * TOKENS
+        token = query // GROUP
+        row = first + token
+        live = (token < TOKENS) & (token + tile * TOKENS < count)
+        shortest = (last + 1).to(tl.int32)
+        length = tl.where(live, shortest, 0)
+        steps = tl.cdiv(shortest, parts * BLOCK)
+        part = steps * BLOCK
+        begin = split * part
+        end = tl.where(tile * TOKENS < count, tl.minimum(begin + part, shortest), 0)
+        some_live = end > 0
+    else:
+        tiles = tl.cdiv(width, TOKENS)
+        tile = tl.program_id(0) % tiles
+        split, behind = tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+        parts = SPLITS
+        first = tl.program_id(0) // tiles * width + tile * TOKENS
+        token = query // GROUP
+        row = first + token
+        live = (token < TOKENS) & (token + tile * TOKENS < width)
+        shortest = (tl.load(last_ptr + first) + 1).to(tl.int32)
+        # Padding within a window has no keys of its own: it reads those of the first.
+        length = tl.maximum((tl.load(last_ptr + row, mask=live, other=0) + 1).to(tl.int32), shortest)
+        steps = tl.cdiv(shortest, SPLITS * BLOCK) + behind
+        live = live & (tl.cdiv(length, SPLITS * BLOCK) == steps)
+        part = steps * BLOCK
+        begin = split * part
+        end = tl.minimum(begin + part, tl.max(tl.where(live, length, 0), axis=0))
+        some_live = (behind == 0) | (end > 0)
+    if some_live:
         heads = (row * KV + head) * GROUP + query % GROUP
         q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
         base = head.to(tl.int64) * head_stride
@@ -334,11 +386,11 @@ def attend_kernel(
             inside = at + t < end
             k = tl.load(k_ptr + cells, mask=inside[:, None], other=0.0)
             v = tl.load(v_ptr + cells, mask=inside[:, None], other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = tl.where((at + t)[None, :] < length[:, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(scores - finite[:, None])
+            p = tl.exp2(scores * scale - finite[:, None])  # one instruction before exp2
             fade = tl.exp2(top - finite)
             total = total * fade + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
@@ -347,34 +399,88 @@ def attend_kernel(
         some = total > 0
         total = tl.where(some, total, 1.0)
         tl.store(log_ptr + cell, tl.where(some, top + tl.log2(total), float("-inf")), mask=live)
-        tl.store(acc_ptr + cell[:, None] * D + d[None, :], acc / total[:, None], mask=live[:, None])
+        tl.store(acc_ptr + cell[:, None] * D + d[None, :], acc / total[:, None], mask=(live & some)[:, None])
+        if OPEN and split == 0:
+            unused = tl.arange(0, SPLITS)[None, :]
+            none = tl.full((QUERIES, SPLITS), float("-inf"), tl.float32)
+            tl.store(log_ptr + heads[:, None] * SPLITS + unused, none, mask=live[:, None] & (unused >= parts))
 
 
 @triton.jit
 def combine_kernel(
     acc_ptr,
     log_ptr,
+    last_ptr,
     out_ptr,  # (M, HEADS * D); with INTERLEAVED as an 8-bit product reads it
+    width,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
     KIND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    OPEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND.
-    Program (batch row, head)."""
+    """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND; zeros for padding of
+    diagonals. Program (batch row, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     cell = row * HEADS + head
     s, d = tl.arange(0, PADDED), tl.arange(0, D)
-    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
-    weight = tl.exp2(logs - tl.max(logs, axis=0))
-    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=s[:, None] < SPLITS, other=0.0)
-    out = (tl.sum(acc * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(KIND)
+    computed = SPLITS
+    if OPEN:  # padding, whose last is 0, was left out
+        computed = tl.where((row % width == 0) | (tl.load(last_ptr + row) > 0), SPLITS, 0)
+    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < computed, other=float("-inf"))
+    used = logs > float("-inf")
+    weight = tl.where(used, tl.exp2(logs - tl.max(logs, axis=0)), 0.0)
+    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
+    total = tl.sum(weight, axis=0)
+    out = (tl.sum(acc * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)).to(KIND)
     at = head * D + d
     if INTERLEAVED:
         at = (at % 4) * (HEADS * D // 4) + at // 4
         out = _scaled(out.to(tl.float32))
     tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def combine_narrow_kernel(
+    acc_ptr,
+    log_ptr,
+    last_ptr,
+    out_ptr,  # see _store_narrow
+    width,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    OPEN: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `combine_kernel`, and round to fp8. One program per batch row."""
+    _begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    computed = HEADS * D
+    if OPEN:
+        computed = tl.where((row % width == 0) | (tl.load(last_ptr + row) > 0), HEADS * D, 0)
+    live = i < computed
+    cell = (row * HEADS + i // D) * SPLITS
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for s in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(log_ptr + cell + s, mask=live, other=float("-inf")))
+    total = tl.zeros((BLOCK,), tl.float32)
+    out = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLITS):
+        log = tl.load(log_ptr + cell + s, mask=live, other=float("-inf"))
+        used = log > float("-inf")
+        weight = tl.where(used, tl.exp2(log - top), 0.0)
+        out += weight * tl.load(acc_ptr + (cell + s) * D + i % D, mask=used, other=0.0)
+        total += weight
+    out = (out / tl.where(total > 0, total, 1.0)).to(KIND).to(tl.float32)
+    _store_narrow(out, out_ptr, row, i, HEADS * D, SMALLEST, LARGEST, ASM)
