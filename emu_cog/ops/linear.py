@@ -11,8 +11,8 @@ from torch.nn import functional as F
 CPU_BLOCK = 8
 """Rows of a decode step that a CPU multiplies at a time: one shape, so that no row's sums depend on the other rows."""
 CPU_WIDE = 6 * CPU_BLOCK
-"""Rows that it multiplies at once, at most, where that gives the same bits (`widest`): emu-mini's layers take 15.0 ms for 48 rows
-in blocks and 4.8 at once, on two cores with PyTorch 2.13; 64 rows at once gave other bits."""
+"""Rows that it multiplies at once, at most, where that gives the same bits (`widest`). emu-mini's layers take 15.0 ms
+for 48 rows in blocks and 4.8 at once, on two cores with PyTorch 2.13; 64 rows at once gave other bits."""
 CPU_ROWS = 8 * CPU_BLOCK
 """Rows of a CPU's largest pass of a decode step."""
 HEAD_SLICE = 2**25
@@ -32,8 +32,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def widest(weight: Tensor) -> int:
-    """Rows, a multiple of CPU_BLOCK, that a product with a weight of this layout takes at a time: of those with the bits
-    that blocks have, what is fastest for each row.
+    """Rows, a multiple of CPU_BLOCK, that a product with a weight of this layout takes at a time: of the numbers that
+    give the bits of blocks, the fastest for each row.
 
     Tried once, with random numbers. Only in fp32: half-precision results would hide most differences. Larger products
     are not always faster: 384 x 768 took 81 us with 16 rows and 605 with 24, 384 x 960 98 and 123.
