@@ -81,7 +81,7 @@ def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that would be captured as CUDA graphs are run instead, at each replay."""
 
     def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        slots = self._padding_slots(size)
+        slots = self._pad_slots(size)
         hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
 
         def replay() -> None:

@@ -133,6 +133,7 @@ def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> 
             at = torch.empty(rows, dtype=torch.int64, device=META)
             batch = Batch(tokens=at, positions=at, streams=at, tables=state.tables, width=width)
             hidden = forward(ops, weights, batch, cache)
+            forward(ops, weights, replace(batch, last=at), cache)
             ops.logits(hidden[::2], weights.text_head)
             logits = ops.logits(hidden, weights.visual_head)
             ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)

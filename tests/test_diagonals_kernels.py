@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from _models.flashar import make_flashar
+from torch.nn import functional as F
 
 from emu_cog.engine.diagonals import DiagonalRunner
 from emu_cog.model.flashar import FlashModel
 from emu_cog.model.loader import load_flash_model
-from emu_cog.ops.autotune import Card, default_config
-from emu_cog.ops.interface import MAX_ROWS, Ops
+from emu_cog.ops.autotune import Card, KernelConfig, default_config
+from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, Ops, Weight
 from emu_cog.prompt.tokenizer import Tokenizer
 from tests.test_diagonals_captured import LastOps, sequence
 from tests.test_kernels import DEVICE, anywhere, pytestmark  # noqa: F401 - a fixture and the marks of this file
@@ -94,6 +95,44 @@ def test_no_cell_depends_on_the_room_of_its_pass(model: Callable[[str | None], F
 def test_more_rows_than_a_tile_has(model: Callable[[str | None], FlashModel]) -> None:
     """They were multiplied by PyTorch, whose sums depend on their number."""
     agree(model(None), 1e-5, [0, 1], width=MAX_ROWS // 4 + 1, steps=2)
+
+
+@torch.inference_mode()
+def test_a_diagonals_attention_depends_on_no_room_and_no_company() -> None:
+    """To the last bit: up to three tiles of eight cells, their keys in two to eight parts, beside other diagonals."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    torch.manual_seed(3)
+    counts, keys_before, dim = [1, 3, 8, 20], [70, 0, 300, 131], 16
+    config = KernelConfig(linear={}, key_block=32, open_queries=16, open_splits=8)
+    ops, into = TritonOps(config, torch.float32), Weight(torch.empty(1, 4 * dim))
+    cache = torch.randn((2, 2, 40, PAGE, dim), device=DEVICE)
+    tables = (1 + torch.randperm(39, device=DEVICE)[:32]).int().view(4, 8)
+    queries = [torch.randn((count, 4, dim), device=DEVICE) for count in counts]
+
+    def attended(drawn: list[int], width: int) -> list[torch.Tensor]:
+        q, positions, last = torch.zeros((len(drawn), width, 4, dim), device=DEVICE), [], []
+        for row, i in enumerate(drawn):
+            q[row, : counts[i]] = queries[i]
+            padding = [0] * (width - counts[i])
+            positions += [keys_before[i] + n for n in range(counts[i])] + padding
+            last += [keys_before[i] + counts[i] - 1] * counts[i] + padding
+        at, until = torch.tensor(positions, device=DEVICE), torch.tensor(last, device=DEVICE)
+        streams = torch.tensor(drawn, device=DEVICE).repeat_interleave(width)
+        batch = Batch(tokens=at, positions=at, streams=streams, tables=tables, width=width, last=until)
+        out = ops.attend(q.flatten(0, 1), *cache, batch, into).view(len(drawn), width, -1)
+        assert out.isfinite().all()
+        return [out[row, : counts[i]] for row, i in enumerate(drawn)]
+
+    for i, count in enumerate(counts):
+        alone = attended([i], count)[0]
+        keys, values = (x[:, tables[i].long()].flatten(1, 2)[:, : keys_before[i] + count] for x in cache)
+        expected = F.scaled_dot_product_attention(
+            queries[i].transpose(0, 1), keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0)
+        )
+        torch.testing.assert_close(alone, expected.transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-4)
+        assert torch.equal(attended([3, i], 24)[1], alone)
+        assert torch.equal(attended([i, 2], 33 if count > 8 else 8)[0], alone)
 
 
 @pytest.mark.slow

@@ -46,9 +46,9 @@ def test_products_are_as_wide_as_their_bits_allow(alike: int, expected: int, mon
 
 def test_products_are_as_wide_as_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 384 x 768 on two cores: 81 us with 16 rows, 605 with 24."""
-    monkeypatch.setattr(linear, "_seconds", lambda x, w: 5.0 * len(x) if len(x) <= 16 else 600.0)
+    monkeypatch.setattr(linear, "_seconds", lambda x, w: 40.0 + 2.0 * len(x) if len(x) <= 16 else 600.0)
     monkeypatch.setattr(linear, "_widest", {})
-    assert linear.widest(torch.randn(16, 8)) in (8, 16)
+    assert linear.widest(torch.randn(16, 8)) == 16
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

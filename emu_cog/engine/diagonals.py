@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, Sequence
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
 from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pairs
+
+if TYPE_CHECKING:
+    from emu_cog.ops.triton_ops import TritonOps
 
 WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 128)
 """Cells of a diagonal, rounded up, that steps are captured for."""
@@ -308,13 +312,13 @@ class DiagonalRunner(ModelRunner):
         for width in WIDTHS[:-1]:
             for size in (size for size in self.sizes if 2 * size * width <= self.pass_rows):
                 graph = self._graph(size, width, True, False)
-                self._padding_slots(size)
+                self._pad_slots(size)
                 taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")
         log.info("a pass takes, by pictures x cells of each: %s", ", ".join(taken))
 
-    def _run_once(self) -> None:
+    def _run_once(self, ops: TritonOps) -> None:
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
-        for width in WIDTHS[:2]:
+        for width in {*WIDTHS[:2], *ops.unlike(WIDTHS, self.lm.weights.shape, opened=True)}:
             self._device_step(slots, width, True, False)
 
     def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:

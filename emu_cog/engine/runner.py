@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,12 +43,17 @@ from emu_cog.ops.reference import TorchOps, accept
 from emu_cog.prompt.tokens import body_length
 from emu_cog.request import Sampling
 
+if TYPE_CHECKING:
+    from emu_cog.ops.triton_ops import TritonOps
+
 MAX_SEQUENCES = 32
 """Sequences of one step."""
 CPU_SEQUENCES = 8
 """The same on a CPU, by default: what more of them gain is less than what each then waits."""
 EAGER_ROWS = 64
 """Rows of every eager pass on a GPU, padding included."""
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens of a picture that a step may draw."""
 EIGHT_BIT_ROWS = 64
 """Tokens of the widest pass with 8-bit weights: on an H200 the kernels that unpack them take 14 ms for the 34 B model's
 products with 64 tokens, but 40 with 128."""
@@ -201,7 +206,7 @@ class ModelRunner:
         else:
             most = self.eager_rows
         most //= 2 * size
-        return [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most and (w == 1 or size * w >= 4)]
+        return [w for w in WIDTHS if w <= most and (w == 1 or size * w >= 4)]
 
     def seconds(self, sequences: int) -> dict[int, float]:
         """What a step of so many sequences takes, by width; measured first where it has not been."""
@@ -354,7 +359,7 @@ class ModelRunner:
             self._graph(size, 1, False, False)
             for width in self.widths(size) if several else (1,):
                 graph = self._graph(size, width, True, False)
-                self._padding_slots(size)
+                self._pad_slots(size)
                 self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
         log.info(
             "a pass takes, by pictures x tokens of each: %s",
@@ -375,7 +380,7 @@ class ModelRunner:
             try:
                 prompt = [0] * (self.pass_rows + 1)  # one that the kernels leave to PyTorch
                 self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
-                self._run_once()
+                self._run_once(ops)
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
             except BaseException:
@@ -383,10 +388,10 @@ class ModelRunner:
                 raise
         self.captured = True
 
-    def _run_once(self) -> None:
-        """Run each kernel of a step once, over the padding."""
+    def _run_once(self, ops: TritonOps) -> None:
+        """Run each kernel of a step once, over the padding, attention in every shape that it has."""
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
-        for width in (1, 2):
+        for width in {1, 2, *ops.unlike(WIDTHS[:-1], self.lm.weights.shape, opened=False)}:
             self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
 
     def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
@@ -421,8 +426,8 @@ class ModelRunner:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
-    def _padding_slots(self, size: int) -> _Slots:
-        """The slots of `size` sequences, written to the padding."""
+    def _pad_slots(self, size: int) -> _Slots:
+        """Write the padding to the slots that steps of `size` sequences read."""
         if size not in self._slots:
             self._slots[size] = _Slots(torch.empty((size,), dtype=torch.int64, device=self.lm.device))
         self._slots[size].write([self.state.padding] * size)
@@ -431,7 +436,7 @@ class ModelRunner:
     def _capture(self, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
         """Capturing needs one ordinary run first, which compiles the kernels. It steps the padding alone."""
         started, device = time.perf_counter(), self.lm.device
-        slots = self._padding_slots(size)
+        slots = self._pad_slots(size)
         hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
 
         def step() -> None:

@@ -1,8 +1,7 @@
 """Configurations of the kernels: defaults from the shapes, and for the linear ones the fastest on this device.
 
-No configuration changes the order of a sum: `splits` follows from the weight's shape alone. So a picture is the same
-bit for bit after every start on one device, alone or in any company, however many of its tokens a pass draws.
-"""
+No configuration changes the order of a sum: `splits` follows from the weight and the kind of card. So a picture is the
+same bit for bit after every start on one device, alone or in any company, however many of its tokens a pass draws."""
 
 from __future__ import annotations
 
@@ -43,9 +42,9 @@ TMA = {
     64: [(64, 128, 4, 4), (128, 64, 4, 8), (64, 64, 6, 4), (128, 64, 4, 4)],
     128: [(128, 64, 3, 4), (128, 64, 4, 8), (256, 64, 4, 8)],
 }
-"""Outputs, inputs, stages and warps tried where the card's copy engine loads the tiles of 16-bit weights: on an H200
-the products of the 34 B model take 15.3, 16.0, 16.6 and 18.2 ms with 16 to 128 rows (15.5, 16.1, 16.9 and 19.0
-without), 28.8 with 256 (32.1) and 49.3 with 512 (55.9)."""
+"""Outputs, inputs, stages and warps tried where the card's copy engine loads the tiles of 16-bit weights: with even
+splits the products of the 34 B model took 15.3, 16.6, 18.2 ms with 16, 64, 128 rows on an H200, and 49.3 with 512,
+where threads that load them took 15.5, 16.9, 19.0 and 55.9."""
 NARROW_TMA = {
     16: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
     32: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
@@ -54,11 +53,14 @@ NARROW_TMA = {
 }
 """The same where weights and inputs are fp8."""
 SPLIT_BYTES = 10 * 1024
-"""Where the copy engine loads the tiles, a program reads at most as much of a row: the sum is divided by 3, or a
-multiple. Then tiles of 128 or 256 outputs fill an H200 about once: products with 256 rows took 38, 53, 107 us for o,
-qkv, down in bf16 instead of 53, 62, 116 with the even splits of other cards."""
+"""Of a row's inputs, where the copy engine loads the tiles, a program reads at most as much, if it may share the sum
+with others: the sum is divided by 3, or a multiple. Then tiles of 128 or 256 outputs fill an H200 about once: products
+with 256 rows took 38, 53, 107 us for o, qkv, down in bf16 instead of 53, 62, 116 with the even splits of other
+cards."""
 CHUNK = 256
-"""Splits of a sum begin at multiples of it, whatever the tiles; no tile reads more inputs at a time."""
+"""Inputs: where such splits begin and end, a multiple of what any tile reads at a time."""
+FEW_WINDOWS = 4
+"""Tiles of windows, for each head of keys, up to which attention has deep_stages: 2 and 4 gained, 8 and 32 lost."""
 TIMED_LAYERS = 16
 """Layers whose weights one timing reads: together far more than any cache holds."""
 DEFAULT_SHARED = 99 * 1024
@@ -97,7 +99,8 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """How a linear kernel is tiled; `splits` divides the sum over K. For 8-bit weights K counts words of four."""
+    """How a linear kernel is tiled; `splits` divides the sum over K. Where `linear8_kernel` reads the weight, K counts
+    words of four."""
 
     block_n: int
     block_k: int
@@ -120,13 +123,13 @@ class KernelConfig:
     open_queries: int = 64
     """Rows of an attention program for diagonals, at most: cells times the heads that share keys."""
     deep_stages: int = 2
-    """As key_stages, for diagonals and for windows that need few programs: there each waits for its keys. With 5 (three
-    blocks of keys on their way, with 2 one) instead of 2 two streams of 2300 tokens took 11.2 instead of 12.9 us a
-    layer on an H200, with windows of 8 tokens 14.9 instead of 19.6; 64 streams 111 instead of 97."""
+    """As key_stages, for diagonals and for windows of few programs (FEW_WINDOWS): there each waits for its keys. With 5
+    instead of 2 two streams of 2300 tokens took 11.2 instead of 12.9 us a layer on an H200, with windows of 8 tokens
+    14.9 instead of 19.6; but 64 streams 111 instead of 97."""
     open_splits: int = 8
-    """Attention programs of a diagonal for each head that its streams share: tiles of its cells times parts of the
-    keys. 64 cells of two streams with 300, 2300, 4300 keys take 19, 38, 58 us a layer on an H200, 16 cells with 2300
-    and 4300 keys 16 and 21; in programs of 64 rows and four parts it was 22, 46, 71, 21 and 33."""
+    """A power of two: attention programs of a stream's diagonal for each head of keys, tiles of its cells times parts
+    of the keys. 64 cells of two streams with 300, 2300, 4300 keys take 19, 38, 58 us a layer on an H200, 16 cells with
+    2300 and 4300 keys 16 and 21; in programs of 64 rows and four parts it was 22, 46, 71, 21 and 33."""
     pdl: bool = False
 
 
@@ -204,10 +207,11 @@ def autotune(
 
 
 def candidates(default: LinearConfig, rows: int, *, narrow: bool = False) -> list[LinearConfig]:
-    """`default` first, and others that sum in the same order; fewer where a pass has many tokens.
+    """`default` first, and others that sum in the same order.
 
     None has fewer than 64 outputs: there Triton leaves Hopper's own matrix instructions for older ones, which may
-    round differently. Half of `block_k` gives the same bits: the instructions add 16 numbers at a time either way.
+    round differently. Half of `block_k`, or twice, gives the same bits: the instructions add 16 numbers of 16 bits, or
+    32 of 8, at a time either way.
     """
     half = replace(default, block_k=default.block_k // 2)
     if default.tma:
@@ -215,7 +219,7 @@ def candidates(default: LinearConfig, rows: int, *, narrow: bool = False) -> lis
             (replace(default, block_k=k), n, stages, warps)
             for n, k, stages, warps in (NARROW_TMA if narrow else TMA)[rows]
         ]
-        if narrow and default.splits == 1:
+        if narrow and default.splits == 1:  # others are divided where only the copy engine needs no mask
             sizes += [(replace(default, tma=False), *size) for size in NARROW[rows]]
     elif narrow or default.block_k == MANY_ROWS_WORDS:
         sizes = [(default, *size) for size in (NARROW if narrow else EIGHT_BIT)[rows]]
@@ -237,11 +241,15 @@ def window_queries(width: int, *, head_dim: int, key_block: int) -> int:
     A token's bits must not depend on it. They don't where both warps divide the keys between them: then each row is
     computed in the same way, whatever the others. Triton divides the rows instead where there are many for the size of
     the products (tests/test_kernels_compile.py looks at what it does); in fp32, which serves tests, it does something
-    else again. Hopper's own instructions need 64 rows and four warps: 64 streams of 2300 tokens took 159 us a layer
-    with those and 97 us with 16 rows, 16 streams 45 and 32, two 11.7 and 12.6, two with windows of 8, 16 and 32 tokens
-    13.9, 17.3, 29 and 19.5, 23.4, 38 us.
+    else again. Hopper's own instructions need 64 rows and four warps: with two stages of either 64 streams of 2300
+    tokens took 159 us a layer with those and 97 us with 16 rows, 16 streams 45 and 32, two 11.7 and 12.9, two with
+    windows of 8, 16 and 32 tokens 13.9, 17.3, 29 and 19.6, 23.3, 36 us.
     """
-    most = 16 if head_dim < 64 or key_block < 64 else 32 if head_dim < 128 else 64
+    most = (
+        64 if head_dim == 128 else 32 if head_dim == 64 else 16
+    )  # 64 rows of 256 take 104 KB, more than some cards have
+    if key_block < 64:
+        most = 16
     return min(most, 16 if width <= 2 else 32 if width <= 16 else 64)
 
 
@@ -266,8 +274,9 @@ def _default_linear(
     swiglu: bool = False,
     unsplit: bool = False,
 ) -> LinearConfig:
-    """`unsplit` and `swiglu` sum over all of K in one program; else about 400 programs share the work, three per
-    multiprocessor. `shared` is the shared memory per program in bytes."""
+    """`unsplit` and `swiglu` sum over all of K in one program. Else, where the copy engine loads the tiles (`tma`), the
+    sum is divided as SPLIT_BYTES says; on other cards about 400 programs share the work, three per multiprocessor.
+    `shared` is the shared memory per program in bytes."""
     n, k, itemsize = kind(weight)
     in_words = weight.scale is not None and not weight.narrow
     # Rows that the copy engine reads begin at multiples of 16 bytes.

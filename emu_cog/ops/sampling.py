@@ -39,8 +39,9 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_sorted(scores: Tensor, k: Tensor, p: Tensor | None) -> Tensor:
-    """`keep_top_k`, then `keep_top_p`, of (N, V) for (N, 1) numbers on the device: int k in 1..V and fp32 p. Sorts, but
-    never synchronizes, and adds up row by row, so that no operation divides its work by their number."""
+    """`keep_top_k`, then `keep_top_p`, of (N, V) for (N, 1) numbers on the device: int k in 1..V and fp32 p. Never
+    synchronizes; sorts, unless a CPU sees that nothing is to be dropped; and adds up row by row, so that no operation
+    divides its work by their number."""
     if p is None and scores.is_cpu and bool((k >= scores.shape[-1]).all()):
         return scores
     ordered, order = scores.sort(dim=-1, descending=True)

@@ -9,6 +9,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from emu_cog.ops.autotune import (
     CHUNK,
+    FEW_WINDOWS,
     ROWS,
     Card,
     KernelBuildError,
@@ -81,18 +83,29 @@ class TritonOps:
 
     def __init__(self, config: KernelConfig, dtype: torch.dtype, rows: int = MAX_ROWS) -> None:
         """`rows`: tokens of the largest pass that requests may share."""
-        self.config, self.kind, self.dtype, self.rows = config, dtype, DTYPES[dtype], rows
+        self.config, self.torch_dtype, self.dtype, self.rows = config, dtype, DTYPES[dtype], rows
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
         self._torch = TorchOps()
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
     def autotuned(cls, w: ModelWeights, device: torch.device, rows: int = MAX_ROWS) -> tuple[TritonOps, list[str]]:
-        """With the configuration that is fastest on `device` for the model's own weights; and lines for the log.
+        """With the configuration that is fastest on `device` for the model's own weights; and lines for the log. Where
+        none can be built that uses what Hopper brought, without.
 
         KernelBuildError where no configuration can be built.
         """
         card = Card.of(device)
+        try:
+            return cls._autotuned(w, device, rows, card)
+        except KernelBuildError as error:
+            if not card.hopper:
+                raise
+            ops, found = cls._autotuned(w, device, rows, replace(card, hopper=False, wgmma=False))
+            return ops, [f"without copy engine and dependent launch: {error}", *found]
+
+    @classmethod
+    def _autotuned(cls, w: ModelWeights, device: torch.device, rows: int, card: Card) -> tuple[TritonOps, list[str]]:
         ops = cls(default_config(w, card, rows), w.embed.dtype, rows)
 
         def seconds(weights: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
@@ -114,15 +127,15 @@ class TritonOps:
         # Four 8-bit weights are one word along K.
         data = w.data.view(torch.int32) if eight_bits else w.data.contiguous()  # on a CPU it may lie along N
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
-        unit = CHUNK if config.splits > 1 and not eight_bits else config.block_k
+        unit = CHUNK if config.tma else config.block_k
         chunk = _up(_up(k, config.splits), unit) * unit
         splits = _up(k, chunk)
         scale, rows = None, _rows(m)
         if w.narrow:
             x = x if x.dtype == FP8 else self.narrowed(x)
             scale = x.view(torch.uint8)[:, k:].view(torch.float32)
-        kind = torch.float16 if eight_bits else self.kind
-        partials = torch.empty((splits, m, n), dtype=kind if swiglu else torch.float32, device=x.device)
+        read = torch.float16 if eight_bits else self.torch_dtype  # by the next product
+        partials = torch.empty((splits, m, n), dtype=read if swiglu else torch.float32, device=x.device)
         grid = (_up(n, config.block_n) * _up(m, rows), splits)
         common: dict[str, Any] = {
             "ROWS": rows,
@@ -137,7 +150,7 @@ class TritonOps:
             **self.launch,
         }
         if eight_bits:
-            fp8 = w.data.dtype == torch.float8_e4m3fn
+            fp8 = w.data.dtype == FP8
             eight_bit.linear8_kernel[grid](
                 x,
                 data,
@@ -280,7 +293,7 @@ class TritonOps:
             tokens = max(queries // group, 1)
             windows = m // width * _up(width, tokens)
             splits, warps = config.key_splits, 2
-            stages = config.deep_stages if windows <= 4 else config.key_stages
+            stages = config.deep_stages if windows <= FEW_WINDOWS else config.key_stages
             # Tokens of a window, which read up to themselves, may differ in how their keys are divided.
             grid = (windows, kv, splits if width == 1 else 2 * splits)
         else:
@@ -311,30 +324,26 @@ class TritonOps:
             QUERIES=max(queries, power_of_two(group)),
             D=dim,
             PAGE=keys.shape[2],
-            BLOCK=self.config.key_block,
+            BLOCK=config.key_block,
             SPLITS=splits,
             STAGES=stages,
             OPEN=opened,
             num_warps=warps,
             **self.launch,
         )
+        common = {
+            "HEADS": heads,
+            "D": dim,
+            "SPLITS": splits,
+            "KIND": self.dtype,
+            "OPEN": opened,
+            **self.launch,
+        }
         if into.narrow and m <= self.rows:
-            out = self._narrow_rows(m, heads * dim, q.device)
+            out, block = self._narrow_rows(m, heads * dim, q.device), power_of_two(heads * dim)
+            warps = max(1, min(16, block // 512))
             layers.combine_narrow_kernel[(m,)](
-                acc,
-                logs,
-                last,
-                out,
-                width,
-                OPEN=opened,
-                HEADS=heads,
-                D=dim,
-                SPLITS=splits,
-                BLOCK=power_of_two(heads * dim),
-                KIND=self.dtype,
-                num_warps=max(1, min(16, heads * dim // 512)),
-                **self._narrowing(q),
-                **self.launch,
+                acc, logs, last, out, width, BLOCK=block, num_warps=warps, **self._narrowing(q), **common
             )
             return out
         out = self._input(q.view(m, heads * dim), into)
@@ -344,17 +353,23 @@ class TritonOps:
             last,
             out,
             width,
-            OPEN=opened,
-            HEADS=heads,
-            D=dim,
-            SPLITS=splits,
             PADDED=power_of_two(splits),
-            KIND=self.dtype,
             INTERLEAVED=self._interleaved(into, m),
             num_warps=1,
-            **self.launch,
+            **common,
         )
         return out
+
+    def unlike(self, widths: Sequence[int], shape: Shape, *, opened: bool) -> list[int]:
+        """Of windows or, if `opened`, diagonals of these widths the first for each shape of attention's programs."""
+        first: dict[int, int] = {}
+        for width in widths:
+            if opened:
+                rows = open_queries(width, group=shape.heads // shape.kv_heads, most=self.config.open_queries)
+            else:
+                rows = window_queries(width, head_dim=shape.head_dim, key_block=self.config.key_block)
+            first.setdefault(rows, width)
+        return list(first.values())
 
     def _input(self, like: Tensor, into: Weight | None) -> Tensor:
         """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py)."""

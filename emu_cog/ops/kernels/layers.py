@@ -3,8 +3,9 @@
 What justifies them: on an H200 the 34 B model's products in bf16 take 15.1, 16.4, 18.3 ms with 16, 64, 128 rows,
 `F.linear` 16.0, 16.9 and 17.3; with fp8 inputs 8.2, 8.3, 8.9, 10.5 ms with 16, 32, 64 and 128 rows, `torch._scaled_mm`
 11.9, 11.9, 11.6 and 11.7, both without rounding the inputs. And no row's bits depended on the number of rows, which
-PyTorch does not promise. In bf16 with 256 and 512 rows (27 and 47 ms; `F.linear` 24 and 42) those bits are the only
-reason: a tile's inputs come from the L2 cache for every block of outputs, and Triton can't share them between programs.
+PyTorch does not promise. In bf16 with 128 rows and more (256: 27, 512: 47 ms; `F.linear` 24 and 42) those bits are the
+only reason: a tile's inputs come from the L2 cache for every block of outputs, and Triton can't share them between
+programs.
 
 Only ModelRunner's fast path imports this file; under TRITON_INTERPRET=1 the kernels also run on a CPU, for tests. Every
 kernel begins with `_begin`: under programmatic dependent launch (`PDL`, Hopper and later) a kernel starts while its
@@ -44,7 +45,7 @@ def _scaled(x):
 
 @triton.jit
 def linear_kernel(
-    x_ptr,  # (M, K), its rows x_stride apart
+    x_ptr,  # (M, K)
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
     x_scale_ptr,  # fp32, x_stride bytes apart, with NARROW
     scale_ptr,  # (N,) or (2N,) fp32, with NARROW
@@ -53,7 +54,7 @@ def linear_kernel(
     N,
     K,
     chunk,
-    x_stride,
+    x_stride,  # numbers, which with NARROW are bytes
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -300,7 +301,7 @@ def attend_kernel(
     k_ptr,
     v_ptr,  # (KV, pages, PAGE, D)
     position_ptr,  # (M,) int64
-    last_ptr,  # (M,) int64: the last key that is read; of the first token of a window that of all
+    last_ptr,  # (M,) int64: the last key that a token reads: itself, with OPEN the last of its window
     stream_ptr,  # (M,) int64
     tables_ptr,  # (streams, pages) int32
     acc_ptr,  # (M, KV * GROUP, SPLITS, D) fp32, written where log_ptr is finite
@@ -407,6 +408,15 @@ def attend_kernel(
 
 
 @triton.jit
+def _computed(last_ptr, row, width, count, OPEN: tl.constexpr):
+    """How many of `count` numbers of a row `attend_kernel` has written: with OPEN none of padding, whose `last` is 0,
+    but for the first row of a window."""
+    if OPEN:
+        count = tl.where((row % width == 0) | (tl.load(last_ptr + row) > 0), count, 0)
+    return count
+
+
+@triton.jit
 def combine_kernel(
     acc_ptr,
     log_ptr,
@@ -422,16 +432,14 @@ def combine_kernel(
     OPEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND; zeros for padding of
-    diagonals. Program (batch row, head)."""
+    """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND; zeros for what
+    was not computed. Program (batch row, head)."""
     _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     cell = row * HEADS + head
     s, d = tl.arange(0, PADDED), tl.arange(0, D)
-    computed = SPLITS
-    if OPEN:  # padding, whose last is 0, was left out
-        computed = tl.where((row % width == 0) | (tl.load(last_ptr + row) > 0), SPLITS, 0)
-    logs = tl.load(log_ptr + cell * SPLITS + s, mask=s < computed, other=float("-inf"))
+    written = s < _computed(last_ptr, row, width, SPLITS, OPEN)
+    logs = tl.load(log_ptr + cell * SPLITS + s, mask=written, other=float("-inf"))
     used = logs > float("-inf")
     weight = tl.where(used, tl.exp2(logs - tl.max(logs, axis=0)), 0.0)
     acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
@@ -466,10 +474,7 @@ def combine_narrow_kernel(
     _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    computed = HEADS * D
-    if OPEN:
-        computed = tl.where((row % width == 0) | (tl.load(last_ptr + row) > 0), HEADS * D, 0)
-    live = i < computed
+    live = i < _computed(last_ptr, row, width, HEADS * D, OPEN)
     cell = (row * HEADS + i // D) * SPLITS
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for s in tl.static_range(SPLITS):

@@ -46,7 +46,7 @@ DEFAULTS = {
     "guidance_scale": {"t2i": 2.0, "x2i": 1.7},
     "image_temperature": {"t2i": 0.7, "x2i": 0.6},
 }
-"""emu-mini's settings; not tuned for FlashAR."""
+"""How guidance and temperature of t2i were chosen is told in scripts/mini/README.md; x2i has emu-mini's."""
 
 
 def optimizers(model: FlashModel, rate: float, backbone: float, decay: float) -> list[torch.optim.Optimizer]:
@@ -137,7 +137,11 @@ def main() -> None:
     parser.add_argument(
         "--plain", type=Path, default=MINIATURE / "model", help="folder of the plain model to begin with"
     )
-    parser.add_argument("--resume", type=Path, help="folder of an earlier result to begin with, instead of --plain")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="folder of an earlier result to begin with: it has its --inner and --vertical, and everything learns at once",
+    )
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision", help="to check the export with")
     parser.add_argument("--export", type=Path, help="folder for the final weights with all that EMU_CHECKPOINT needs")
     parser.add_argument("--wall", type=float, default=math.inf, help="seconds of this run, setup included")
