@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         type=Path,
-        help="folder of an earlier result to begin with: it has its --inner and --vertical, and everything learns at once",
+        help="folder of an earlier result to begin with: of the same --inner and --vertical; all learns at once",
     )
     parser.add_argument("--vision", type=Path, default=MINIATURE / "vision", help="to check the export with")
     parser.add_argument("--export", type=Path, help="folder for the final weights with all that EMU_CHECKPOINT needs")
