@@ -245,11 +245,8 @@ def window_queries(width: int, *, head_dim: int, key_block: int) -> int:
     tokens took 159 us a layer with those and 97 us with 16 rows, 16 streams 45 and 32, two 11.7 and 12.9, two with
     windows of 8, 16 and 32 tokens 13.9, 17.3, 29 and 19.6, 23.3, 36 us.
     """
-    most = (
-        64 if head_dim == 128 else 32 if head_dim == 64 else 16
-    )  # 64 rows of 256 take 104 KB, more than some cards have
-    if key_block < 64:
-        most = 16
+    alike = {64: 32, 128: 64}  # by head_dim; with 256 64 rows would take 104 KB, more than some cards have
+    most = alike.get(head_dim, 16) if key_block >= 64 else 16
     return min(most, 16 if width <= 2 else 32 if width <= 16 else 64)
 
 
