@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from emu_cog.ops.interface import MAX_ROWS, ModelWeights, Weight
+from emu_cog.ops.interface import MAX_ROWS, ModelWeights, Weight, ceil_div
 
 ROWS = (16, 32, 64, 128)
 """Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
@@ -279,7 +279,7 @@ def _default_linear(
     # Rows that the copy engine reads begin at multiples of 16 bytes.
     tma = tma and not in_words and itemsize <= 2 and k * itemsize % 16 == 0
     k, block = (k // 4, words) if in_words else (k, 128)
-    thirds = 3 * _up(k * itemsize, 3 * SPLIT_BYTES)
+    thirds = 3 * ceil_div(k * itemsize, 3 * SPLIT_BYTES)
     if unsplit or swiglu:
         splits = 1
     elif tma and k >= 8 * block * thirds:
@@ -293,7 +293,3 @@ def _default_linear(
     stage = block * (64 * itemsize * (2 if swiglu else 1) + inputs)
     stages = min(6 if splits == 1 else 4, shared // stage)
     return LinearConfig(block_n=64, block_k=block, stages=max(stages, 1), splits=splits, tma=tma)
-
-
-def _up(a: int, b: int) -> int:
-    return -(-a // b)

@@ -33,9 +33,14 @@ SCALE_BYTES = 128
 With 16 bytes rows began within lines, and passes with fp8 inputs took up to 5 % longer."""
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def pages_for(tokens: int) -> int:
     """Pages that hold `tokens` tokens of one stream."""
-    return -(-tokens // PAGE)
+    return ceil_div(tokens, PAGE)
 
 
 def power_of_two(n: int) -> int:

@@ -43,6 +43,7 @@ from emu_cog.ops.interface import (
     Shape,
     SlotState,
     Weight,
+    ceil_div,
     power_of_two,
 )
 from emu_cog.ops.kernels import eight_bit, layers
@@ -128,15 +129,15 @@ class TritonOps:
         data = w.data.view(torch.int32) if eight_bits else w.data.contiguous()  # on a CPU it may lie along N
         n, k = data.shape[0] // (2 if swiglu else 1), data.shape[1]
         unit = CHUNK if config.tma else config.block_k
-        chunk = _up(_up(k, config.splits), unit) * unit
-        splits = _up(k, chunk)
+        chunk = ceil_div(ceil_div(k, config.splits), unit) * unit
+        splits = ceil_div(k, chunk)
         scale, rows = None, _rows(m)
         if w.narrow:
             x = x if x.dtype == FP8 else self.narrowed(x)
             scale = x.view(torch.uint8)[:, k:].view(torch.float32)
         read = torch.float16 if eight_bits else self.torch_dtype  # by the next product
         partials = torch.empty((splits, m, n), dtype=read if swiglu else torch.float32, device=x.device)
-        grid = (_up(n, config.block_n) * _up(m, rows), splits)
+        grid = (ceil_div(n, config.block_n) * ceil_div(m, rows), splits)
         common: dict[str, Any] = {
             "ROWS": rows,
             "BLOCK_N": config.block_n,
@@ -188,14 +189,15 @@ class TritonOps:
     def narrowed(self, x: Tensor) -> Tensor:
         """`interface.narrowed`: rows of numbers, each with its scale behind them, (M, K + SCALE_BYTES) fp8."""
         (m, k), block = x.shape, power_of_two(x.shape[1])
-        out = self._narrow_rows(m, k, x.device)
+        out = self._narrow_rows(x)
         layers.narrow_kernel[(m,)](
             x, out, k, BLOCK=block, num_warps=max(1, min(16, block // 512)), **self._narrowing(x), **self.launch
         )
         return out
 
-    def _narrow_rows(self, m: int, k: int, device: torch.device) -> Tensor:
-        return torch.empty((m, k + SCALE_BYTES), dtype=FP8, device=device)
+    def _narrow_rows(self, like: Tensor) -> Tensor:
+        """Empty rows for numbers in fp8, as many as (M, K) `like` has, and their scales."""
+        return torch.empty((len(like), like.shape[1] + SCALE_BYTES), dtype=FP8, device=like.device)
 
     def _narrowing(self, x: Tensor) -> dict[str, Any]:
         """Arguments of the kernels that round to fp8."""
@@ -209,7 +211,7 @@ class TritonOps:
             return self._product(x, w, swiglu=True)[0]
         product, n = w.product(x), len(w.data) // 2
         out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
-        layers.swiglu_kernel[(len(x), _up(n, 1024))](product, out, n, BLOCK=1024, **self.launch)
+        layers.swiglu_kernel[(len(x), ceil_div(n, 1024))](product, out, n, BLOCK=1024, **self.launch)
         return out
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
@@ -226,8 +228,7 @@ class TritonOps:
         self, product: Tensor | None, residual: Tensor, weight: Tensor, eps: float, into: Weight | None
     ) -> Tensor:
         m, h = residual.shape
-        narrow = into is not None and into.narrow and m <= self.rows
-        out = self._narrow_rows(m, h, residual.device) if narrow else self._input(residual, into)
+        out = self._input(residual, into)
         source, splits = (residual, 0) if product is None else (product, _splits(product))
         block = power_of_two(h)
         warps = max(1, min(16, block // 256))
@@ -242,7 +243,7 @@ class TritonOps:
             SPLITS=splits,
             BLOCK=block,
             INTERLEAVED=self._interleaved(into, m),
-            NARROW=narrow,
+            NARROW=out.dtype == FP8,
             num_warps=warps,
             **self._narrowing(residual),
             **self.launch,
@@ -256,7 +257,7 @@ class TritonOps:
         q = torch.empty((m, shape.heads, shape.head_dim), dtype=keys.dtype, device=product.device)
         # Steps of few rows want many programs, others large ones: 2048 tokens took 160 us an H200 with one head each.
         block = 8 if batch.last is not None else 1 if m <= self.rows else 16
-        layers.rope_store_kernel[(m, _up(shape.heads + 2 * shape.kv_heads, block))](
+        layers.rope_store_kernel[(m, ceil_div(shape.heads + 2 * shape.kv_heads, block))](
             product,
             layer.q_norm,
             layer.k_norm,
@@ -288,22 +289,20 @@ class TritonOps:
             out = self._torch.attend(q, keys, values, batch, into)
             return interleaved(out) if self._interleaved(into, m) else out
         kv, group, width, config = keys.shape[0], heads // keys.shape[0], batch.width, self.config
-        if batch.last is None:
-            queries = window_queries(width, head_dim=dim, key_block=config.key_block)
-            tokens = max(queries // group, 1)
-            windows = m // width * _up(width, tokens)
+        last, opened = batch.positions if batch.last is None else batch.last, batch.last is not None
+        queries = self._queries(width, group=group, head_dim=dim, opened=opened)
+        tokens = max(queries // group, 1)
+        if opened:
+            splits, warps, stages = config.open_splits, max(queries // 16, 1), config.deep_stages
+            grid = (m // width, kv, max(splits, power_of_two(ceil_div(width, tokens))))
+        else:
+            windows = m // width * ceil_div(width, tokens)
             splits, warps = config.key_splits, 2
             stages = config.deep_stages if windows <= FEW_WINDOWS else config.key_stages
             # Tokens of a window, which read up to themselves, may differ in how their keys are divided.
             grid = (windows, kv, splits if width == 1 else 2 * splits)
-        else:
-            queries = open_queries(width, group=group, most=config.open_queries)
-            tokens = max(queries // group, 1)
-            splits, warps, stages = config.open_splits, max(queries // 16, 1), config.deep_stages
-            grid = (m // width, kv, max(splits, power_of_two(_up(width, tokens))))
         acc = torch.empty((m, heads, splits, dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((m, heads, splits), dtype=torch.float32, device=q.device)
-        last, opened = batch.positions if batch.last is None else batch.last, batch.last is not None
         layers.attend_kernel[grid](
             q,
             keys,
@@ -339,14 +338,14 @@ class TritonOps:
             "OPEN": opened,
             **self.launch,
         }
-        if into.narrow and m <= self.rows:
-            out, block = self._narrow_rows(m, heads * dim, q.device), power_of_two(heads * dim)
+        out = self._input(q.view(m, heads * dim), into)
+        if out.dtype == FP8:
+            block = power_of_two(heads * dim)
             warps = max(1, min(16, block // 512))
             layers.combine_narrow_kernel[(m,)](
                 acc, logs, last, out, width, BLOCK=block, num_warps=warps, **self._narrowing(q), **common
             )
             return out
-        out = self._input(q.view(m, heads * dim), into)
         layers.combine_kernel[(m, heads)](
             acc,
             logs,
@@ -360,19 +359,25 @@ class TritonOps:
         )
         return out
 
+    def _queries(self, width: int, *, group: int, head_dim: int, opened: bool) -> int:
+        """Rows of attention's programs."""
+        if opened:
+            return open_queries(width, group=group, most=self.config.open_queries)
+        return window_queries(width, head_dim=head_dim, key_block=self.config.key_block)
+
     def unlike(self, widths: Sequence[int], shape: Shape, *, opened: bool) -> list[int]:
         """Of windows or, if `opened`, diagonals of these widths the first for each shape of attention's programs."""
         first: dict[int, int] = {}
+        group = shape.heads // shape.kv_heads
         for width in widths:
-            if opened:
-                rows = open_queries(width, group=shape.heads // shape.kv_heads, most=self.config.open_queries)
-            else:
-                rows = window_queries(width, head_dim=shape.head_dim, key_block=self.config.key_block)
-            first.setdefault(rows, width)
+            first.setdefault(self._queries(width, group=group, head_dim=shape.head_dim, opened=opened), width)
         return list(first.values())
 
     def _input(self, like: Tensor, into: Weight | None) -> Tensor:
-        """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py)."""
+        """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py), rows with their scale
+        where inputs are fp8, too."""
+        if into is not None and into.narrow and len(like) <= self.rows:
+            return self._narrow_rows(like)
         return torch.empty_like(like, dtype=torch.float16 if self._interleaved(into, len(like)) else like.dtype)
 
     def _interleaved(self, into: Weight | None, rows: int) -> bool:
@@ -424,7 +429,7 @@ class TritonOps:
                 torch.full((rows,), -(2**63), dtype=torch.int64, device=logits.device),
             )
         counts, best = self._scratch[rows]
-        grid, scores = (rows, _up(vocabulary, self.BLOCK)), state.scores
+        grid, scores = (rows, ceil_div(vocabulary, self.BLOCK)), state.scores
         blocks = {"BLOCK": self.BLOCK, "num_warps": 8, **self.launch}
         sampling_kernels.guide_kernel[grid](
             logits, slots, state.cfg_scale, state.temperature, scores, counts, width, vocabulary, **blocks
@@ -489,10 +494,6 @@ def _is_8_bit(weight: Weight | None) -> bool:
 
 def _splits(product: Tensor) -> int:
     return len(product) if product.dim() == 3 else 1
-
-
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _rows(m: int) -> int:
