@@ -134,7 +134,10 @@ def plan_memory(
     config, vision, headers = read_config(folder), VisionConfig.read(vision_folder), read_headers(folder)
     vertical = vertical_blocks(headers)
     with torch.device("meta"):
-        vision_bytes = sum(p.numel() for p in IBQ(vision).parameters()) * torch.float32.itemsize
+        tokenizer = IBQ(vision)
+    vision_bytes = sum(p.nbytes for p in tokenizer.parameters())
+    if device.type == "cuda":  # the decoder's convolutions in fp16 beside them
+        vision_bytes += sum(p.nbytes for p in tokenizer.decoder.parameters()) // 2
     # The decoder's last level holds three full-size fp32 feature maps at a time; the fourth is for what a step holds.
     workspace = 4 * vision.ch * vision.ch_mult[0] * area * torch.float32.itemsize
     return Budget(

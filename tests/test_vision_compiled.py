@@ -94,6 +94,31 @@ def test_a_failing_compiler_is_logged_once_and_the_eager_decoder_serves(caplog: 
     assert "no C compiler here" in message
 
 
+@torch.inference_mode()
+def test_convolutions_in_fp16_make_the_same_picture() -> None:
+    """As near as TF32, which has as many bits; the norms' sums and the residual stream stay in fp32."""
+    vision = network()
+    expected = vision.decode(codes(10, 12))
+    CompiledDecoder(vision, half=True, backend="eager")
+    found = vision.decode(codes(10, 12))
+    assert found.dtype == torch.float32
+    assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 5e-3
+
+
+@torch.inference_mode()
+def test_what_fp16_can_not_hold_is_decoded_again(caplog: pytest.LogCaptureFixture) -> None:
+    vision = network()
+    vision.decoder.up[1].block[0].conv1.weight.mul_(1e6)  # type: ignore[index,union-attr]
+    expected = vision.decode(codes(10, 10))
+    compiled = CompiledDecoder(vision, half=True, backend="eager")
+    with caplog.at_level(logging.WARNING, logger="emu_cog"):
+        for _ in range(2):
+            assert torch.allclose(vision.decode(codes(10, 10)), expected, atol=1e-5)
+    assert compiled.active
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "too large for fp16" in message
+
+
 def test_warm_up_logs_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
     vision = network()
     compiled = CompiledDecoder(vision, backend="eager")

@@ -74,12 +74,13 @@ _GROUPS = 32
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of 32 groups."""
+    """GroupNorm of 32 groups, in fp32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(num_groups=_GROUPS, num_channels=channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
         if not torch.compiler.is_compiling():
             return super().forward(x)
         # The same by way of each channel's mean and variance: with channels last these are sums over columns, which
@@ -115,7 +116,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One expression, in place: a name would keep the first convolution's output to the end of the second.
-        h = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x))))))
+        h = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x)))))).float()
         h += self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return h
 
