@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from emu_cog.engine.runner import ModelRunner, _Captured
+from emu_cog.engine.runner import ModelRunner
 from emu_cog.model.kv_cache import PAGE, KVCache
 from emu_cog.model.qwen3 import LanguageModel, destinations, empty_weights
 from emu_cog.ops.interface import Batch, Span, Weight
@@ -80,16 +80,16 @@ def paged(lm: LanguageModel, spans: Sequence[tuple[int, int]], *, padding: int =
 def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that would be captured as CUDA graphs are run instead, at each replay."""
 
-    def capture(self: ModelRunner, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        slots = self._pad_slots(size)
-        hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
+    def record(self: ModelRunner, work: Callable[[], None], name: str) -> Callable[[], None]:
+        return work
 
-        def replay() -> None:
-            hidden.copy_(self._device_step(slots.tensor, width, drawing, nucleus))
+    monkeypatch.setattr(ModelRunner, "_record", record)
 
-        return _Captured(slots, hidden, replay)
 
-    monkeypatch.setattr(ModelRunner, "_capture", capture)
+def tokenwise(batch: Batch) -> Batch:
+    """The batch with a span for each token, read from the device."""
+    pairs = zip(batch.streams.tolist(), batch.positions.tolist(), strict=True)
+    return replace(batch, spans=tuple(Span(stream, position, 1) for stream, position in pairs))
 
 
 class TokenwiseOps(TorchOps):
@@ -98,6 +98,4 @@ class TokenwiseOps(TorchOps):
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, into: Weight
     ) -> torch.Tensor:
-        pairs = zip(batch.streams.tolist(), batch.positions.tolist(), strict=True)
-        spans = tuple(Span(stream, position, 1) for stream, position in pairs)
-        return super().attend(q, keys, values, replace(batch, spans=spans), into)
+        return super().attend(q, keys, values, tokenwise(batch), into)

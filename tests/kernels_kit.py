@@ -30,7 +30,18 @@ from emu_cog.ops.autotune import (
     default_config,
     kind,
 )
-from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Shape, SlotState, Weight
+from emu_cog.ops.interface import (
+    PAGE,
+    Batch,
+    DiagonalState,
+    Gates,
+    Layer,
+    ModelWeights,
+    Ops,
+    Shape,
+    SlotState,
+    Weight,
+)
 from tests.decoder_kit import IDS
 
 META = torch.device("meta")
@@ -137,8 +148,20 @@ def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> 
             ops.logits(hidden[::2], weights.text_head)
             logits = ops.logits(hidden, weights.visual_head)
             ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)
-            ops.codes(logits, state, at[:: 2 * width], at[: rows // 2].view(-1, width), nucleus=False)
+            diagonals(ops, logits, state, at[:: 2 * width], width)
     return found
+
+
+def diagonals(ops: Ops, logits: torch.Tensor, state: SlotState, slots: torch.Tensor, width: int) -> None:
+    """A step over diagonals around its pass."""
+    wide = torch.float32
+    shapes = {"pair_in": (640, 2 * HIDDEN), "pair_out": (1, 640), "pair_bias": (1,), "corner": (1, HIDDEN)}
+    shapes["corner_bias"] = (1,)
+    gates = Gates(**{name: torch.empty(shape, dtype=wide, device=META) for name, shape in shapes.items()})
+    grid = DiagonalState.empty(state, cells=width, hidden=HIDDEN, dtype=torch.bfloat16)
+    inputs = ops.head_input(gates, state, grid, slots, width)
+    ops.sample_cells(logits, state, grid, slots, IDS, width=width, nucleus=False)
+    ops.keep(state, grid, slots, *inputs.view(-1, 2, HIDDEN).unbind(1))
 
 
 def tuned(capability: int, weights: ModelWeights) -> dict[str, dict[str, list]]:

@@ -21,7 +21,8 @@ from emu_cog.engine.engine import Engine, Submission
 from emu_cog.engine.sequence import Ended, EngineRequest, GenerationConfig, Opened, Stats, Tokens
 from emu_cog.errors import CheckpointError, InputError
 from emu_cog.events import Picture, Progress, RunStats
-from emu_cog.model.flashar import Places, diagonals
+from emu_cog.model.flashar import diagonals
+from emu_cog.ops.diagonals import Places
 from emu_cog.ops.noise import gumbel_noise
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
@@ -218,7 +219,7 @@ def test_one_that_is_cancelled_leaves_the_others_alone_and_its_pages_free(load: 
     pipeline.engine.call(lambda: None)
     assert pipeline.runner.cache.free == free
     assert not pipeline.runner.state.tables.any()
-    assert not pipeline.runner.image_tables.any()  # type: ignore[attr-defined]
+    assert not pipeline.runner.grid.image_tables.any()  # type: ignore[attr-defined]
 
 
 def test_memory_that_runs_out_within_a_step_costs_one_submission(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emu_cog.engine import diagonals
 from emu_cog.engine.diagonals import DiagonalRunner, Diagonals
 from emu_cog.engine.engine import Engine
+from emu_cog.engine.runner import Step
 from emu_cog.engine.sequence import EngineRequest, GenerationConfig, SequenceState
 from emu_cog.events import Picture
 from emu_cog.model import torch_settings
-from emu_cog.model.flashar import FlashModel, FlashWeights
-from emu_cog.ops.interface import MAX_ROWS, Batch, Ops, Span, Weight, pages_for
+from emu_cog.model.flashar import FlashModel
+from emu_cog.ops.interface import Batch, Ops, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.decoder_kit import run_uncaptured
+from tests.decoder_kit import run_uncaptured, tokenwise
 from tests.flashar_kit import load
 from tests.test_diagonals import codes_of, config_of
 
@@ -44,7 +45,7 @@ class LastOps(TorchOps):
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, into: Weight
     ) -> torch.Tensor:
         if batch.last is None:
-            return super().attend(q, keys, values, batch, into)
+            return super().attend(q, keys, values, batch if batch.spans else tokenwise(batch), into)
         assert len(batch.tokens) % batch.width == 0
         window = batch.last.view(-1, batch.width)
         assert ((window == window[:, :1]) | (window == 0)).all()  # what the kernel relies on
@@ -99,7 +100,7 @@ def test_steps_that_read_the_device_give_the_eager_tokens(model: FlashModel, mon
         assert other == codes, size
         assert len(probs) == len(others) == size[0] * size[1]
         torch.testing.assert_close(torch.cat(others), torch.cat(probs), atol=2e-5, rtol=1e-3)
-    used = {key[:2] for key in runner._graphs}
+    used = {(size, step.width) for size, step in runner._graphs}
     assert {width for _, width in used} == {4, 8, 16, 32}
     assert max(size for size, _ in used) > 1
     assert all(size * width <= 16 or size == 1 for size, width in used)
@@ -197,24 +198,6 @@ def test_only_a_pictures_own_cells_are_written(model: FlashModel, monkeypatch: p
 
 
 @torch.inference_mode()
-def test_gates_are_products_of_one_shape(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more than 128 rows their sums depended on the pictures beside."""
-    runner, rows, head_input = uncaptured(model, LastOps, monkeypatch), [], diagonals.head_input
-
-    def counted(w: FlashWeights, h: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        rows.append(len(h))
-        return head_input(w, h, *rest)
-
-    monkeypatch.setattr(diagonals, "head_input", counted)
-    every = [sequence(runner, slot, (24, 24), top_k=9) for slot in range(6)]
-    for s in every:
-        s.move(10)
-    runner.step(every)  # 6 pictures of 16 cells, two streams each
-    runner.step(every[:1])
-    assert rows == [MAX_ROWS] * 3
-
-
-@torch.inference_mode()
 def test_one_graph_draws_any_pictures(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = uncaptured(model, LastOps, monkeypatch)
     every = [sequence(runner, slot, (3, 3 + slot), top_k=3 + slot) for slot in range(3)]
@@ -223,7 +206,7 @@ def test_one_graph_draws_any_pictures(model: FlashModel, monkeypatch: pytest.Mon
         for i in company:
             every[i].move(1)
     assert runner.state.step[:3].tolist() == [3, 2, 3]
-    assert set(runner._graphs) == {(1, 8, True, False), (2, 8, True, False)}
+    assert set(runner._graphs) == {(1, Step(width=8)), (2, Step(width=8))}
 
 
 def test_the_log_says_why_steps_are_not_captured(model: FlashModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,11 +12,15 @@ from _models.flashar import make_flashar
 from torch.nn import functional as F
 
 from emu_cog.engine.diagonals import DiagonalRunner
+from emu_cog.engine.runner import Step
 from emu_cog.model.flashar import FlashModel
 from emu_cog.model.loader import load_flash_model
+from emu_cog.model.quantize import quantized
 from emu_cog.ops.autotune import Card, KernelConfig, default_config
-from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, Ops, Weight
+from emu_cog.ops.interface import MAX_ROWS, PAGE, Batch, DiagonalState, Gates, Ops, SlotState, Weight
+from emu_cog.ops.reference import TorchOps
 from emu_cog.prompt.tokenizer import Tokenizer
+from tests.decoder_kit import IDS
 from tests.test_diagonals_captured import LastOps, sequence
 from tests.test_kernels import DEVICE, anywhere, pytestmark  # noqa: F401 - a fixture and the marks of this file
 
@@ -48,11 +53,11 @@ def states(lm: FlashModel, ops: Ops, slots: list[int], *, width: int, steps: int
     pictures = [sequence(runner, slot, (3, 3 + slot), top_k=9) for slot in range(2)]
     found = []
     for _ in range(steps):
-        runner._device_step(torch.tensor(slots, device=DEVICE), width, True, False)
+        runner._device_step(torch.tensor(slots, device=DEVICE), Step(width=width))
         for s in pictures:
             s.move(1)
             count = s.doing.cells(s.made - 1)  # type: ignore[union-attr]
-            found += [x[2 * s.slot : 2 * s.slot + 2, :count].clone() for x in (runner.h, runner.v)]
+            found += [x[2 * s.slot : 2 * s.slot + 2, :count].clone() for x in (runner.grid.h, runner.grid.v)]
     return [runner.state.out[:2, :12], *found]
 
 
@@ -133,6 +138,92 @@ def test_a_diagonals_attention_depends_on_no_room_and_no_company() -> None:
         torch.testing.assert_close(alone, expected.transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-4)
         assert torch.equal(attended([3, i], 24)[1], alone)
         assert torch.equal(attended([i, 2], 33 if count > 8 else 8)[0], alone)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_prompts_multiply_in_fp8() -> None:
+    """As `Weight.product` does in wider numbers, with more rows than the kernels take."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    x, weight = (torch.randn(count, 640, device=DEVICE, dtype=torch.bfloat16) for count in (700, 256))
+    own = Weight(*quantized(weight, "fp8"), narrow=True)
+    found = TritonOps(KernelConfig(linear={}), torch.bfloat16, 512).linear(x, own)
+    torch.testing.assert_close(found, own.product(x), atol=0.3, rtol=2e-2)
+
+
+@torch.inference_mode()
+def test_around_a_pass_the_kernels_do_what_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures at any diagonal, a complete one, one of one row and padding; and the gates' product has one shape: with
+    more than 128 rows its sums depended on the pictures beside."""
+    from emu_cog.ops.triton_ops import TritonOps
+
+    torch.manual_seed(4)
+    hidden, vocabulary, width = 48, 600, 12
+    state = SlotState.empty(5, pages=4, steps=600, vocabulary=vocabulary, device=DEVICE)
+    state.scores = torch.zeros((6 * width, vocabulary), device=DEVICE)
+    ours = (state.step, state.columns, state.total, state.seed, state.sampled, state.position)
+    for own, values in zip(
+        ours,
+        (
+            [0, 5, 11, 29, 2, 0],
+            [24, 9, 24, 7, 6, 1],
+            [47, 20, 47, 29, 6, 0],
+            [7, 8, 9, 10, 11, 0],
+            [0, 600, 0, 3, 0, 0],
+            [70, 11, 20, 30, 5, 5, 64, 1, 9, 8, 0, 0],
+        ),
+        strict=True,
+    ):
+        own.copy_(torch.tensor(values))
+    state.top_k.fill_(9)
+    state.top_k[2] = vocabulary
+    grid = DiagonalState.empty(state, cells=30, hidden=hidden, dtype=torch.float32)
+    grid.rows.copy_(torch.tensor([24, 12, 24, 23, 1, 1]))
+    gates = Gates(
+        pair_in=torch.randn((64, 2 * hidden), device=DEVICE) / 10,
+        pair_out=torch.randn((1, 64), device=DEVICE) / 10,
+        pair_bias=torch.randn(1, device=DEVICE),
+        corner=torch.randn((1, hidden), device=DEVICE) / 10,
+        corner_bias=torch.randn(1, device=DEVICE),
+    )
+    for kept in (grid.h, grid.v):
+        kept.copy_(torch.randn(kept.shape, device=DEVICE))
+    slots = torch.tensor([1, 0, 2, 5, 3, 4], device=DEVICE)
+    logits = torch.randn((len(slots) * 2 * width, vocabulary), device=DEVICE)
+    h, v = torch.randn((2, len(logits), hidden), device=DEVICE)
+    rows: list[int] = []
+    product = F.linear
+
+    def counted(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return product(x, *rest)
+
+    found = []
+    for ops in (TorchOps(), TritonOps(KernelConfig(linear={}), torch.float32)):
+        own, mine = copy.deepcopy(state), copy.deepcopy(grid)
+        with monkeypatch.context() as patched:
+            patched.setattr(F, "linear", counted)
+            inputs = ops.head_input(gates, own, mine, slots, width)
+            alone = ops.head_input(gates, own, mine, slots[1:2], width)
+        batches = ops.sample_cells(logits, own, mine, slots, IDS, width=width, nucleus=False)
+        ops.keep(own, mine, slots, h, v)
+        found.append((inputs, alone, batches, own, mine))
+    (slow, _, expected, one, kept), (fast, alone, batches, other, too) = found
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    assert torch.equal(alone, fast[2 * width : 4 * width])
+    assert rows[6:] == [MAX_ROWS] * 3
+    for a, b in zip(expected, batches, strict=True):
+        for name in ("tokens", "positions", "streams", "rotary", "last", "tables"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(one.out[:5], other.out[:5])
+    assert (one.out[:5] > 0).sum(dim=1).tolist() == [1, 6, 12, 0, 1]
+    assert torch.equal(one.step, other.step)
+    assert one.step.tolist() == [1, 6, 12, 29, 3, 0]
+    assert torch.equal(kept.h, too.h)
+    assert torch.equal(kept.v, too.v)
+    again = ops.sample_cells(logits, copy.deepcopy(state), grid, slots, IDS, width=width, nucleus=False)
+    assert torch.equal(again[0].tokens, batches[0].tokens)  # what was counted has been reset
 
 
 @pytest.mark.slow

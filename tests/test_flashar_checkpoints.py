@@ -164,7 +164,7 @@ def test_memory_is_estimated_for_what_is_kept(
     """Without the heads' text rows, 3 GB of the released weights; and with the vertical layers' keys and values."""
     made = flash_folders("lxazjk")
     w = load(made.model, dtype=dtype, quantize=form).flash
-    gates = (w.pair_in, w.pair_out, w.pair_bias, w.corner, w.corner_bias)
+    gates = w.gates.tensors
     tensors = [w.decoder.embed, w.decoder.norm, w.decoder.head, w.vertical_norm, *gates]
     for layer in (*w.decoder.layers, *w.vertical):
         for part in vars(layer).values():

@@ -24,7 +24,12 @@ from tests.conftest import ROOT
 from tests.kernels_kit import SHARED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-OTHERS = {"add_norm", "linear", "rope_store", "attend", "guide", "count", "pick", "accept"}
+OTHERS = {"add_norm", "linear", "rope_store", "attend", "guide", "count", "pick", "accept"} | {
+    "gather",
+    "weigh",
+    "store",
+    "keep",
+}
 QUICK = {90: ROWS[0], 80: ROWS[-1]}
 """Capability to rows of a pass; all of ROWS are compiled by the slow test."""
 
@@ -57,7 +62,7 @@ def check(found: dict[str, Any], capability: int, monkeypatch: pytest.MonkeyPatc
             continue
         assert isinstance(found[name], dict), found[name]
         names = {kernel.removesuffix("_kernel") for kernel in found[name]}
-        own = {"bfloat16": {"combine"}, "narrow": {"combine_narrow", "narrow"}}.get(name, {"combine", "linear8"})
+        own = {"bfloat16": {"combine"}, "narrow": {"combine", "narrow"}}.get(name, {"combine", "linear8"})
         assert names == OTHERS | own
         for kernel, needed in found[name].items():
             assert needed <= SHARED[capability] * 1024, f"{kernel} with {name} weights"

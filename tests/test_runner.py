@@ -15,7 +15,7 @@ from _models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, why_eager
+from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, Step, why_eager
 from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState, Tokens
 from emu_cog.model import torch_settings
 from emu_cog.model.kv_cache import PAGE
@@ -82,9 +82,9 @@ def test_steps_that_read_the_device_give_the_eager_tokens(
     assert len(expected) == count
     assert ids_of(engine, requests, config) == expected
     graphs = engine.runner._graphs
-    assert max(key[0] for key in graphs) == {1: 1, 2: 2, 3: 4, 4: 4}[count]
-    assert {key[3] for key in graphs} >= {name == "top-p"}
-    assert (max(key[1] for key in graphs) > 1) == (decoding == "parallel")
+    assert max(size for size, _ in graphs) == {1: 1, 2: 2, 3: 4, 4: 4}[count]
+    assert {step.nucleus for _, step in graphs} >= {name == "top-p"}
+    assert (max(step.width for _, step in graphs) > 1) == (decoding == "parallel")
 
 
 def sequence(runner: ModelRunner, slot: int, *, length: int = 5, **config: object) -> SequenceState:
@@ -182,7 +182,7 @@ def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch)
             assert Reads.count == 0
         assert runner.state.step.tolist() == [12, 12, 12, 0, 0]
         assert runner.state.position.tolist() == [15, 14, 16, 15, 17, 16, 0, 0, 0, 0]
-        assert runner._graphs[4, 1, True, True].slots.tensor.tolist() == [0, 1, 2, runner.state.padding]
+        assert runner._graphs[4, Step(width=1, nucleus=True)].slots.tensor.tolist() == [0, 1, 2, runner.state.padding]
         for s in three:
             s.made = 12
         for ids in runner.read([(s, 0) for s in three]):
@@ -344,7 +344,7 @@ def test_captured_pictures_replay_one_graph_without_synchronizing(name: str, mak
 
     with torch.inference_mode():
         steps()
-    assert graphs[0].keys() == graphs[1].keys() == {(1, 1, True, name == "top-p")}
+    assert graphs[0].keys() == graphs[1].keys() == {(1, Step(width=1, nucleus=name == "top-p"))}
     assert all(graphs[0][key] is graphs[1][key] for key in graphs[0])
 
 

@@ -8,18 +8,19 @@ several passes of up to `pass_rows` rows, two for each cell.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.runner import ModelRunner, _device_seconds
+from emu_cog.engine.runner import ModelRunner, Step, _device_seconds
 from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, SequenceState, Tokens
 from emu_cog.log import log
-from emu_cog.model.flashar import Diagonal, FlashModel, Places, draw, head_input, image_pages
-from emu_cog.ops.interface import MAX_ROWS, Batch, Span, pairs
+from emu_cog.model.flashar import Diagonal, FlashModel, draw, image_pages
+from emu_cog.ops.diagonals import move
+from emu_cog.ops.interface import Batch, DiagonalState, Span
 
 if TYPE_CHECKING:
     from emu_cog.ops.triton_ops import TritonOps
@@ -67,8 +68,7 @@ class Diagonals(Draw):
 
 
 class DiagonalRunner(ModelRunner):
-    """Runs the passes of a FlashModel. In its state a slot's `step` counts diagonals, `position` are the lengths of its
-    prompts, and `out` holds its cells row by row."""
+    """Runs the passes of a FlashModel."""
 
     lm: FlashModel
     pass_rows = PASS_ROWS
@@ -76,22 +76,17 @@ class DiagonalRunner(ModelRunner):
 
     def __init__(self, lm: FlashModel, *, slots: int, tokens: int) -> None:
         super().__init__(lm, slots=slots, tokens=tokens)
-        state, streams = self.state, 2 * (slots + 1)
+        state = self.state
         state.scores = state.scores.new_zeros((max(MAX_CELLS, self.pass_rows // 2), lm.ids.visual_count))
-        self.rows = torch.ones_like(state.columns)
-        self.image_tables = torch.zeros_like(state.tables)
-        """The vertical layers', which keep cells alone."""
-        # What the next diagonal is sampled from: of the one before, or in the first place of the prompt's last token.
-        self.h, self.v = torch.zeros(
-            (2, streams, MAX_CELLS, lm.config.hidden_size), dtype=lm.dtype, device=lm.device
-        ).unbind()
+        self.grid = DiagonalState.empty(state, cells=MAX_CELLS, hidden=lm.config.hidden_size, dtype=lm.dtype)
+        self._beside = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
         self._scores: dict[int, Tensor] = {}
 
     # -- 1. sequences come and go ----------------------------------------------------------------------------
 
     def answer(self, s: SequenceState, last: Mapping[int, Tensor]) -> Generator[Feed | Draw, Choice | None, Reason]:
         for stream, hidden in last.items():
-            self.h[2 * s.slot + stream, 0], self.v[2 * s.slot + stream, 0] = hidden[0].chunk(2)
+            self.grid.h[2 * s.slot + stream, 0], self.grid.v[2 * s.slot + stream, 0] = hidden[0].chunk(2)
         return self._picture(s)
 
     def _picture(self, s: SequenceState) -> Generator[Feed | Draw, Choice | None, Reason]:
@@ -109,7 +104,7 @@ class DiagonalRunner(ModelRunner):
         state, (rows, columns), slot = self.state, draw.size, s.slot
         if rows * columns > state.out.shape[1]:
             self._widen(rows * columns)
-        self.rows[slot], state.columns[slot], state.total[slot], state.step[slot] = rows, columns, draw.total, 0
+        self.grid.rows[slot], state.columns[slot], state.total[slot], state.step[slot] = rows, columns, draw.total, 0
         state.seed[slot], state.sampled[slot] = s.request.seed, s.sampled
         state.position[2 * slot : 2 * slot + 2] = torch.tensor(s.lengths)
 
@@ -117,11 +112,11 @@ class DiagonalRunner(ModelRunner):
         super().place(s)
         for stream, prompt in enumerate((s.request.conditional, s.request.unconditional)):
             pages = image_pages(len(prompt), s.pages[stream])
-            self.image_tables[2 * s.slot + stream, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            self.grid.image_tables[2 * s.slot + stream, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
     def end(self, s: SequenceState) -> None:
         super().end(s)
-        self.image_tables[2 * s.slot : 2 * s.slot + 2] = 0
+        self.grid.image_tables[2 * s.slot : 2 * s.slot + 2] = 0
 
     # -- 2. one step of all pictures -------------------------------------------------------------------------
 
@@ -140,7 +135,9 @@ class DiagonalRunner(ModelRunner):
             try:
                 for places, cells in self._passes(sequences):
                     if self.captured:
-                        self._replay([sequences[i] for i in places], cells, True, nucleus)
+                        pictures = [sequences[i] for i in places]
+                        feeding = not all(_last(s) for s in pictures)
+                        self._replay(pictures, Step(width=cells, feeding=feeding, nucleus=nucleus))
                         self._remember(sequences, places, cells)
                     else:
                         self._eager_pass(sequences, places, nucleus)
@@ -149,7 +146,7 @@ class DiagonalRunner(ModelRunner):
                 for i in drawn:
                     sequences[i].move(1)
                 raise
-        return self.h[:0, 0]
+        return self.grid.h[:0, 0]
 
     def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
         """The tokens of each picture's rows that have become complete, EOL and EOI included. Synchronizes with the
@@ -197,57 +194,11 @@ class DiagonalRunner(ModelRunner):
 
     # -- 3. on the device ------------------------------------------------------------------------------------
 
-    def _next(self, slots: Tensor, width: int) -> Places:
-        """The diagonal that each picture draws next; a complete one has none."""
-        return Places.of(self.state.step[slots], self.rows[slots], self.state.columns[slots], width)
-
-    def _sample(self, slots: Tensor, at: Places, block: int | None, nucleus: bool) -> None:
-        """Sample the cells of a diagonal and store them. Gates are computed in products of `block` rows, so that none
-        depends on the pictures beside it, or in one."""
-        state, ids = self.state, self.lm.ids
-        streams = pairs(slots)[:, :, None]
-        h = self.h[streams, at.left.clamp(min=0)[:, None]].flatten(0, 2)  # (n * 2 * width, hidden)
-        v = self.v[streams, at.above.clamp(min=0)[:, None]].flatten(0, 2)
-        leftmost, top = ((x < 0)[:, None].expand(-1, 2, -1).reshape(-1, 1) for x in (at.left, at.above))
-        rows = len(h)
-        block = block or rows
-        parts = (F.pad(x, (0, 0, 0, -rows % block)).split(block) for x in (h, v, leftmost, top))
-        inputs = torch.cat([head_input(self.lm.flash, *part) for part in zip(*parts, strict=True)])[:rows]
-        logits = self.lm.visual_logits(inputs)
-        numbers = state.sampled[slots, None] + at.cell
-        codes = self.lm.ops.codes(logits, state, slots, numbers, nucleus=nucleus)
-        state.out[torch.where(at.live, slots[:, None], state.padding), at.cell] = ids.visual + codes
-
-    def _batches(self, slots: Tensor, at: Places) -> tuple[Batch, Batch]:
-        """The pass over a diagonal, as the decoder and as the vertical layers see it; all other rows are padding."""
-        state, pair, (n, width) = self.state, pairs(slots), at.cell.shape
-        live, prompt = at.live[:, None], state.position[pair][:, :, None]  # (n, 1, width), (n, 2, 1)
-        tokens = state.out[slots[:, None], at.cell][:, None]
-        drawn = (at.drawn + torch.arange(width, device=slots.device))[:, None]
-        last = (at.drawn + at.count - 1)[:, None]
-
-        def flat(x: Tensor, padding: int = 0) -> Tensor:
-            return torch.where(live, x, padding).expand(n, 2, width).flatten()
-
-        batch = Batch(
-            tokens=flat(tokens),
-            positions=flat(prompt + drawn),
-            streams=flat(pair[:, :, None], 2 * state.padding),
-            tables=state.tables,
-            width=width,
-            rotary=flat(prompt.amax(dim=1, keepdim=True) + at.cell[:, None]),
-            last=flat(prompt + last),
-        )
-        return batch, replace(batch, positions=flat(drawn), tables=self.image_tables, last=flat(last))
-
-    def _keep(self, slots: Tensor, width: int, h: Tensor, v: Tensor) -> None:
-        """Store the states of a diagonal."""
-        streams = pairs(slots).flatten()
-        self.h[streams, :width] = h.view(len(streams), width, -1)
-        self.v[streams, :width] = v.view(len(streams), width, -1)
-
-    def _move(self, slots: Tensor) -> None:
-        self.state.step[slots] = torch.minimum(self.state.step[slots] + 1, self.state.total[slots])
+    def _sample(self, slots: Tensor, width: int, nucleus: bool) -> tuple[Batch, Batch]:
+        """Sample the cells of the next diagonals, and store them; what feeds them (`Ops.sample_cells`)."""
+        ops, state, grid = self.lm.ops, self.state, self.grid
+        logits = self.lm.visual_logits(ops.head_input(self.lm.flash.gates, state, grid, slots, width))
+        return ops.sample_cells(logits, state, grid, slots, self.lm.ids, width=width, nucleus=nucleus)
 
     # -- 4. in plain torch -----------------------------------------------------------------------------------
 
@@ -260,15 +211,14 @@ class DiagonalRunner(ModelRunner):
             s, count = sequences[i], _cells(sequences[i])
             assert isinstance(s.doing, Diagonals)
             slots = torch.tensor([s.slot], device=self.lm.device)
-            at = self._next(slots, count)
-            self._sample(slots, at, None, nucleus)
+            both = self._sample(slots, count, nucleus)
             self._remember(sequences, [i], count)
-            if s.made + 1 < s.doing.total:  # nothing follows from the last one
+            if not _last(s):
                 drawn = s.doing.tokens(s.made)
                 prompts = len(s.request.conditional), len(s.request.unconditional)
                 streams = [2 * s.slot, 2 * s.slot + 1]
                 fed.append((slots, count))
-                batches.append(self._batches(slots, at))
+                batches.append(both)
                 spans.append(
                     (
                         [Span(x, n + drawn, count, open=True) for x, n in zip(streams, prompts, strict=True)],
@@ -283,9 +233,10 @@ class DiagonalRunner(ModelRunner):
             h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache)
             row = 0
             for slots, count in fed:
-                self._keep(slots, count, h[row : row + 2 * count], v[row : row + 2 * count])
+                self.lm.ops.keep(self.state, self.grid, slots, h[row : row + 2 * count], v[row : row + 2 * count])
                 row += 2 * count
-        self._move(torch.tensor([sequences[i].slot for i in places], device=self.lm.device))
+        ended = [sequences[i].slot for i in places if _last(sequences[i])]
+        move(self.state, torch.tensor(ended, dtype=torch.int64, device=self.lm.device))
 
     def _joined(self, batches: Sequence[Batch], spans: Sequence[Span]) -> Batch:
         """One pass over several batches, padded like every eager pass."""
@@ -307,11 +258,14 @@ class DiagonalRunner(ModelRunner):
 
     @torch.inference_mode()
     def warm_up(self, *, several: bool = True) -> None:
-        """Capture the passes over diagonals of up to 64 cells, and measure what they take."""
+        """Capture the passes over diagonals of up to 64 cells, and short prompts; measure what passes take."""
         taken = []
+        for size in self.sizes:
+            self._graph(size, Step(width=WIDTHS[0], feeding=False))
+        self._capture_prompts()
         for width in WIDTHS[:-1]:
             for size in (size for size in self.sizes if 2 * size * width <= self.pass_rows):
-                graph = self._graph(size, width, True, False)
+                graph = self._graph(size, Step(width=width))
                 self._pad_slots(size)
                 taken.append(f"{size} x {width} {1000 * _device_seconds(graph.replay, self.lm.device):.2f} ms")
         log.info("a pass takes, by pictures x cells of each: %s", ", ".join(taken))
@@ -319,17 +273,23 @@ class DiagonalRunner(ModelRunner):
     def _run_once(self, ops: TritonOps) -> None:
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
         for width in {*WIDTHS[:2], *ops.unlike(WIDTHS, self.lm.weights.shape, opened=True)}:
-            self._device_step(slots, width, True, False)
+            self._device_step(slots, Step(width=width))
 
-    def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
-        """A step of diagonals of up to `width` cells that reads everything from the device: h (2 slots, hidden) of
-        their first cells."""
-        at = self._next(slots, width)
-        self._sample(slots, at, MAX_ROWS, nucleus)
-        h, v = draw(self.lm.ops, self.lm.flash, *self._batches(slots, at), self.cache)
-        self._keep(slots, width, h, v)
-        self._move(slots)
-        return h[::width]
+    def _device_step(self, slots: Tensor, step: Step) -> Tensor | None:
+        """A step of diagonals that reads everything from the device. It leaves no hidden states."""
+        batch, image = self._sample(slots, step.width, step.nucleus)
+        if step.feeding:
+            h, v = draw(self.lm.ops, self.lm.flash, batch, image, self.cache, self._beside)
+            self.lm.ops.keep(self.state, self.grid, slots, h, v)
+        else:
+            move(self.state, slots)
+        return None
+
+
+def _last(s: SequenceState) -> bool:
+    """Whether the next diagonal is the last, from which nothing follows."""
+    assert isinstance(s.doing, Diagonals)
+    return s.made + 1 >= s.doing.total
 
 
 def _cells(s: SequenceState) -> int:

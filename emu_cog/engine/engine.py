@@ -265,9 +265,8 @@ class Engine:
         """
         chunk, timer = prompt.chunks[prompt.read], DeviceTimer(self.lm.device)
         try:
-            hidden = self.lm.feed(
-                self.runner.cache,
-                [Chunk(prompt.streams[i][begin:end], begin, prompt.pages[i]) for i, begin, end in chunk],
+            last = self.runner.feed(
+                [Chunk(prompt.streams[i][begin:end], begin, prompt.pages[i]) for i, begin, end in chunk]
             )
         except torch.OutOfMemoryError:
             tokens = sum(map(len, prompt.streams))
@@ -279,11 +278,9 @@ class Engine:
         timer.stop()
         prompt.timers.append(timer)
         prompt.read += 1
-        at = 0
-        for stream, begin, end in chunk:
-            at += end - begin
+        for (stream, _, end), hidden in zip(chunk, last, strict=True):
             if end == len(prompt.streams[stream]):
-                prompt.last[stream] = hidden[at - 1 : at].clone()
+                prompt.last[stream] = hidden
         if prompt.unread:
             if len(prompt.timers) > 1:
                 prompt.timers[-2].wait()

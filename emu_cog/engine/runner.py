@@ -14,13 +14,15 @@ import importlib.util
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emu_cog.engine.prefill import SIZES as PROMPT_SIZES
+from emu_cog.engine.prefill import CapturedPrompts
 from emu_cog.engine.sequence import (
     LARGEST,
     Choice,
@@ -79,6 +81,23 @@ def why_eager(lm: LanguageModel, *, compile: bool) -> str | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A kind of step that is captured: up to `width` tokens, or cells, of each picture."""
+
+    width: int
+    sampling: bool = True
+    """Whether tokens of pictures are sampled; text is sampled from the hidden states that a step returns."""
+    feeding: bool = True
+    """Whether tokens are fed: none are after a picture's last diagonal."""
+    nucleus: bool = False
+    """Whether the top-p of some picture is below 1."""
+
+    def __str__(self) -> str:
+        kind = "text" if not self.sampling else "pictures" if self.feeding else "ends of pictures"
+        return f"{kind} with top-p" if self.nucleus else kind
+
+
 @dataclass
 class _Slots:
     """Which slots the captured steps for a fixed number of sequences read, whatever their width."""
@@ -96,7 +115,7 @@ class _Slots:
 @dataclass
 class _Captured:
     """A step for a fixed number of sequences: write the slots, replay, read the hidden states (2 sequences, hidden) of
-    the first token of each stream."""
+    the first token of each stream, where the step leaves any."""
 
     slots: _Slots
     hidden: Tensor
@@ -126,10 +145,11 @@ class ModelRunner:
             device=lm.device,
         )
         self.capture_seconds = 0.0
-        self._graphs: dict[tuple[int, int, bool, bool], _Captured] = {}
+        self._graphs: dict[tuple[int, Step], _Captured] = {}
         self._slots: dict[int, _Slots] = {}
         self._seconds: dict[tuple[int, int], float] = {}
         self._pool: Any = None
+        self.prompts = CapturedPrompts(lm, self.cache, self._record)
 
     @classmethod
     def best(cls, lm: LanguageModel, *, slots: int, tokens: int, compile: bool) -> ModelRunner:
@@ -157,6 +177,15 @@ class ModelRunner:
         return CPU_BLOCK if self.lm.device.type == "cpu" else EAGER_ROWS
 
     # -- 1. sequences come and go ----------------------------------------------------------------------------
+
+    def feed(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Read chunks of prompts, which fill no pass with others: the hidden states (1, hidden) of each one's last
+        token."""
+        if self.captured and self.prompts.fit(chunks):
+            with self._current_device():
+                return self.prompts.read(chunks)
+        hidden = self.lm.feed(self.cache, chunks)
+        return [part[-1:].clone() for part in hidden.split([len(chunk.tokens) for chunk in chunks])]
 
     def begin(self, s: SequenceState) -> None:
         """Write the parameters of `s` to its slot."""
@@ -230,7 +259,7 @@ class ModelRunner:
         nucleus = any(s.config.image.top_p < 1.0 for s in drawing)
         with self._current_device():
             if self.captured:
-                return self._replay(sequences, width, bool(drawing), nucleus)
+                return self._replay(sequences, Step(width=width, sampling=bool(drawing), nucleus=nucleus))
             return self._eager(sequences, drawing, width, nucleus)
 
     def made(self, sequences: Sequence[SequenceState]) -> list[int]:
@@ -354,17 +383,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, *, several: bool = True) -> None:
-        """Capture the steps for every number of sequences, with `several` of every width; measure what they take."""
+        """Capture the steps for every number of sequences, with `several` of every width, and short prompts; measure
+        what steps take."""
         for size in self.sizes:
-            self._graph(size, 1, False, False)
+            self._graph(size, Step(width=1, sampling=False))
             for width in self.widths(size) if several else (1,):
-                graph = self._graph(size, width, True, False)
+                graph = self._graph(size, Step(width=width))
                 self._pad_slots(size)
                 self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
+        self._capture_prompts()
         log.info(
             "a pass takes, by pictures x tokens of each: %s",
             ", ".join(f"{size} x {width} {1000 * s:.2f} ms" for (size, width), s in self._seconds.items()),
         )
+
+    def _capture_prompts(self) -> None:
+        self.prompts.clear()
+        for size in PROMPT_SIZES:
+            self.prompts.capture(size)
 
     @torch.inference_mode()
     def build_kernels(self) -> None:
@@ -380,6 +416,8 @@ class ModelRunner:
             try:
                 prompt = [0] * (self.pass_rows + 1)  # one that the kernels leave to PyTorch
                 self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
+                self.prompts.clear()
+                self.prompts.run(PROMPT_SIZES[0])
                 self._run_once(ops)
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
@@ -392,21 +430,23 @@ class ModelRunner:
         """Run each kernel of a step once, over the padding, attention in every shape that it has."""
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
         for width in {1, 2, *ops.unlike(WIDTHS[:-1], self.lm.weights.shape, opened=False)}:
-            self.lm.text_logits(self._device_step(slots, width, True, False)[:1])
+            hidden = self._device_step(slots, Step(width=width))
+            assert hidden is not None
+            self.lm.text_logits(hidden[:1])
 
-    def _device_step(self, slots: Tensor, width: int, drawing: bool, nucleus: bool) -> Tensor:
+    def _device_step(self, slots: Tensor, step: Step) -> Tensor | None:
         """A step that reads everything from the device: the hidden states (2 slots, hidden) of the first tokens."""
-        state = self.state
+        state, width = self.state, step.width
         tokens, positions, streams = (x.flatten() for x in state.fed(slots, width))
         batch = Batch(tokens=tokens, positions=positions, streams=streams, tables=state.tables, width=width)
         hidden = self.lm.forward(batch, self.cache)
-        if drawing:
+        if step.sampling:
             logits = self.lm.visual_logits(hidden)
-            self.lm.ops.sample(logits, state, slots, self.lm.ids, width=width, nucleus=nucleus)
+            self.lm.ops.sample(logits, state, slots, self.lm.ids, width=width, nucleus=step.nucleus)
         return hidden[::width]
 
-    def _replay(self, sequences: Sequence[SequenceState], width: int, drawing: bool, nucleus: bool) -> Tensor:
-        graph, padding = self._graph(len(sequences), width, drawing, nucleus), self.state.padding
+    def _replay(self, sequences: Sequence[SequenceState], step: Step) -> Tensor:
+        graph, padding = self._graph(len(sequences), step), self.state.padding
         graph.slots.write([s.slot for s in sequences] + [padding] * (len(graph.slots.tensor) - len(sequences)))
         graph.replay()
         return graph.hidden[: 2 * len(sequences) : 2]
@@ -420,8 +460,8 @@ class ModelRunner:
         """`step_sizes`, as far as there are slots."""
         return [*(size for size in self.step_sizes if size < self.slots), self.slots]
 
-    def _graph(self, sequences: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        key = self._size(sequences), width, drawing, drawing and nucleus
+    def _graph(self, sequences: int, step: Step) -> _Captured:
+        key = self._size(sequences), replace(step, nucleus=step.sampling and step.nucleus)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
@@ -433,33 +473,38 @@ class ModelRunner:
         self._slots[size].write([self.state.padding] * size)
         return self._slots[size]
 
-    def _capture(self, size: int, width: int, drawing: bool, nucleus: bool) -> _Captured:
-        """Capturing needs one ordinary run first, which compiles the kernels. It steps the padding alone."""
-        started, device = time.perf_counter(), self.lm.device
+    def _capture(self, size: int, step: Step) -> _Captured:
+        """A step of `size` sequences. Capturing runs it once, over the padding alone."""
         slots = self._pad_slots(size)
-        hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=device)
+        hidden = torch.zeros((2 * size, self.lm.config.hidden_size), dtype=self.lm.dtype, device=self.lm.device)
 
-        def step() -> None:
-            hidden.copy_(self._device_step(slots.tensor, width, drawing, nucleus))
+        def work() -> None:
+            found = self._device_step(slots.tensor, step)
+            if found is not None:
+                hidden.copy_(found)
 
+        return _Captured(slots, hidden, self._record(work, f"{step}, {size} x {step.width}"))
+
+    def _record(self, work: Callable[[], None], name: str) -> Callable[[], None]:
+        """Run `work`, which compiles its kernels, and capture it as a CUDA graph; returns the graph's replay."""
+        started, device = time.perf_counter(), self.lm.device
         with self._current_device():
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                step()
+                work()
             torch.cuda.current_stream(device).wait_stream(side)
             torch.cuda.synchronize(device)
             built = time.perf_counter()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                step()
+                work()
             torch.cuda.synchronize(device)
         done = time.perf_counter()
         self.capture_seconds += done - started
-        kind = ("pictures with top-p" if nucleus else "pictures") if drawing else "text"
-        log.info("captured %s, %d x %d: kernels %.1f s, graph %.1f s", kind, size, width, built - started, done - built)
-        return _Captured(slots, hidden, graph.replay)
+        log.info("captured %s: kernels %.1f s, graph %.1f s", name, built - started, done - built)
+        return graph.replay
 
     def _current_device(self) -> AbstractContextManager[None]:
         """Kernels and new streams use the current device, which in this thread need not be the model's."""

@@ -39,13 +39,14 @@ from emu_cog.model.qwen3 import (
     run_layers,
 )
 from emu_cog.ops import linear
-from emu_cog.ops.interface import PAGE, Batch, Layer, ModelWeights, Ops
+from emu_cog.ops.diagonals import weighed
+from emu_cog.ops.interface import PAGE, Batch, Gates, Layer, ModelWeights, Ops
 from emu_cog.prompt.tokens import TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlashWeights:
-    """All weights. The gates are fp32; everything else is in the model's dtype, the layers perhaps in 8 bits."""
+    """All weights, but for the gates in the model's dtype, the layers perhaps in 8 bits."""
 
     decoder: ModelWeights
     """Its head is both heads side by side, (visual tokens, 2 hidden): horizontal, vertical. Text is never written, so
@@ -54,11 +55,7 @@ class FlashWeights:
     vertical_norm: Tensor
     start: int
     """The decoder's layer whose input the vertical layers read."""
-    pair_in: Tensor  # (gate, 2 hidden)
-    pair_out: Tensor  # (1, gate)
-    pair_bias: Tensor  # (1,)
-    corner: Tensor  # (1, hidden)
-    corner_bias: Tensor  # (1,)
+    gates: Gates
 
     @property
     def split(self) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
@@ -68,9 +65,8 @@ class FlashWeights:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that one pass reads, whatever its number of cells."""
-        gates = (self.pair_in, self.pair_out, self.pair_bias, self.corner, self.corner_bias)
         vertical = replace(self.decoder, layers=self.vertical).bytes_read - self.decoder.visual_head.nbytes
-        return self.decoder.bytes_read + vertical + sum(gate.nbytes for gate in gates)
+        return self.decoder.bytes_read + vertical + sum(gate.nbytes for gate in self.gates.tensors)
 
 
 # -- 1. the grid -------------------------------------------------------------------------------------------
@@ -131,87 +127,58 @@ def rotary_positions(diagonal: Diagonal, longest: int) -> list[int]:
     return [longest + cell for cell in diagonal.cells]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """A diagonal of each of n pictures on the device, as `Diagonal` has it for the host: (n, width) int64 each, where
-    `live`; all other places hold what can be read or written without harm."""
-
-    live: Tensor  # bool
-    cell: Tensor  # r * columns + c, or 0
-    left: Tensor
-    above: Tensor
-    count: Tensor  # (n, 1), not positive beyond the last diagonal
-    drawn: Tensor  # (n, 1)
-
-    @classmethod
-    def of(cls, number: Tensor, rows: Tensor, columns: Tensor, width: int) -> Places:
-        """Up to `width` cells of the diagonals `number` (n,) of grids of `rows` x `columns` (n,)."""
-        number, rows, columns = number[:, None], rows[:, None], columns[:, None]
-        top, before = (number - columns + 1).clamp(min=0), (number - columns).clamp(min=0)
-        count = torch.minimum(rows - 1, number) - top + 1
-        row = top + torch.arange(width, device=number.device)
-        live = row < top + count
-        whole, below, beside, both = (
-            n.clamp(min=0) * (n.clamp(min=0) + 1) // 2
-            for n in (number, number - rows, number - columns, number - rows - columns)
-        )
-        return cls(
-            live=live,
-            cell=torch.where(live, row * (columns - 1) + number, 0),
-            left=torch.where(live & (row < number), row - before, -1),
-            above=torch.where(live & (row > 0), row - 1 - before, -1),
-            count=count,
-            drawn=whole - below - beside + both,
-        )
-
-
 # -- 2. passes ---------------------------------------------------------------------------------------------
 
 
-def run_decoder(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Store the batch's tokens; returns their final hidden states and what entered layer `start`, (M, hidden) each. Of
-    a prompt's last token these are h and v."""
+def read(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Store a prompt's tokens; returns their final hidden states and what entered layer `start`, (M, hidden) each. Of
+    the last token these are h and v."""
+    x, residual = _lower(ops, w, batch, cache)
+    inner = residual.clone()  # the layers above add to it in place
+    return _upper(ops, w, batch, cache, x, residual), inner
+
+
+def draw(
+    ops: Ops, w: FlashWeights, batch: Batch, image: Batch, cache: KVCache, beside: torch.cuda.Stream | None = None
+) -> tuple[Tensor, Tensor]:
+    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch as
+    the vertical layers store it, which count cells alone; theirs are the cache's last layers.
+
+    The vertical layers need nothing of the decoder's from `start` on: given a stream `beside` they run there at the
+    same time, so that one reads weights while the other attends.
+    """
+    x, residual = _lower(ops, w, batch, cache)
+    inner = residual.clone()
+    if beside is None:
+        return _upper(ops, w, batch, cache, x, residual), _vertical(ops, w, image, cache, inner)
+    here = torch.cuda.current_stream()
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        v = _vertical(ops, w, image, cache, inner)
+    h = _upper(ops, w, batch, cache, x, residual)
+    here.wait_stream(beside)  # until here `inner` must not be freed
+    return h, v
+
+
+def _lower(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """The decoder's layers below `start`: what layer `start` reads, and what its norm read."""
     residual, (lower, upper) = F.embedding(batch.tokens, w.decoder.embed), w.split
     first, into = w.decoder.layers[0], upper[0]
     x = ops.add_norm(None, residual, first.input_norm, w.decoder.shape.eps, first.qkv)
     if lower:
         x, residual = run_layers(ops, lower, (into.input_norm, into.qkv), w.decoder, x, residual, batch, cache)
-    inner = residual.clone()  # the layers above add to it in place
-    h, _ = run_layers(ops, upper, (w.decoder.norm, None), w.decoder, x, residual, batch, cache, first=w.start)
-    return h, inner
+    return x, residual
 
 
-def draw(ops: Ops, w: FlashWeights, batch: Batch, image: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Store the cells of diagonals, in open spans; returns their h and v (M, hidden) each. `image` is the same batch as
-    the vertical layers store it, which count cells alone; theirs are the cache's last layers."""
-    h, residual = run_decoder(ops, w, batch, cache)
-    eps, first = w.decoder.shape.eps, w.vertical[0]
-    x = ops.add_norm(None, residual, first.input_norm, eps, first.qkv)
-    last, below = (w.vertical_norm, None), len(w.decoder.layers)
-    v, _ = run_layers(ops, w.vertical, last, w.decoder, x, residual, image, cache, first=below)
-    return h, v
+def _upper(ops: Ops, w: FlashWeights, batch: Batch, cache: KVCache, x: Tensor, residual: Tensor) -> Tensor:
+    last = (w.decoder.norm, None)
+    return run_layers(ops, w.split[1], last, w.decoder, x, residual, batch, cache, first=w.start)[0]
 
 
-def share(w: FlashWeights, h: Tensor, v: Tensor) -> Tensor:
-    """The horizontal head's share (M, 1) fp32 in cells with their left neighbour's h and upper neighbour's v."""
-    pair = torch.cat([h, v], dim=-1).float()
-    return torch.sigmoid(F.linear(F.silu(F.linear(pair, w.pair_in)), w.pair_out, w.pair_bias))
-
-
-def corner_share(w: FlashWeights, h: Tensor) -> Tensor:
-    """The same (M, 1) in the first cell, which has the prompt's h (M, hidden) for a left neighbour."""
-    return torch.sigmoid(F.linear(h.float(), w.corner, w.corner_bias))
-
-
-def head_input(w: FlashWeights, h: Tensor, v: Tensor, leftmost: Tensor, top: Tensor) -> Tensor:
-    """What the heads read for cells with their left neighbour's h and upper neighbour's v (M, hidden): (M, 2 hidden).
-    Which have none says `leftmost` and `top` (M, 1); the first cell has neither, and the prompt's h and v.
-
-    Heads are linear, so the gate weighs their input: one product with both heads side by side is g H(h) + (1 - g) V(v).
-    """
-    gate = share(w, h, v).masked_fill(leftmost, 0.0).masked_fill(top, 1.0)
-    gate = torch.where(leftmost & top, corner_share(w, h), gate)
-    return torch.cat([gate * h, (1 - gate) * v], dim=-1).to(h.dtype)
+def _vertical(ops: Ops, w: FlashWeights, image: Batch, cache: KVCache, residual: Tensor) -> Tensor:
+    first, last, below = w.vertical[0], (w.vertical_norm, None), len(w.decoder.layers)
+    x = ops.add_norm(None, residual, first.input_norm, w.decoder.shape.eps, first.qkv)
+    return run_layers(ops, w.vertical, last, w.decoder, x, residual, image, cache, first=below)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +212,9 @@ class FlashModel(LanguageModel):
         """Where each layer is, the vertical ones last."""
         return [*super().devices, *(layer.qkv.data.device for layer in self.flash.vertical)]
 
-    @torch.inference_mode()
-    def feed(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
-        """One pass over prompts, in chunks: h and v side by side (all tokens, 2 hidden)."""
-        with sdpa_kernel(ATTENTION, set_priority=True):
-            return torch.cat(run_decoder(self.ops, self.flash, batch_of(chunks).to(self.device), cache), dim=-1)
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """One pass over prompts: h and v side by side (M, 2 hidden)."""
+        return torch.cat(read(self.ops, self.flash, batch, cache), dim=-1)
 
     @torch.inference_mode()
     def draw(self, cache: KVCache, streams: Sequence[Cells]) -> tuple[Tensor, Tensor]:
@@ -270,7 +235,7 @@ class FlashModel(LanguageModel):
         """One stream's logits (count, visual tokens) fp32 of a diagonal, from h and v of the one before."""
         left, above = (torch.tensor(places, device=self.device) for places in (diagonal.left, diagonal.above))
         h, v = h[left.clamp(min=0)], v[above.clamp(min=0)]
-        return self.visual_logits(head_input(self.flash, h, v, left[:, None] < 0, above[:, None] < 0))
+        return self.visual_logits(weighed(self.flash.gates, h, v, left[:, None] < 0, above[:, None] < 0))
 
 
 def _opened(batch: Batch, rotary: Tensor) -> Batch:
@@ -345,11 +310,13 @@ def empty_flash_weights(
         ),
         vertical_norm=torch.empty(hidden, dtype=dtype, device=device),
         start=start,
-        pair_in=gate("hv_gate_mlp.0.weight"),
-        pair_out=gate("hv_gate_mlp.2.weight"),
-        pair_bias=gate("hv_gate_mlp.2.bias"),
-        corner=gate("hv_gate_corner.weight"),
-        corner_bias=gate("hv_gate_corner.bias"),
+        gates=Gates(
+            pair_in=gate("hv_gate_mlp.0.weight"),
+            pair_out=gate("hv_gate_mlp.2.weight"),
+            pair_bias=gate("hv_gate_mlp.2.bias"),
+            corner=gate("hv_gate_corner.weight"),
+            corner_bias=gate("hv_gate_corner.bias"),
+        ),
     )
 
 
@@ -364,10 +331,10 @@ def flash_destinations(
     yield MARKER, lambda tensor: w.decoder.head[:, :hidden].copy_(tensor[visual])
     yield "vertical_head.weight", lambda tensor: w.decoder.head[:, hidden:].copy_(tensor[visual])
     yield "vertical_norm.weight", w.vertical_norm.copy_
-    yield "hv_gate_mlp.0.weight", w.pair_in.copy_
-    yield "hv_gate_mlp.2.weight", w.pair_out.copy_
-    yield "hv_gate_mlp.2.bias", w.pair_bias.copy_
-    yield "hv_gate_corner.weight", w.corner.copy_
-    yield "hv_gate_corner.bias", w.corner_bias.copy_
+    yield "hv_gate_mlp.0.weight", w.gates.pair_in.copy_
+    yield "hv_gate_mlp.2.weight", w.gates.pair_out.copy_
+    yield "hv_gate_mlp.2.bias", w.gates.pair_bias.copy_
+    yield "hv_gate_corner.weight", w.gates.corner.copy_
+    yield "hv_gate_corner.bias", w.gates.corner_bias.copy_
     for i, layer in enumerate(w.vertical):
         yield from layer_destinations(f"vertical_block.{i}", config, layer, w.decoder.shape, quantize)

@@ -16,6 +16,9 @@ ROWS = (16, 32, 64, 128)
 """Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
 MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8, whatever the
 configuration, and so did up to 512 tokens."""
+BESIDE = {80: 16, 96: 32}
+"""Further numbers of rows where passes have more than MAX_ROWS tokens: of so many rows, as many are the second, smaller
+block of a tile, so that less is multiplied than for 128. `linear8_kernel` has none."""
 WORDS, MANY_ROWS_WORDS = 64, 32
 """Words of four 8-bit weights that a program reads of each row at a time, where passes have up to MAX_ROWS tokens, and
 where they may have more: one number for all passes of a model, since the order of a sum depends on it. On an H200 a
@@ -33,6 +36,8 @@ NARROW = {
     16: [(64, 6, 4), (128, 4, 4), (128, 4, 8)],
     32: [(64, 4, 4), (128, 4, 4), (128, 4, 8)],
     64: [(64, 4, 4), (64, 6, 4), (128, 3, 8), (128, 4, 8)],
+    80: [(64, 4, 4), (128, 3, 8), (128, 4, 8)],
+    96: [(64, 4, 4), (128, 3, 8), (128, 4, 8)],
     128: [(64, 3, 4), (128, 3, 4), (128, 4, 8), (256, 4, 8)],
 }
 """The same where inputs are fp8, too."""
@@ -40,6 +45,8 @@ TMA = {
     16: [(64, 128, 4, 4), (64, 128, 6, 4)],
     32: [(64, 128, 4, 4), (64, 64, 4, 4)],
     64: [(64, 128, 4, 4), (128, 64, 4, 8), (64, 64, 6, 4), (128, 64, 4, 4)],
+    80: [(64, 64, 6, 4), (128, 64, 4, 8), (128, 64, 4, 4), (128, 64, 3, 4)],
+    96: [(64, 64, 6, 4), (128, 64, 4, 8), (128, 64, 4, 4), (128, 64, 3, 4)],
     128: [(128, 64, 3, 4), (128, 64, 4, 8), (256, 64, 4, 8)],
 }
 """Outputs, inputs, stages and warps tried where the card's copy engine loads the tiles of 16-bit weights: with even
@@ -49,6 +56,8 @@ NARROW_TMA = {
     16: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
     32: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
     64: [(64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8)],
+    80: [(64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8), (128, 128, 3, 4)],
+    96: [(64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8), (128, 128, 3, 4)],
     128: [(128, 128, 3, 4), (128, 128, 4, 8), (256, 128, 4, 8)],
 }
 """The same where weights and inputs are fp8."""
@@ -132,6 +141,27 @@ class KernelConfig:
     2300 and 4300 keys 16 and 21; in programs of 64 rows and four parts it was 22, 46, 71, 21 and 33."""
     pdl: bool = False
 
+    def sizes(self, weight: Weight) -> list[int]:
+        """The numbers of rows that products with `weight` are compiled for."""
+        at = kind(weight)
+        return sorted(rows for rows, *own in self.linear if tuple(own) == at)
+
+    def rows(self, m: int, weight: Weight) -> int:
+        """Rows of the tiles in which `m` rows are multiplied: as few tiles as there can be, as small as suffices."""
+        sizes = self.sizes(weight) or list(ROWS)
+        each = ceil_div(m, ceil_div(m, sizes[-1]))
+        return next(rows for rows in sizes if rows >= each)
+
+    def of(self, m: int, weight: Weight) -> LinearConfig:
+        """The configuration for `m` rows."""
+        return self.linear[self.rows(m, weight), *kind(weight)]
+
+
+def tile(rows: int) -> tuple[int, int]:
+    """Rows of a tile's two blocks."""
+    beside = BESIDE.get(rows, 0)
+    return rows - beside, beside
+
 
 def default_config(w: ModelWeights, card: Card, most_rows: int = MAX_ROWS) -> KernelConfig:
     """The configuration that autotuning starts from, for passes of up to `most_rows` tokens.
@@ -151,8 +181,8 @@ def default_config(w: ModelWeights, card: Card, most_rows: int = MAX_ROWS) -> Ke
             swiglu=weight is layer.gate_up,
             unsplit=any(weight is head for head in unsplit),
         )
-        for rows in ROWS
         for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, *unsplit)
+        for rows in (*ROWS, *(BESIDE if most_rows > MAX_ROWS and not weight.in_words else ()))
     }
     half = w.embed.dtype.itemsize == 2
     # Five stages of programs with 128 rows take 197 KB with Triton 3.4, 131 with 3.6.
@@ -184,7 +214,7 @@ def autotune(
     for name, weights in (kinds | {"head": [Weight(w.visual_head)]}).items():
         n, k, _ = at = kind(weights[0])
         notes = []
-        for rows in ROWS:
+        for rows in config.sizes(weights[0]):
             timings, last = {}, None
             for candidate in candidates(config.linear[rows, *at], rows, narrow=weights[0].narrow):
                 try:
@@ -275,7 +305,7 @@ def _default_linear(
     sum is divided as SPLIT_BYTES says; on other cards about 400 programs share the work, three per multiprocessor.
     `shared` is the shared memory per program in bytes."""
     n, k, itemsize = kind(weight)
-    in_words = weight.scale is not None and not weight.narrow
+    in_words = weight.in_words
     # Rows that the copy engine reads begin at multiples of 16 bytes.
     tma = tma and not in_words and itemsize <= 2 and k * itemsize % 16 == 0
     k, block = (k // 4, words) if in_words else (k, 128)

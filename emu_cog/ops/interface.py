@@ -57,6 +57,11 @@ class Weight:
     narrow: bool = False
     """Whether the inputs of its products are rounded to fp8 as well, each row by a scale of its own (`narrowed`)."""
 
+    @property
+    def in_words(self) -> bool:
+        """Whether `linear8_kernel` reads it, four weights at a time: in 8 bits, with inputs of 16."""
+        return self.scale is not None and not self.narrow
+
     def product(self, x: Tensor) -> Tensor:
         """(M, K) to (M, N), in x's dtype; on a CPU no row's bits depend on the others."""
         if self.scale is None:
@@ -294,6 +299,42 @@ class SlotState:
         return tokens, positions, streams
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What weighs FlashAR's two heads, fp32."""
+
+    pair_in: Tensor  # (gate, 2 hidden)
+    pair_out: Tensor  # (1, gate)
+    pair_bias: Tensor  # (1,)
+    corner: Tensor  # (1, hidden)
+    corner_bias: Tensor  # (1,)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.pair_in, self.pair_out, self.pair_bias, self.corner, self.corner_bias
+
+
+@dataclass(kw_only=True)
+class DiagonalState:
+    """What pictures that are drawn by diagonals have besides a SlotState. In that, `step` and `total` count diagonals,
+    `position` are the lengths of a picture's prompts, and `out` holds its cells row by row."""
+
+    rows: Tensor  # (slots,) int64
+    image_tables: Tensor  # (2 slots, pages) int32: the vertical layers', which keep cells alone
+    h: Tensor
+    v: Tensor
+    """(2 slots, cells, hidden), what the next diagonal is sampled from: of the one before, or in the first place of the
+    prompt's last token."""
+
+    @classmethod
+    def empty(cls, state: SlotState, *, cells: int, hidden: int, dtype: torch.dtype) -> DiagonalState:
+        """For the slots of `state`, and diagonals of up to `cells`."""
+        kept = torch.zeros((2, len(state.token), cells, hidden), dtype=dtype, device=state.token.device)
+        return cls(
+            rows=torch.ones_like(state.columns), image_tables=torch.zeros_like(state.tables), h=kept[0], v=kept[1]
+        )
+
+
 def pairs(slots: Tensor) -> Tensor:
     """Both streams of each slot (n,): (n, 2)."""
     return 2 * slots[:, None] + torch.arange(2, device=slots.device)
@@ -335,6 +376,23 @@ class Ops(Protocol):
         the others are the next drafts. Slots without an active picture stay as they are. `nucleus` False says that no
         picture's top-p is below 1."""
 
-    def codes(self, logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, *, nucleus: bool) -> Tensor:
-        """Sample codes (n, width) for pictures in `slots` (n,), from (n * 2 * width, V) logits. `numbers` (n, width)
-        are those of their tokens' noise. Writes `scores` and nothing else of the state."""
+    def head_input(self, gates: Gates, state: SlotState, grid: DiagonalState, slots: Tensor, width: int) -> Tensor:
+        """What the heads read for up to `width` cells of the next diagonal of each picture in `slots` (n,):
+        (n * 2 * width, 2 hidden)."""
+
+    def sample_cells(
+        self,
+        logits: Tensor,
+        state: SlotState,
+        grid: DiagonalState,
+        slots: Tensor,
+        ids: TokenIds,
+        *,
+        width: int,
+        nucleus: bool,
+    ) -> tuple[Batch, Batch]:
+        """Sample these cells from (n * 2 * width, V) logits and store them. Returns the pass that feeds them, as the
+        decoder and as the vertical layers see it; rows beyond a diagonal's cells are padding."""
+
+    def keep(self, state: SlotState, grid: DiagonalState, slots: Tensor, h: Tensor, v: Tensor) -> None:
+        """Keep the pass's h and v (n * 2 * width, hidden), and move the pictures on."""

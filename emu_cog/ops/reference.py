@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from emu_cog.ops import linear
-from emu_cog.ops.interface import Batch, Layer, Shape, SlotState, Weight
+from emu_cog.ops import diagonals, linear
+from emu_cog.ops.diagonals import Places
+from emu_cog.ops.interface import Batch, DiagonalState, Gates, Layer, Shape, SlotState, Weight
 from emu_cog.ops.noise import gumbel_noise
 from emu_cog.ops.sampling import guide, keep_sorted
 from emu_cog.prompt.tokens import TokenIds
@@ -66,18 +67,42 @@ class TorchOps:
         self, logits: Tensor, state: SlotState, slots: Tensor, ids: TokenIds, *, width: int, nucleus: bool
     ) -> None:
         numbers = state.sampled[slots, None] + visual_number(state, slots, width)
-        accept(state, slots, self.codes(logits, state, slots, numbers, nucleus=nucleus), ids)
+        accept(state, slots, _codes(logits, state, slots, numbers, nucleus), ids)
 
-    def codes(self, logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, *, nucleus: bool) -> Tensor:
-        width = numbers.shape[1]
-        conditional, unconditional = logits.view(len(slots), 2, width, -1).unbind(1)
-        guided = guide(conditional, unconditional, state.cfg_scale[slots, None, None])
-        scores = state.scores[: len(slots) * width]
-        scores.copy_((guided / state.temperature[slots, None, None]).flatten(0, 1))
-        top_k, top_p = state.filters(slots, width)
-        kept = keep_sorted(scores, top_k, top_p if nucleus else None)
-        noise = gumbel_noise(state.seed[slots].repeat_interleave(width), numbers.flatten(), scores.shape[1])
-        return (kept + noise).argmax(dim=-1).view(-1, width)
+    def head_input(self, gates: Gates, state: SlotState, grid: DiagonalState, slots: Tensor, width: int) -> Tensor:
+        return diagonals.head_input(gates, state, grid, slots, width)
+
+    def sample_cells(
+        self,
+        logits: Tensor,
+        state: SlotState,
+        grid: DiagonalState,
+        slots: Tensor,
+        ids: TokenIds,
+        *,
+        width: int,
+        nucleus: bool,
+    ) -> tuple[Batch, Batch]:
+        at = Places.next(state, grid, slots, width)
+        codes = _codes(logits, state, slots, state.sampled[slots, None] + at.cell, nucleus)
+        return diagonals.stored(codes, state, grid, slots, at, ids)
+
+    def keep(self, state: SlotState, grid: DiagonalState, slots: Tensor, h: Tensor, v: Tensor) -> None:
+        diagonals.keep(state, grid, slots, h, v)
+
+
+def _codes(logits: Tensor, state: SlotState, slots: Tensor, numbers: Tensor, nucleus: bool) -> Tensor:
+    """Sample codes (n, width) for pictures in `slots` (n,), from (n * 2 * width, V) logits. `numbers` (n, width) are
+    those of their tokens' noise. Writes `scores` and nothing else of the state."""
+    width = numbers.shape[1]
+    conditional, unconditional = logits.view(len(slots), 2, width, -1).unbind(1)
+    guided = guide(conditional, unconditional, state.cfg_scale[slots, None, None])
+    scores = state.scores[: len(slots) * width]
+    scores.copy_((guided / state.temperature[slots, None, None]).flatten(0, 1))
+    top_k, top_p = state.filters(slots, width)
+    kept = keep_sorted(scores, top_k, top_p if nucleus else None)
+    noise = gumbel_noise(state.seed[slots].repeat_interleave(width), numbers.flatten(), scores.shape[1])
+    return (kept + noise).argmax(dim=-1).view(-1, width)
 
 
 def visual_number(state: SlotState, slots: Tensor, width: int) -> Tensor:

@@ -140,11 +140,11 @@ def _views(lm: FlashModel) -> dict[str, Tensor]:
     }
     return found | {
         "vertical_norm.weight": flash.vertical_norm,
-        "hv_gate_mlp.0.weight": flash.pair_in,
-        "hv_gate_mlp.2.weight": flash.pair_out,
-        "hv_gate_mlp.2.bias": flash.pair_bias,
-        "hv_gate_corner.weight": flash.corner,
-        "hv_gate_corner.bias": flash.corner_bias,
+        "hv_gate_mlp.0.weight": flash.gates.pair_in,
+        "hv_gate_mlp.2.weight": flash.gates.pair_out,
+        "hv_gate_mlp.2.bias": flash.gates.pair_bias,
+        "hv_gate_corner.weight": flash.gates.corner,
+        "hv_gate_corner.bias": flash.gates.corner_bias,
     }
 
 

@@ -59,10 +59,10 @@ def flash_model(size: Size, *, device: torch.device, dtype: torch.dtype, quantiz
         _fill(Weight(matrix), generator, dtype, quantize)
     # Half of what each head reads is weighed away by its gate.
     decoder.head.mul_(4.0)
-    for gate in (flash.pair_in, flash.pair_out, flash.corner):
+    for gate in (flash.gates.pair_in, flash.gates.pair_out, flash.gates.corner):
         gate.normal_(std=gate.shape[1] ** -0.5, generator=generator)
-    flash.pair_bias.zero_()
-    flash.corner_bias.zero_()
+    flash.gates.pair_bias.zero_()
+    flash.gates.corner_bias.zero_()
     return FlashModel(config, flash, ids)
 
 

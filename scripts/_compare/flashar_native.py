@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emu_cog.model.flashar import Cells, Diagonal, FlashModel, corner_share, diagonals, rotary_positions, share
+from emu_cog.model.flashar import Cells, Diagonal, FlashModel, diagonals, rotary_positions
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.qwen3 import Chunk
+from emu_cog.ops.diagonals import corner_share, share
 from emu_cog.ops.interface import pages_for
 from emu_cog.ops.sampling import guide
 
@@ -78,10 +79,10 @@ class _Drawing:
         for stream, (h, v) in enumerate(self.states):
             _, columns = self.picture.size
             if diagonal.number == 0:
-                self.arrays["gate"][stream, 0, 0] = float(corner_share(model.flash, h))
+                self.arrays["gate"][stream, 0, 0] = float(corner_share(model.flash.gates, h))
             for cell, left, above in zip(diagonal.cells, diagonal.left, diagonal.above, strict=True):
                 if diagonal.number and left >= 0 and above >= 0:
-                    gate = share(model.flash, h[left : left + 1], v[above : above + 1])
+                    gate = share(model.flash.gates, h[left : left + 1], v[above : above + 1])
                     self.arrays["gate"][stream, cell // columns, cell % columns] = float(gate)
         codes: list[int] = (self.arrays["tokens"] if follow is None else follow)[diagonal.cells].tolist()
         return codes

@@ -46,6 +46,7 @@ def _scaled(x):
 @triton.jit
 def linear_kernel(
     x_ptr,  # (M, K)
+    beside_ptr,  # the same, with BESIDE
     w_ptr,  # (N, K); with SWIGLU (2N, K), the gate's rows first
     x_scale_ptr,  # fp32, x_stride bytes apart, with NARROW
     scale_ptr,  # (N,) or (2N,) fp32, with NARROW
@@ -56,6 +57,7 @@ def linear_kernel(
     chunk,
     x_stride,  # numbers, which with NARROW are bytes
     ROWS: tl.constexpr,
+    BESIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -69,49 +71,96 @@ def linear_kernel(
 ):
     """x @ w.T on tensor cores, computed as (w x^T)^T. KIND is the model's dtype; with NARROW x and w are fp8, which
     only Triton's interpreter (ASM False) widens before it multiplies. Of such sums Hopper keeps fewer bits than fp32:
-    over 5120 to 25600 random numbers they are off by up to 0.5 % of the largest. With TMA x_ptr and w_ptr are tensor
-    descriptors of blocks (ROWS, BLOCK_K) and (BLOCK_N, BLOCK_K), zero beyond the ends.
+    over 5120 to 25600 random numbers they are off by up to 0.5 % of the largest. With TMA x_ptr, beside_ptr and w_ptr
+    are tensor descriptors of blocks (ROWS, BLOCK_K), (BESIDE, BLOCK_K) and (BLOCK_N, BLOCK_K), zero beyond the ends.
 
-    Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS rows, so that tiles that read the same
-    weights run at the same time; split s, `chunk` long, of the sum over K.
+    Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS + BESIDE rows, so that tiles that read
+    the same weights run at the same time; split s, `chunk` long, of the sum over K. Both numbers are powers of two.
     """
-    tiles = tl.cdiv(M, ROWS)
+    tiles = tl.cdiv(M, ROWS + BESIDE)
     first_n = tl.program_id(0) // tiles * BLOCK_N
-    first_m = tl.program_id(0) % tiles * ROWS
+    first_m = tl.program_id(0) % tiles * (ROWS + BESIDE)
     n, m, k = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, K)
     live = n < N
-    if not TMA:
-        w_at = w_ptr + n[:, None] * K + k[None, :]
-        x_at = x_ptr + m[None, :] * x_stride + k[:, None]
     _begin(PDL)
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    if BESIDE > 0:
+        m_beside = first_m + ROWS + tl.arange(0, BESIDE)
+        beside = tl.zeros((BLOCK_N, BESIDE), tl.float32)
+        beside_up = tl.zeros((BLOCK_N, BESIDE), tl.float32)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        if TMA:
-            w = w_ptr.load([first_n, at])
-            x = tl.trans(x_ptr.load([first_m, at]))
-        elif EVEN:
-            w = tl.load(w_at + at, eviction_policy="evict_first")
-            x = tl.load(x_at + at, mask=m[None, :] < M, other=0.0)
-        else:
-            inside = at + k < end
-            w = tl.load(w_at + at, mask=live[:, None] & inside[None, :], other=0.0)
-            x = tl.load(x_at + at, mask=(m[None, :] < M) & inside[:, None], other=0.0)
+        w = _weights(w_ptr, first_n, at, n, k, end, N, K, EVEN, TMA)
+        x = _inputs(x_ptr, first_m, at, m, k, end, M, x_stride, EVEN, TMA)
         if NARROW and not ASM:
             w, x = w.to(tl.float16), x.to(tl.float16)
         acc = tl.dot(w, x, acc, input_precision="ieee")
+        if BESIDE > 0:
+            y = _inputs(beside_ptr, first_m + ROWS, at, m_beside, k, end, M, x_stride, EVEN, TMA)
+            if NARROW and not ASM:
+                y = y.to(tl.float16)
+            beside = tl.dot(w, y, beside, input_precision="ieee")
         if SWIGLU:
-            if TMA:
-                up = w_ptr.load([N + first_n, at])
-            elif EVEN:
-                up = tl.load(w_at + N * K + at, eviction_policy="evict_first")
-            else:
-                up = tl.load(w_at + N * K + at, mask=live[:, None] & inside[None, :], other=0.0)
+            up = _weights(w_ptr, N + first_n, at, N + n, k, end, 2 * N, K, EVEN, TMA)
             if NARROW and not ASM:
                 up = up.to(tl.float16)
             acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
+            if BESIDE > 0:
+                beside_up = tl.dot(up, y, beside_up, input_precision="ieee")
+    out_ptr += tl.program_id(1) * M * N
+    _store_product(acc, acc_up, m, n, live, x_scale_ptr, scale_ptr, out_ptr, M, N, x_stride, SWIGLU, NARROW, KIND)
+    if BESIDE > 0:
+        _store_product(
+            beside, beside_up, m_beside, n, live, x_scale_ptr, scale_ptr, out_ptr, M, N, x_stride, SWIGLU, NARROW, KIND
+        )
+
+
+@triton.jit
+def _weights(w_ptr, first, at, n, k, end, most, K, EVEN: tl.constexpr, TMA: tl.constexpr):
+    """Rows `n`, which begin at `first`, and columns `at + k`."""
+    if TMA:
+        w = w_ptr.load([first, at])
+    elif EVEN:
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :] + at, eviction_policy="evict_first")
+    else:
+        inside = (n < most)[:, None] & (at + k < end)[None, :]
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :] + at, mask=inside, other=0.0)
+    return w
+
+
+@triton.jit
+def _inputs(x_ptr, first, at, m, k, end, M, x_stride, EVEN: tl.constexpr, TMA: tl.constexpr):
+    """Rows `m`, which begin at `first`, and columns `at + k`, transposed."""
+    if TMA:
+        x = tl.trans(x_ptr.load([first, at]))
+    else:
+        inside = (m < M)[None, :]
+        if not EVEN:
+            inside = inside & (at + k < end)[:, None]
+        x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None] + at, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _store_product(
+    acc,
+    acc_up,
+    m,
+    n,
+    live,
+    x_scale_ptr,
+    scale_ptr,
+    out_ptr,
+    M,
+    N,
+    x_stride,
+    SWIGLU: tl.constexpr,
+    NARROW: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Store sums (BLOCK_N, rows) of the outputs `n` and the rows `m`."""
     if NARROW:
         x_scale = tl.load(x_scale_ptr + m * (x_stride // 4), mask=m < M, other=0.0)[None, :]
         acc *= tl.load(scale_ptr + n, mask=live, other=0.0)[:, None] * x_scale
@@ -119,7 +168,7 @@ def linear_kernel(
             acc_up *= tl.load(scale_ptr + N + n, mask=live, other=0.0)[:, None] * x_scale
     if SWIGLU:
         acc = _swiglu(acc, acc_up, KIND)
-    out_at = out_ptr + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
+    out_at = out_ptr + m[None, :] * N + n[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & live[:, None])
 
 
@@ -426,58 +475,21 @@ def combine_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     OPEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The weighted mean over the splits: (M, HEADS, SPLITS, D) to (M, HEADS * D), rounded to KIND; zeros for what
-    was not computed. Program (batch row, head)."""
-    _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
-    cell = row * HEADS + head
-    s, d = tl.arange(0, PADDED), tl.arange(0, D)
-    written = s < _computed(last_ptr, row, width, SPLITS, OPEN)
-    logs = tl.load(log_ptr + cell * SPLITS + s, mask=written, other=float("-inf"))
-    used = logs > float("-inf")
-    weight = tl.where(used, tl.exp2(logs - tl.max(logs, axis=0)), 0.0)
-    acc = tl.load(acc_ptr + (cell * SPLITS + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
-    total = tl.sum(weight, axis=0)
-    out = (tl.sum(acc * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)).to(KIND)
-    at = head * D + d
-    if INTERLEAVED:
-        at = (at % 4) * (HEADS * D // 4) + at // 4
-        out = _scaled(out.to(tl.float32))
-    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def combine_narrow_kernel(
-    acc_ptr,
-    log_ptr,
-    last_ptr,
-    out_ptr,  # see _store_narrow
-    width,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    OPEN: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    LARGEST: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """As `combine_kernel`, and round to fp8. One program per batch row."""
+    was not computed. Program (batch row, BLOCK numbers of it)."""
     _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < _computed(last_ptr, row, width, HEADS * D, OPEN)
     cell = (row * HEADS + i // D) * SPLITS
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.static_range(SPLITS):  # unrolled, so that no load waits for the one before
         top = tl.maximum(top, tl.load(log_ptr + cell + s, mask=live, other=float("-inf")))
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK,), tl.float32)
@@ -487,5 +499,9 @@ def combine_narrow_kernel(
         weight = tl.where(used, tl.exp2(log - top), 0.0)
         out += weight * tl.load(acc_ptr + (cell + s) * D + i % D, mask=used, other=0.0)
         total += weight
-    out = (out / tl.where(total > 0, total, 1.0)).to(KIND).to(tl.float32)
-    _store_narrow(out, out_ptr, row, i, HEADS * D, SMALLEST, LARGEST, ASM)
+    out = (out / tl.where(total > 0, total, 1.0)).to(KIND)
+    at = i
+    if INTERLEAVED:
+        at = (i % 4) * (HEADS * D // 4) + i // 4
+        out = _scaled(out.to(tl.float32))
+    tl.store(out_ptr + row * (HEADS * D) + at, out.to(out_ptr.dtype.element_ty), mask=i < HEADS * D)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from emu_cog.ops.kernels.grid import _place
 from emu_cog.ops.kernels.layers import _begin
 
 BINS = tl.constexpr(256)
@@ -43,12 +44,16 @@ def _select(counts_ptr, k):
 
 
 @triton.jit
-def _prefix(counts_ptr, k, PASSES: tl.constexpr):
-    """The first PASSES digits of the k-th largest key, as the key's upper bits, and what is left of k."""
-    prefix = 0
-    for p in tl.static_range(PASSES):
-        digit, k = _select(counts_ptr + p * BINS, k)
-        prefix = prefix * 256 + digit - (128 if p == 0 else 0)
+def _prefix(counts_ptr, found_ptr, k_ptr, PASSES: tl.constexpr):
+    """The first PASSES digits of the k-th largest key, as the key's upper bits, and what is left of k: one digit more
+    than the kernel before has found (its entry of (4, 2) int32)."""
+    if PASSES == 1:
+        digit, k = _select(counts_ptr, tl.load(k_ptr))
+        prefix = digit - 128  # a signed number's first bits
+    else:
+        prefix, k = tl.load(found_ptr + 2 * PASSES - 4), tl.load(found_ptr + 2 * PASSES - 3)
+        digit, k = _select(counts_ptr + (PASSES - 1) * BINS, k)
+        prefix = prefix * 256 + digit
     return prefix, k
 
 
@@ -93,6 +98,7 @@ def _count(counts_ptr, digits, live):
 def count_kernel(
     scores_ptr,
     counts_ptr,
+    found_ptr,  # (rows, 4, 2) int32: what `_prefix` has found in each pass
     slots_ptr,
     k_ptr,
     width,
@@ -107,7 +113,11 @@ def count_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < V
     counts_ptr += row * 4 * BINS
-    prefix, _ = _prefix(counts_ptr, tl.load(k_ptr + tl.load(slots_ptr + row // width)), PASS)
+    found_ptr += row * 8
+    prefix, k = _prefix(counts_ptr, found_ptr, k_ptr + tl.load(slots_ptr + row // width), PASS)
+    if tl.program_id(1) == 0:
+        tl.store(found_ptr + 2 * PASS - 2, prefix)
+        tl.store(found_ptr + 2 * PASS - 1, k)
     key = _ordered(tl.load(scores_ptr + row * V + i, mask=live, other=0.0))
     same = live & ((key >> (32 - 8 * PASS)) == prefix)
     if tl.sum(same.to(tl.int32), axis=0) > 0:
@@ -128,35 +138,38 @@ def _gumbel(bits):
 def pick_kernel(
     scores_ptr,  # (rows, V) fp32
     counts_ptr,
+    found_ptr,
     slots_ptr,
     k_ptr,
     seed_ptr,
     sampled_ptr,
     columns_ptr,
     step_ptr,  # (slots,) int64
-    number_ptr,  # (rows,) int64 if NUMBERED: the noise's; else those of the picture's next tokens
+    rows_ptr,  # the same with DIAGONAL
     best_ptr,  # (rows,) int64, the smallest int on entry: the largest noisy score's key, then 2^31 - 1 - its code
     width,
     V,
-    NUMBERED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add noise to the scores that top-k keeps, and find the largest. Of equal ones the first."""
+    """Add noise to the scores that top-k keeps, and find the largest. Of equal ones the first. The noise's number is
+    that of the token: of the picture's next ones, or with DIAGONAL of the cells of its next diagonal."""
     _begin(PDL)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots_ptr + row // width)
     i = block * BLOCK + tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + row * V + i, mask=i < V, other=float("-inf"))
-    threshold, _ = _prefix(counts_ptr + row * 4 * BINS, tl.load(k_ptr + slot), 4)
+    threshold, _ = _prefix(counts_ptr + row * 4 * BINS, found_ptr + row * 8, k_ptr + slot, 4)
     kept = (i < V) & (_ordered(scores) >= threshold)
     if tl.max(kept.to(tl.int32), axis=0) > 0:
-        if NUMBERED:
-            number = tl.load(number_ptr + row)
+        columns, step = tl.load(columns_ptr + slot), tl.load(step_ptr + slot)
+        if DIAGONAL:
+            _live, token, _left, _above, _count = _place(step, tl.load(rows_ptr + slot), columns, row % width)
         else:
-            columns = tl.load(columns_ptr + slot)
-            place = tl.load(step_ptr + slot) + row % width
-            number = tl.load(sampled_ptr + slot) + place // (columns + 1) * columns + place % (columns + 1)
+            place = step + row % width
+            token = place // (columns + 1) * columns + place % (columns + 1)
+        number = tl.load(sampled_ptr + slot) + token
         counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         zero = counter * 0
         a, b, c, d = tl.philox(tl.load(seed_ptr + slot), counter, zero + number.to(tl.int32), zero, zero)
