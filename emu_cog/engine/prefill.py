@@ -66,7 +66,7 @@ class CapturedPrompts:
             tables=self._tables,
             width=WINDOW,
         )
-        return self.lm.forward(batch, self.cache)
+        return self.lm.forward(batch, self.cache, self.lm.ops.for_prompt())
 
     def clear(self) -> None:
         """Let the next passes read and store nothing but padding."""

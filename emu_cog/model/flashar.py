@@ -212,9 +212,9 @@ class FlashModel(LanguageModel):
         """Where each layer is, the vertical ones last."""
         return [*super().devices, *(layer.qkv.data.device for layer in self.flash.vertical)]
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, ops: Ops | None = None) -> Tensor:
         """One pass over prompts: h and v side by side (M, 2 hidden)."""
-        return torch.cat(read(self.ops, self.flash, batch, cache), dim=-1)
+        return torch.cat(read(ops or self.ops, self.flash, batch, cache), dim=-1)
 
     @torch.inference_mode()
     def draw(self, cache: KVCache, streams: Sequence[Cells]) -> tuple[Tensor, Tensor]:

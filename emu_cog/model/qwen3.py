@@ -120,11 +120,11 @@ class LanguageModel:
         """One pass over new tokens of several streams, in order: their final hidden states (all tokens, hidden)."""
         batch = batch_of(chunks)
         with sdpa_kernel(ATTENTION, set_priority=True):
-            return self.forward(batch.to(self.device), cache)
+            return self.forward(batch.to(self.device), cache, self.ops.for_prompt())
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """One pass over a batch that is on the model's device: (M, hidden)."""
-        return forward(self.ops, self.weights, batch, cache)
+    def forward(self, batch: Batch, cache: KVCache, ops: Ops | None = None) -> Tensor:
+        """One pass over a batch that is on the model's device, by `ops` if not by the model's: (M, hidden)."""
+        return forward(ops or self.ops, self.weights, batch, cache)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) to (N, text tokens) fp32 logits over everything but the visual tokens."""

@@ -16,7 +16,7 @@ ROWS = (16, 32, 64, 128)
 """Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
 MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8, whatever the
 configuration, and so did up to 512 tokens."""
-BESIDE = {80: 16, 96: 32}
+BESIDE = {48: 16, 80: 16, 96: 32}
 """Further numbers of rows where passes have more than MAX_ROWS tokens: of so many rows, as many are the second, smaller
 block of a tile, so that less is multiplied than for 128. `linear8_kernel` has none."""
 WORDS, MANY_ROWS_WORDS = 64, 32
@@ -35,6 +35,7 @@ weights on an H200, or close to it."""
 NARROW = {
     16: [(64, 6, 4), (128, 4, 4), (128, 4, 8)],
     32: [(64, 4, 4), (128, 4, 4), (128, 4, 8)],
+    48: [(64, 4, 4), (64, 6, 4), (128, 4, 8)],
     64: [(64, 4, 4), (64, 6, 4), (128, 3, 8), (128, 4, 8)],
     80: [(64, 4, 4), (128, 3, 8), (128, 4, 8)],
     96: [(64, 4, 4), (128, 3, 8), (128, 4, 8)],
@@ -44,9 +45,10 @@ NARROW = {
 TMA = {
     16: [(64, 128, 4, 4), (64, 128, 6, 4)],
     32: [(64, 128, 4, 4), (64, 64, 4, 4)],
+    48: [(64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 6, 4), (128, 64, 4, 4)],
     64: [(64, 128, 4, 4), (128, 64, 4, 8), (64, 64, 6, 4), (128, 64, 4, 4)],
-    80: [(64, 64, 6, 4), (128, 64, 4, 8), (128, 64, 4, 4), (128, 64, 3, 4)],
-    96: [(64, 64, 6, 4), (128, 64, 4, 8), (128, 64, 4, 4), (128, 64, 3, 4)],
+    80: [(64, 64, 4, 4), (64, 64, 6, 4), (128, 64, 4, 4), (128, 64, 3, 4)],
+    96: [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 3, 4)],
     128: [(128, 64, 3, 4), (128, 64, 4, 8), (256, 64, 4, 8)],
 }
 """Outputs, inputs, stages and warps tried where the card's copy engine loads the tiles of 16-bit weights: with even
@@ -55,9 +57,10 @@ where threads that load them took 15.5, 16.9, 19.0 and 55.9."""
 NARROW_TMA = {
     16: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
     32: [(64, 256, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
+    48: [(64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4)],
     64: [(64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8)],
-    80: [(64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8), (128, 128, 3, 4)],
-    96: [(64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 4, 8), (128, 128, 3, 4)],
+    80: [(64, 128, 4, 4), (64, 128, 6, 4), (128, 128, 4, 4), (128, 128, 3, 4)],
+    96: [(64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 4, 8), (128, 128, 3, 4)],
     128: [(128, 128, 3, 4), (128, 128, 4, 8), (256, 128, 4, 8)],
 }
 """The same where weights and inputs are fp8."""

@@ -344,6 +344,9 @@ class Ops(Protocol):
     """The operations of a pass. A `product` is (M, N) in the model's dtype, or fp32 (splits, M, N): split-K partial
     sums still to be added over the first axis."""
 
+    def for_prompt(self) -> Ops:
+        """The same for passes that read one prompt alone, where rows may depend on those beside them."""
+
     def linear(self, x: Tensor, w: Weight) -> Tensor:
         """(M, K) times (N, K) transposed: a product."""
 

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from emu_cog.ops import diagonals, linear
 from emu_cog.ops.diagonals import Places
-from emu_cog.ops.interface import Batch, DiagonalState, Gates, Layer, Shape, SlotState, Weight
+from emu_cog.ops.interface import Batch, DiagonalState, Gates, Layer, Ops, Shape, SlotState, Weight
 from emu_cog.ops.noise import gumbel_noise
 from emu_cog.ops.sampling import guide, keep_sorted
 from emu_cog.prompt.tokens import TokenIds
@@ -19,6 +19,9 @@ from emu_cog.prompt.tokens import TokenIds
 
 class TorchOps:
     """`Ops` for any device."""
+
+    def for_prompt(self) -> Ops:
+        return self
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
         return w.product(x)

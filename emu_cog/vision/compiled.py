@@ -32,7 +32,7 @@ from emu_cog.vision.ibq import IBQ, ResBlock
 
 
 class HalfConv(nn.Module):
-    """The convolution `exact` in fp16, with fp32 sums: fp32 or fp16 to `dtype`. Not `active` it is `exact`."""
+    """The convolution `exact` in fp16, with fp32 sums: fp32 or fp16 to `dtype`."""
 
     weight: Tensor
     bias: Tensor
@@ -40,30 +40,28 @@ class HalfConv(nn.Module):
     def __init__(self, exact: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
         assert exact.bias is not None
-        self.exact, self.dtype, self.active = exact, dtype, True
+        self.exact, self.dtype = exact, dtype
         self.register_buffer("weight", exact.weight.half(), persistent=False)
         self.register_buffer("bias", exact.bias.half(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return self.exact(x.float())
         return F.conv2d(x.half(), self.weight, self.bias, self.exact.stride, self.exact.padding).to(self.dtype)
 
 
-def halve(decoder: nn.Module) -> list[HalfConv]:
+def halve(decoder: nn.Module) -> None:
     """Put each convolution of `decoder` into a HalfConv. Within a residual block they leave fp16, else fp32."""
-    found = [
-        (block, name, conv)
-        for block in decoder.modules()
-        for name, conv in block.named_children()
-        if isinstance(conv, nn.Conv2d)
-    ]
-    halves = []
-    for block, name, conv in found:
-        half = HalfConv(conv, torch.float16 if isinstance(block, ResBlock) else torch.float32)
-        setattr(block, name, half)
-        halves.append(half)
-    return halves
+    for block in list(decoder.modules()):
+        for name, conv in list(block.named_children()):
+            if isinstance(conv, nn.Conv2d):
+                setattr(block, name, HalfConv(conv, torch.float16 if isinstance(block, ResBlock) else torch.float32))
+
+
+def unhalve(decoder: nn.Module) -> None:
+    """Take them out again."""
+    for block in list(decoder.modules()):
+        for name, conv in list(block.named_children()):
+            if isinstance(conv, HalfConv):
+                setattr(block, name, conv.exact)
 
 
 class CompiledDecoder:
@@ -78,7 +76,9 @@ class CompiledDecoder:
         """`half`: with convolutions in fp16, by default on a GPU."""
         self._vision, self.active = vision, True
         decoder = vision.decoder
-        self._halves = halve(decoder) if (vision.device.type == "cuda" if half is None else half) else []
+        self.half = vision.device.type == "cuda" if half is None else half
+        if self.half:
+            halve(decoder)
         for block in decoder.modules():
             if isinstance(block, ResBlock):
                 block.compile(dynamic=True, backend=backend)
@@ -90,11 +90,10 @@ class CompiledDecoder:
 
     def __call__(self, features: Tensor) -> Tensor:
         pixels = self._pixels(features)
-        if self._halves and not bool(pixels.isfinite().all()):
+        if self.half and not bool(pixels.isfinite().all()):
             log.warning("the vision decoder's numbers are too large for fp16: from now on it decodes in TF32")
-            for half in self._halves:
-                half.active = False
-            self._halves = []
+            self.half = False
+            unhalve(self._vision.decoder)
             pixels = self._pixels(features)
         return pixels
 

@@ -157,7 +157,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # By size, not by scale_factor: a float factor would add guards to symbolic sizes.
-        return self.conv(F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+        size = 2 * x.shape[2], 2 * x.shape[3]
+        return self.conv(F.interpolate(x.to(self.conv.weight.dtype), size=size, mode="nearest"))
 
 
 class Level(nn.Module):

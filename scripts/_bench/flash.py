@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +13,16 @@ from _bench.decoding import GUIDANCE, IMAGE, PROMPT, WORKSPACE, Bench, image_onl
 from _bench.report import Row
 from emu_cog.engine.diagonals import DiagonalRunner
 from emu_cog.engine.engine import Engine
-from emu_cog.engine.sequence import EngineRequest, Stats
+from emu_cog.engine.sequence import EngineRequest, Stats, Tokens
 from emu_cog.errors import InputError
 from emu_cog.memory import GIB
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import check_format
 from emu_cog.ops.interface import PAGE
 from emu_cog.prompt.tokens import TokenIds, block_length
+from emu_cog.vision.compiled import CompiledDecoder
+from emu_cog.vision.ibq import IBQ
+from emu_cog.vision.images import decode_image
 
 LARGE, SMALL = (64, 64), (8, 8)
 PICTURES = (1, 4)
@@ -27,17 +31,20 @@ REPEATS = 2
 
 def measure(bench: Bench, dtype: torch.dtype, *, large: bool, clone: Path | None = None) -> None:
     """Seconds from prompt to codes, of one picture and of several side by side, with weights in `dtype` and in 8 bits;
-    of one also by the code in `clone`, on the same tensors in `dtype`."""
-    rival = None
+    of one also to pixels, and by the code in `clone`, on the same tensors in `dtype`."""
+    rival, vision = None, models.vision_tokenizer(models.VISION_SIZES["full" if large else "tiny"], device=bench.device)
+    if bench.compile and bench.device.type == "cuda":
+        CompiledDecoder(vision)
     for form in (None, "fp8", "int8"):
         machine.free_bytes(bench.device)
-        rival = _measure(bench, dtype, form, large=large, clone=clone, rival=rival)
+        rival = _measure(bench, dtype, form, vision, large=large, clone=clone, rival=rival)
 
 
 def _measure(
     bench: Bench,
     dtype: torch.dtype,
     form: str | None,
+    vision: IBQ,
     *,
     large: bool,
     clone: Path | None,
@@ -66,7 +73,7 @@ def _measure(
     slots = min(max(PICTURES), room)
     lm.context = min(lm.context, longest)
     runner = DiagonalRunner.best(lm, slots=slots, tokens=slots * longest, compile=bench.compile)
-    _pictures(bench, runner, name, size, rival)
+    _pictures(bench, runner, vision, name, size, rival)
     if bench.device.type == "cuda":
         used = torch.cuda.memory_allocated(bench.device) / GIB
         what = f"flash, {name}: memory with a cache for {slots} pictures"
@@ -77,6 +84,7 @@ def _measure(
 def _pictures(
     bench: Bench,
     runner: DiagonalRunner,
+    vision: IBQ,
     name: str,
     size: tuple[int, int],
     rival: flash_rival.Rival | None,
@@ -102,7 +110,31 @@ def _pictures(
         if not runner.captured:
             note += ", in plain PyTorch"
         bench.report.add(Row(part="flash", what=what, value=seconds, unit="s", against=against, note=note))
+        if pictures == 1:
+            _to_pixels(engine, vision, size)  # the decoder is compiled, and cuDNN finds its plans
+            whole, decode = min(_to_pixels(engine, vision, size) for _ in range(REPEATS))
+            what, note = what.replace("codes", "pixels"), f"{1e3 * decode:.0f} ms of it the VQ decode"
+            bench.report.add(Row(part="flash", what=what, value=whole, unit="s", note=note))
     engine.close()
+
+
+def _to_pixels(engine: Engine, vision: IBQ, size: tuple[int, int]) -> tuple[float, float]:
+    """Seconds of one picture from prompt to pixels on the host, and of its decode alone."""
+    conditional, unconditional = prompts(engine.ids, size)
+    started = time.perf_counter()
+    request = EngineRequest(conditional=conditional, unconditional=unconditional, seed=0)
+    tokens = [
+        token
+        for event in engine.generate([request], image_only(size))
+        if isinstance(event, Tokens)
+        for token in event.ids
+    ]
+    codes = [(token - engine.ids.visual) % vision.config.n_embed for token in tokens if token >= engine.ids.visual]
+    drawn = time.perf_counter()
+    grid = torch.tensor(codes).view(size).tolist()
+    engine.call(partial(decode_image, grid, vision))
+    ended = time.perf_counter()
+    return ended - started, ended - drawn
 
 
 def _seconds(engine: Engine, size: tuple[int, int], pictures: int) -> tuple[float, Stats]:
