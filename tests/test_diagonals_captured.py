@@ -162,11 +162,11 @@ def test_between_two_looks_the_host_reads_nothing(model: FlashModel, monkeypatch
     assert [s.made for s in three] == [6, 6, 6]
     assert three[0].lengths == [71 + 12, 11 + 12]
     assert runner.made(three) == [6, 6, 6]
-    before = runner.read([(three[0], 0)])
+    before = runner.read([(three[0], 0)])()
     for s in three[1:]:
         runner.step([three[0], s])
     assert runner.state.step.tolist() == [6, 7, 7, 0, 0, 0, 0]
-    assert runner.read([(three[0], 0)]) == before
+    assert runner.read([(three[0], 0)])() == before
 
 
 @torch.inference_mode()
@@ -195,6 +195,34 @@ def test_only_a_pictures_own_cells_are_written(model: FlashModel, monkeypatch: p
                 own = pages if layer < layers else pages[length // 64 :]
                 expected |= {(own[at // 64], at % 64) for at in range(first, first + cells)}
         assert written == expected, layer
+
+
+def test_the_device_has_steps_to_take_while_the_host_reads(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a look finds is shown after the next one has been queued; never more than ROUND steps are on their way, and
+    what is complete is shown at once."""
+    expected = [codes for codes, _ in drawn(DiagonalRunner(model, slots=2, tokens=2 * 4096), [CASES["square"]] * 2)]
+    runner, log = uncaptured(model, LastOps, monkeypatch), []
+    step, read = runner.step, runner.read
+
+    def counted(*args: object) -> torch.Tensor:
+        log.append("step")
+        return step(*args)  # type: ignore[arg-type]
+
+    def later(begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
+        rows, at = read(begun), log.count("step")
+
+        def shown() -> list[tuple[int, ...]]:
+            log.append(f"{log.count('step') - at} later")
+            return rows()
+
+        return shown
+
+    monkeypatch.setattr(runner, "step", counted)
+    monkeypatch.setattr(runner, "read", later)
+    assert [codes for codes, _ in drawn(runner, [CASES["square"]])] == expected[:1]
+    shown = [entry for entry in log if entry != "step"]
+    assert log.count("step") == 17
+    assert shown == ["4 later"] * 3 + ["1 later", "0 later"]
 
 
 @torch.inference_mode()

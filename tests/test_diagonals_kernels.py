@@ -193,17 +193,17 @@ def test_around_a_pass_the_kernels_do_what_the_reference_does(monkeypatch: pytes
     logits = torch.randn((len(slots) * 2 * width, vocabulary), device=DEVICE)
     h, v = torch.randn((2, len(logits), hidden), device=DEVICE)
     rows: list[int] = []
-    product = torch.bmm
+    product = torch.mm
 
     def counted(x: torch.Tensor, y: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        rows.append(x.shape[1])
+        rows.append(len(x))
         return product(x, y, out=out)
 
     found = []
     for ops in (TorchOps(), TritonOps(KernelConfig(linear={}), torch.float32)):
         own, mine = copy.deepcopy(state), copy.deepcopy(grid)
         with monkeypatch.context() as patched:
-            patched.setattr(torch, "bmm", counted)
+            patched.setattr(torch, "mm", counted)
             inputs = ops.head_input(gates, own, mine, slots, width)
             alone = ops.head_input(gates, own, mine, slots[1:2], width)
         batches = ops.sample_cells(logits, own, mine, slots, IDS, width=width, nucleus=False)

@@ -140,7 +140,7 @@ def traces(slots: Sequence[int], form: str | None) -> dict[int, list[torch.Tenso
             s.made += drawing
     for s in order:
         if s.made:
-            found[s.slot].append(torch.tensor(runner.read([(s, 0)])[0]))
+            found[s.slot].append(torch.tensor(runner.read([(s, 0)])()[0]))
     return found
 
 
@@ -185,7 +185,7 @@ def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch)
         assert runner._graphs[4, Step(width=1, nucleus=True)].slots.tensor.tolist() == [0, 1, 2, runner.state.padding]
         for s in three:
             s.made = 12
-        for ids in runner.read([(s, 0) for s in three]):
+        for ids in runner.read([(s, 0) for s in three])():
             assert [i for i, token in enumerate(ids) if token < IDS.visual] == [3, 7, 11]
 
 
@@ -338,7 +338,7 @@ def test_captured_pictures_replay_one_graph_without_synchronizing(name: str, mak
                 for _ in range(11):
                     runner.step([s])
             s.made = 12
-            assert len(runner.read([(s, 0)])[0]) == runner.state.step[0] == 12
+            assert len(runner.read([(s, 0)])()[0]) == runner.state.step[0] == 12
             graphs.append(dict(runner._graphs))
             runner.end(s)
 

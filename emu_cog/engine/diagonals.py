@@ -7,15 +7,16 @@ several passes of up to `pass_rows` rows, two for each cell.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.runner import ModelRunner, Step, _device_seconds
+from emu_cog.engine.runner import ModelRunner, Step, _copied, _device_seconds
 from emu_cog.engine.sequence import Choice, Draw, Feed, Opened, Reason, SequenceState, Tokens
 from emu_cog.log import log
 from emu_cog.model.flashar import Diagonal, FlashModel, draw, image_pages
@@ -148,23 +149,27 @@ class DiagonalRunner(ModelRunner):
                 raise
         return self.grid.h[:0, 0]
 
-    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
-        """The tokens of each picture's rows that have become complete, EOL and EOI included. Synchronizes with the
-        device."""
+    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
+        """As of any runner; the tokens of each picture's rows that have become complete, EOL and EOI included."""
         parts, spans = [], []
         for s, begin in begun:
             assert isinstance(s.doing, Diagonals)
             span = range(s.doing.complete(begin), s.doing.complete(s.made))
             parts.append(self.state.out[s.slot, span.start * s.doing.size[1] : span.stop * s.doing.size[1]])
             spans.append((span, s.doing.size))
-        tokens, ids, found = iter(torch.cat(parts).tolist()), self.lm.ids, []
-        for span, (rows, columns) in spans:
-            row_ids: list[int] = []
-            for row in span:
-                row_ids += [next(tokens) for _ in range(columns)]
-                row_ids.append(ids.eoi if row == rows - 1 else ids.eol)
-            found.append(tuple(row_ids))
-        return found
+        copied, ids = _copied(torch.cat(parts)), self.lm.ids
+
+        def complete() -> list[tuple[int, ...]]:
+            tokens, found = iter(copied().tolist()), []
+            for span, (rows, columns) in spans:
+                row_ids: list[int] = []
+                for row in span:
+                    row_ids += islice(tokens, columns)
+                    row_ids.append(ids.eoi if row == rows - 1 else ids.eol)
+                found.append(tuple(row_ids))
+            return found
+
+        return complete
 
     def scores(self, row: int) -> Tensor:
         """What the diagonal of sequence `row` of the last step was sampled from, where it has a trace: (cells, V)."""

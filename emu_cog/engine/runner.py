@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -267,14 +268,16 @@ class ModelRunner:
         made: list[int] = self.state.step[torch.tensor([s.slot for s in sequences], device=self.lm.device)].tolist()
         return made
 
-    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> list[tuple[int, ...]]:
-        """The image tokens of each sequence from a given one to the last made. Synchronizes with the device."""
+    def read(self, begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
+        """The image tokens of each sequence from a given one to the last made: copied behind the steps that are queued,
+        and returned by a function that waits for that."""
         parts = [self.state.out[s.slot, begin : s.made] for s, begin in begun]
-        tokens = torch.cat(parts).tolist()
-        at, rows = 0, []
-        for part in parts:
-            rows.append(tuple(tokens[at : at + len(part)]))
-            at += len(part)
+        counts, copied = [len(part) for part in parts], _copied(torch.cat(parts))
+
+        def rows() -> list[tuple[int, ...]]:
+            tokens = iter(copied().tolist())
+            return [tuple(islice(tokens, count)) for count in counts]
+
         return rows
 
     def scores(self, row: int) -> Tensor:
@@ -510,6 +513,21 @@ class ModelRunner:
         """Kernels and new streams use the current device, which in this thread need not be the model's."""
         device = self.lm.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _copied(x: Tensor) -> Callable[[], Tensor]:
+    """`x` on its way to the host; a function that waits for it."""
+    if not x.is_cuda:
+        return lambda: x
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def _device_seconds(replay: Callable[[], None], device: torch.device) -> float:

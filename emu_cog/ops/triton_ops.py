@@ -61,9 +61,6 @@ with 2048 scores 22; 64 tokens take 174 us, with 2048 scores 204."""
 ONE_HEAD_ROWS = 64
 """Rows up to which a program joins the parts of one head's attention, beyond of two: with 128 rows that takes 2.5 us
 less on an H200, with 64 rows 4 us more."""
-GATE_PARTS = 8
-"""Of the sum in the gates' product, which is in fp32: undivided, 128 rows occupy 20 of an H200's multiprocessors for 57
-us."""
 FP8 = torch.float8_e4m3fn
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -501,11 +498,10 @@ class TritonOps:
             num_warps=warps,
             **self.launch,
         )
-        gate, parts = len(gates.pair_in), GATE_PARTS if 2 * hidden % GATE_PARTS == 0 else 1
-        weight = gates.pair_in.view(gate, parts, -1).permute(1, 2, 0)
-        inner = pair.new_empty((len(pair) // MAX_ROWS, parts, MAX_ROWS, gate))
-        for rows_of, to in zip(pair.view(-1, MAX_ROWS, parts, 2 * hidden // parts), inner, strict=True):
-            torch.bmm(rows_of.transpose(0, 1), weight, out=to)
+        gate = len(gates.pair_in)
+        inner = pair.new_empty((len(pair), gate))
+        for part, to in zip(pair.split(MAX_ROWS), inner.split(MAX_ROWS), strict=True):
+            torch.mm(part, gates.pair_in.t(), out=to)
         out = grid.h.new_empty((rows, 2 * hidden))
         diagonal_kernels.weigh_kernel[(rows,)](
             *where,
@@ -521,8 +517,6 @@ class TritonOps:
             gate,
             BLOCK=block,
             GATE_BLOCK=power_of_two(gate),
-            PARTS=parts,
-            ROWS=MAX_ROWS,
             num_warps=warps,
             **self.launch,
         )

@@ -51,7 +51,7 @@ def weigh_kernel(
     rows_ptr,
     columns_ptr,
     pair_ptr,  # (M, 2H) fp32
-    inner_ptr,  # (M / ROWS, PARTS, ROWS, GATE) fp32: sums over parts of pair @ pair_in.T
+    inner_ptr,  # (M, GATE) fp32: pair @ pair_in.T
     out_weight_ptr,  # (GATE,) fp32
     out_bias_ptr,  # (1,)
     corner_ptr,  # (H,) fp32
@@ -62,8 +62,6 @@ def weigh_kernel(
     GATE,
     BLOCK: tl.constexpr,
     GATE_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`weighed`. One program per row."""
@@ -77,10 +75,7 @@ def weigh_kernel(
     h = tl.load(pair_ptr + row * 2 * H + i, mask=i < H, other=0.0)
     v = tl.load(pair_ptr + row * 2 * H + H + i, mask=i < H, other=0.0)
     if left >= 0 and above >= 0:
-        inner = tl.zeros((GATE_BLOCK,), tl.float32)
-        for part in tl.static_range(PARTS):
-            at = ((row // ROWS * PARTS + part) * ROWS + row % ROWS) * GATE + g
-            inner += tl.load(inner_ptr + at, mask=g < GATE, other=0.0)
+        inner = tl.load(inner_ptr + row * GATE + g, mask=g < GATE, other=0.0)
         share = tl.sigmoid(tl.sum(inner * tl.sigmoid(inner) * weight, axis=0) + tl.load(out_bias_ptr))
     elif left < 0 and above < 0:
         corner = tl.load(corner_ptr + i, mask=i < H, other=0.0)
