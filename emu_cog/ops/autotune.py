@@ -18,7 +18,8 @@ MAX_ROWS. On an H200 all gave the same bits for the released model's weights in 
 configuration, and so did up to 512 tokens."""
 BESIDE = {48: 16, 80: 16, 96: 32}
 """Further numbers of rows where passes have more than MAX_ROWS tokens: of so many rows, as many are the second, smaller
-block of a tile, so that less is multiplied than for 128. `linear8_kernel` has none."""
+block of a tile, so that less is multiplied than for 128. On an H200 the four products of a layer of the 34 B model take
+261, 272, 281 and 290 us with 64, 80, 96 and 128 rows, in fp8 143, 151, 154 and 165. `linear8_kernel` has none."""
 WORDS, MANY_ROWS_WORDS = 64, 32
 """Words of four 8-bit weights that a program reads of each row at a time, where passes have up to MAX_ROWS tokens, and
 where they may have more: one number for all passes of a model, since the order of a sum depends on it. On an H200 a

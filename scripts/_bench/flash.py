@@ -26,6 +26,7 @@ from emu_cog.vision.images import decode_image
 
 LARGE, SMALL = (64, 64), (8, 8)
 PICTURES = (1, 4)
+FORMS = (None, "fp8", "int8")
 REPEATS = 2
 
 
@@ -35,7 +36,7 @@ def measure(bench: Bench, dtype: torch.dtype, *, large: bool, clone: Path | None
     rival, vision = None, models.vision_tokenizer(models.VISION_SIZES["full" if large else "tiny"], device=bench.device)
     if bench.compile and bench.device.type == "cuda":
         CompiledDecoder(vision)
-    for form in (None, "fp8", "int8"):
+    for form in FORMS:
         machine.free_bytes(bench.device)
         rival = _measure(bench, dtype, form, vision, large=large, clone=clone, rival=rival)
 
