@@ -226,6 +226,19 @@ def test_the_device_has_steps_to_take_while_the_host_reads(model: FlashModel, mo
 
 
 @torch.inference_mode()
+def test_a_wider_pass_serves_where_it_is_faster(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = uncaptured(model, LastOps, monkeypatch)
+    runner._seconds = {(2, 16): 3.0, (2, 24): 2.0, (2, 32): 2.5, (1, 16): 1.0, (1, 24): 1.5, (3, 24): 1.0}
+    every = [sequence(runner, slot, (12, 12), top_k=9) for slot in range(2)]
+    for made, company, width in ((0, every, 8), (8, every, 24), (8, every[:1], 16)):
+        for s in company:
+            s.made = made
+        runner.step(company)
+        assert (len(company), Step(width=width)) in runner._graphs
+    assert len(runner._graphs) == 3
+
+
+@torch.inference_mode()
 def test_one_graph_draws_any_pictures(model: FlashModel, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = uncaptured(model, LastOps, monkeypatch)
     every = [sequence(runner, slot, (3, 3 + slot), top_k=3 + slot) for slot in range(3)]

@@ -395,10 +395,11 @@ class ModelRunner:
                 self._pad_slots(size)
                 self._seconds[size, width] = _device_seconds(graph.replay, self.lm.device)
         self._capture_prompts()
-        log.info(
-            "a pass takes, by pictures x tokens of each: %s",
-            ", ".join(f"{size} x {width} {1000 * s:.2f} ms" for (size, width), s in self._seconds.items()),
-        )
+        self._log_passes("tokens")
+
+    def _log_passes(self, what: str) -> None:
+        taken = ", ".join(f"{size} x {width} {1000 * s:.2f} ms" for (size, width), s in self._seconds.items())
+        log.info("a pass takes, by pictures x %s of each: %s", what, taken)
 
     def _capture_prompts(self) -> None:
         self.prompts.clear()

@@ -93,6 +93,7 @@ class TritonOps:
         self.config, self.torch_dtype, self.dtype, self.rows = config, dtype, DTYPES[dtype], rows
         self._scratch: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._torch = TorchOps()
+        self._alone = False
         self.launch: dict[str, Any] = {"PDL": config.pdl} | ({"launch_pdl": True} if config.pdl else {})
 
     @classmethod
@@ -215,17 +216,21 @@ class TritonOps:
         return {"SMALLEST": SMALLEST_INPUT, "LARGEST": torch.finfo(FP8).max, "ASM": x.device.type != "cpu"}
 
     def for_prompt(self) -> TritonOps:
-        if self.rows <= MAX_ROWS:
-            return self
         ops = copy(self)
-        ops.rows = MAX_ROWS
+        ops._alone = True
         return ops
 
+    def _most(self, w: Weight | None) -> int:
+        """Rows up to which products with `w` are the kernels'. Beyond MAX_ROWS PyTorch's are faster, unless they widen
+        8-bit weights first."""
+        widened = w is not None and w.in_words
+        return MAX_ROWS if self._alone and not widened else self.rows
+
     def linear(self, x: Tensor, w: Weight) -> Tensor:
-        return self._product(x, w) if len(x) <= self.rows else self._wide(x, w)
+        return self._product(x, w) if len(x) <= self._most(w) else self._wide(x, w)
 
     def swiglu(self, x: Tensor, w: Weight) -> Tensor:
-        if len(x) <= self.rows:
+        if len(x) <= self._most(w):
             return self._product(x, w, swiglu=True)[0]
         product, n = self._wide(x, w), len(w.data) // 2
         out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
@@ -400,12 +405,12 @@ class TritonOps:
     def _input(self, like: Tensor, into: Weight | None) -> Tensor:
         """An empty input for the weight `into`: fp16 for an 8-bit one (see kernels/eight_bit.py), rows with their scale
         where inputs are fp8, too."""
-        if into is not None and into.narrow and len(like) <= self.rows:
+        if into is not None and into.narrow and len(like) <= self._most(into):
             return self._narrow_rows(like)
         return torch.empty_like(like, dtype=torch.float16 if self._interleaved(into, len(like)) else like.dtype)
 
     def _interleaved(self, into: Weight | None, rows: int) -> bool:
-        return into is not None and into.in_words and rows <= self.rows
+        return into is not None and into.in_words and rows <= self._most(into)
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
