@@ -102,6 +102,7 @@ def check_memory_budget(
     quantize: str | None = None,
     max_context: int | None = None,
     max_outputs: int = 1,
+    compile: bool = True,
 ) -> Budget:
     """Estimate and log what a run needs before anything is loaded. InputError with the numbers where it is too much."""
     usual = tasks.plan(Request(prompt="-"), defaults)
@@ -115,6 +116,7 @@ def check_memory_budget(
         spread=spread,
         area=usual.image_area,
         quantize=quantize,
+        compile=compile,
     )
     budget.check(max_context or picture, max_outputs, spreads=not usual.task.diagonal)
     return replace(budget, picture=min(picture, max_context or picture))
@@ -129,6 +131,7 @@ def plan_memory(
     spread: bool,
     area: int,
     quantize: str | None = None,
+    compile: bool = True,
 ) -> Budget:
     """What the two folders' headers say a run needs, pictures of `area` pixels included. Reads no weights."""
     config, vision, headers = read_config(folder), VisionConfig.read(vision_folder), read_headers(folder)
@@ -136,7 +139,7 @@ def plan_memory(
     with torch.device("meta"):
         tokenizer = IBQ(vision)
     vision_bytes = sum(p.nbytes for p in tokenizer.parameters())
-    if device.type == "cuda":  # the decoder's convolutions in fp16 beside them
+    if device.type == "cuda" and compile:  # the decoder's convolutions in fp16 beside them
         vision_bytes += sum(p.nbytes for p in tokenizer.decoder.parameters()) // 2
     # The decoder's last level holds three full-size fp32 feature maps at a time; the fourth is for what a step holds.
     workspace = 4 * vision.ch * vision.ch_mult[0] * area * torch.float32.itemsize

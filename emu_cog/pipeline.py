@@ -126,6 +126,7 @@ class Pipeline:
             quantize=quantize,
             max_context=max_context,
             max_outputs=max_outputs or 1,
+            compile=compile,
         )
         lm: LanguageModel
         if by_diagonals(defaults.kind):

@@ -18,10 +18,12 @@ from dataclasses import replace
 import torch
 from transformers import Qwen3Config
 
+from emu_cog.engine.diagonals import DiagonalRunner
 from emu_cog.model.kv_cache import KVCache
 from emu_cog.model.quantize import FORMATS
 from emu_cog.model.qwen3 import forward
 from emu_cog.ops.autotune import (
+    BESIDE,
     ROWS,
     Card,
     KernelBuildError,
@@ -31,6 +33,7 @@ from emu_cog.ops.autotune import (
     kind,
 )
 from emu_cog.ops.interface import (
+    MAX_ROWS,
     PAGE,
     Batch,
     DiagonalState,
@@ -125,6 +128,11 @@ def compiled(capability: int, listing: dict[str, str] | None = None) -> Iterator
         JITFunction.run = run
 
 
+def most_rows(weights: ModelWeights) -> int:
+    """Of a pass: inputs in fp8 are FlashAR's."""
+    return DiagonalRunner.pass_rows if weights.layers[0].qkv.narrow else MAX_ROWS
+
+
 def card(capability: int) -> Card:
     return Card(
         name=f"sm_{capability}", shared=SHARED[capability] * 1024, hopper=capability >= 90, wgmma=capability == 90
@@ -135,7 +143,7 @@ def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> 
     """Compile all kernels of passes, of text logits and of sampling in their default configuration."""
     from emu_cog.ops.triton_ops import TritonOps
 
-    ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
+    ops = TritonOps(default_config(weights, card(capability), most_rows(weights)), torch.bfloat16)
     config = Qwen3Config(num_hidden_layers=1, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
     cache = KVCache(config, pages=64, dtype=torch.bfloat16, devices=[META])
     state = SlotState.empty(32, pages=64, steps=16, vocabulary=VISUAL, device=META)
@@ -170,7 +178,7 @@ def tuned(capability: int, weights: ModelWeights) -> dict[str, dict[str, list]]:
     from emu_cog.ops.triton_ops import TritonOps
 
     limits = card(capability)
-    ops = TritonOps(default_config(weights, limits), torch.bfloat16)
+    ops = TritonOps(default_config(weights, limits, most_rows(weights)), torch.bfloat16)
     tried: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {}
 
     def seconds(some: Sequence[Weight], config: LinearConfig, rows: int, swiglu: bool) -> float:
@@ -200,7 +208,7 @@ def layouts(capability: int) -> dict[str, dict[int, list[list[str]]]]:
     for dim in (16, 32, 64, 128, 256):
         weights = released()
         weights = replace(weights, shape=replace(weights.shape, head_dim=dim))
-        ops = TritonOps(default_config(weights, card(capability)), torch.bfloat16)
+        ops = TritonOps(default_config(weights, card(capability), most_rows(weights)), torch.bfloat16)
         cache = torch.empty((2, 9, PAGE, dim), dtype=torch.bfloat16, device=META)
         into = Weight(torch.empty((64, 16 * dim), dtype=torch.bfloat16, device=META))
         tables = torch.empty((2, 4), dtype=torch.int32, device=META)
@@ -228,7 +236,8 @@ def main() -> None:
     document: dict[str, object] = {}
     for name, weights in formats.items():
         try:
-            found = steps(capability, weights, ROWS if everything else (int(sys.argv[2]),))
+            rows = sorted((*ROWS, *(BESIDE if most_rows(weights) > MAX_ROWS else ())))
+            found = steps(capability, weights, rows if everything else (int(sys.argv[2]),))
             document[name] = {kernel: max(shared) for kernel, shared in found.items()}
             if everything:
                 document[f"{name} candidates"] = tuned(capability, weights)

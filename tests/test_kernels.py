@@ -19,7 +19,7 @@ from emu_cog.engine.runner import ModelRunner
 from emu_cog.model import torch_settings
 from emu_cog.model.quantize import FORMATS, quantized
 from emu_cog.model.qwen3 import LanguageModel, forward
-from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, default_config
+from emu_cog.ops.autotune import ROWS, Card, KernelBuildError, LinearConfig, default_config, kind
 from emu_cog.ops.interface import MAX_ROWS, SlotState, Weight
 from emu_cog.ops.reference import TorchOps
 from emu_cog.ops.sampling import keep_top_k
@@ -264,6 +264,23 @@ def test_tiles_loaded_by_the_copy_engine_are_those_loaded_by_threads(n: int, k: 
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("narrow", "swiglu"), [(False, True), (True, False)])
+def test_tiles_of_two_blocks_give_the_bits_of_one(narrow: bool, swiglu: bool, tma: bool) -> None:
+    """Two tiles of 32 and 16 rows, the second not full, against tiles of 64."""
+    ops, dtype = kernels(small_model()), torch.float16 if INTERPRETED else torch.bfloat16
+    ops.torch_dtype = dtype
+    weight, x = (torch.randn(count, 256, device=DEVICE).to(dtype) for count in (256, 89))
+    own = Weight(*quantized(weight, "fp8"), narrow=True) if narrow else Weight(weight)
+    config, found = LinearConfig(block_n=64, block_k=64, stages=2, tma=tma), []
+    for rows in (48, 64):
+        ops.config = replace(ops.config, linear={(rows, *kind(own)): config})
+        assert ops.config.rows(len(x), own) == rows
+        found.append(ops.product(x, own, config, swiglu=swiglu))
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("narrow", [False, True])
 def test_uneven_splits_by_the_copy_engine(narrow: bool) -> None:
     """Of 1280 inputs 512, 512 and 256, whatever a tile reads at a time; fp8 rows with their scale behind them."""
@@ -400,7 +417,8 @@ def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> 
     names = {name: module for name, module in names.items() if "narrow" not in name}  # FlashAR's in fp8
     for name, module in names.items():
         monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
-    monkeypatch.setattr("emu_cog.engine.runner.PROMPT_SIZES", (16,))  # as long as the interpreter runs them
+    for where in ("runner.PROMPT_SIZES", "prefill.SIZES"):
+        monkeypatch.setattr(f"emu_cog.engine.{where}", (16,))  # the interpreter is slow
     assert ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
     assert isinstance(lm.ops, TritonOps)
     assert set(launched) == names.keys()

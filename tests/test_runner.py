@@ -19,8 +19,8 @@ from emu_cog.engine.runner import MAX_SEQUENCES, MAX_STEPS, ModelRunner, Step, w
 from emu_cog.engine.sequence import Draw, EngineRequest, Feed, GenerationConfig, SequenceState, Tokens
 from emu_cog.model import torch_settings
 from emu_cog.model.kv_cache import PAGE
-from emu_cog.model.qwen3 import LanguageModel
-from emu_cog.ops.interface import Ops
+from emu_cog.model.qwen3 import Chunk, LanguageModel
+from emu_cog.ops.interface import Ops, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
@@ -187,6 +187,65 @@ def test_inside_an_image_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch)
             s.made = 12
         for ids in runner.read([(s, 0) for s in three])():
             assert [i for i, token in enumerate(ids) if token < IDS.visual] == [3, 7, 11]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "spans",
+    [[(0, 50), (0, 7)], [(0, 1)], [(70, 33), (0, 16)], [(127, 1), (64, 100)], [(0, 250)], [(0, 300), (0, 4)]],
+    ids=str,
+)
+def test_captured_prompts_are_the_eager_ones(spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of unequal length, one alone, rests of long ones, and one that is too long to be captured: the last
+    hidden states, and what the cache holds."""
+    lm, found = random_model()[0], []
+    for captured, ops in ((False, TorchOps), (True, TokenwiseOps)):
+        torch.manual_seed(3)
+        runner = uncaptured(lm, lambda lm, ops=ops: ops(), monkeypatch).runner
+        runner.captured = captured
+        for buffer in (*runner.cache.keys, *runner.cache.values):
+            buffer.copy_(torch.randn(buffer.shape))
+        chunks = [
+            Chunk(
+                torch.randint(0, lm.config.vocab_size, (count,)).tolist(),
+                start,
+                runner.cache.take(pages_for(start + count)),
+            )
+            for start, count in spans
+        ]
+        last = runner.feed(chunks)
+        assert [x.shape for x in last] == [(1, lm.config.hidden_size)] * len(spans)
+        pages = [page for chunk in chunks for page in chunk.pages]
+        found.append([*last, *(x[:, pages] for x in (*runner.cache.keys, *runner.cache.values))])
+        assert bool(runner.prompts._replays) == (captured and spans[0][1] < 300)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_look_that_had_to_wait_is_shown_at_once(
+    pipelines: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many tokens a pass of several has kept only the device knows: the host waits for it anyway."""
+    pipeline = pipelines("picture")
+    requests, config = prepared(pipeline, Request(prompt="a boat", seed=3, size=(12, 12), image_top_k=9), 1)
+    engine = uncaptured(pipeline.lm, lambda lm: TokenwiseOps(), monkeypatch, decoding="parallel")
+    runner, log = engine.runner, []
+    step, read = runner.step, runner.read
+
+    def counted(*args: object) -> torch.Tensor:
+        log.append("step")
+        return step(*args)  # type: ignore[arg-type]
+
+    def later(begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
+        rows, at = read(begun), len(log)
+        return lambda: log.append(f"{len(log) - at} later") or rows()  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(runner, "step", counted)
+    monkeypatch.setattr(runner, "read", later)
+    assert ids_of(engine, requests, config)
+    shown = [entry for entry in log if entry != "step"]
+    assert len(shown) > 1
+    assert set(shown) == {"0 later"}
 
 
 @torch.inference_mode()

@@ -283,7 +283,7 @@ class DiagonalRunner(ModelRunner):
 
     def _run_once(self, ops: TritonOps) -> None:
         slots = torch.full((1,), self.state.padding, device=self.lm.device)
-        for width in {*WIDTHS[:2], *ops.unlike(WIDTHS, self.lm.weights.shape, opened=True)}:
+        for width in {*WIDTHS[:2], WIDTHS[4], *ops.unlike(WIDTHS, self.lm.weights.shape, opened=True)}:
             self._device_step(slots, Step(width=width))
 
     def _device_step(self, slots: Tensor, step: Step) -> Tensor | None:

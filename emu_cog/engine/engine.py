@@ -1,8 +1,8 @@
 """Many sequences at once: submissions in, events out. Sees tensors and the image grammar, never text or files.
 
 One thread, the engine's, uses the device. In rounds it admits what fits, queues one chunk of one waiting prompt, and
-takes up to ROUND steps of all sequences together; then it looks at what the steps have made. Whoever submits waits for
-events in a thread of its own. Nothing that a sequence computes depends on what else is in progress.
+takes up to ROUND steps of all sequences together, or AHEAD; then it looks at what the steps have made. Whoever submits
+waits for events in a thread of its own. Nothing that a sequence computes depends on what else is in progress.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class Engine:
             self._read(self.scheduler.prompts[0])
         # 3. Steps.
         for number in range(1, ROUND + 1):
-            if not self._step() or (number == AHEAD and self._foreseen):
+            if not self._step() or (number == AHEAD and self._foreseen and not self.scheduler.prompts):
                 break
         self._look()
 
@@ -410,14 +410,16 @@ class Engine:
 
     @property
     def _foreseen(self) -> bool:
-        """Whether the host knows what the steps that are queued make, and nothing is complete: then it may read that
-        while the device goes on."""
+        """Whether the host knows what the queued steps make without asking the device, and nothing is complete: then it
+        may read their tokens while the device goes on."""
         drawing = [entry.state for entry in self._entries if isinstance(entry.state.doing, Draw)]
         known = drawing and not any(s.unread or self._likely_made(s) for s in drawing)
         return self.runner.captured and bool(known)
 
     def _look(self) -> None:
-        """Read what the pictures in progress have made; go on with those that are complete."""
+        """Read what the pictures in progress have made; go on with those that are complete. What the host has foreseen
+        is shown by the next look."""
+        foreseen = self._foreseen
         self._catch_up([entry.state for entry in self._entries])
         drawing = [e for e in self._entries if isinstance(e.state.doing, Draw) and e.state.made > e.seen]
         before, self._looked = self._looked, None
@@ -428,7 +430,7 @@ class Engine:
                 entry.seen = entry.state.made
         if before:
             self._show(before)
-        if self._looked and not self._foreseen:
+        if self._looked and not foreseen:
             now, self._looked = self._looked, None
             self._show(now)
 

@@ -1,4 +1,4 @@
-"""Forward passes on the device: prompts as they come, steps captured once as CUDA graphs and replayed.
+"""Forward passes on the device: long prompts as they come, short ones and steps as CUDA graphs, captured once.
 
 A captured graph holds addresses and launches, nothing else. Tokens, positions, block tables, guidance, filters, grammar
 and seeds are read from device memory by slot, so any sequences replay the same graph: one per number of sequences,
@@ -127,7 +127,7 @@ class ModelRunner:
     """Runs the passes of up to `slots` sequences of `lm`, over a cache of `tokens` tokens of both streams."""
 
     pass_rows = MAX_ROWS
-    """Rows of the largest captured pass."""
+    """Rows of the largest captured step."""
     step_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of sequences that steps are captured for, up to the number of slots."""
 
@@ -150,7 +150,11 @@ class ModelRunner:
         self._slots: dict[int, _Slots] = {}
         self._seconds: dict[tuple[int, int], float] = {}
         self._pool: Any = None
-        self.prompts = CapturedPrompts(lm, self.cache, self._record)
+        # Where products of more rows would widen 8-bit weights first, the device takes longer than the host.
+        most = self.pass_rows if lm.weights.layers[0].qkv.in_words else PROMPT_SIZES[-1]
+        self.prompts = CapturedPrompts(lm, self.cache, self._record, most=most)
+        self._side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+        """Where steps are captured."""
 
     @classmethod
     def best(cls, lm: LanguageModel, *, slots: int, tokens: int, compile: bool) -> ModelRunner:
@@ -403,7 +407,7 @@ class ModelRunner:
 
     def _capture_prompts(self) -> None:
         self.prompts.clear()
-        for size in PROMPT_SIZES:
+        for size in self.prompts.sizes:
             self.prompts.capture(size)
 
     @torch.inference_mode()
@@ -421,7 +425,8 @@ class ModelRunner:
                 prompt = [0] * (self.pass_rows + 1)  # one that the kernels leave to PyTorch
                 self.lm.feed(self.cache, [Chunk(prompt, 0, [0] * pages_for(len(prompt)))])
                 self.prompts.clear()
-                self.prompts.run(PROMPT_SIZES[0])
+                for size in self.prompts.sizes[:3]:  # up to one whose products are PyTorch's
+                    self.prompts.run(size)
                 self._run_once(ops)
                 if self.lm.device.type == "cuda":
                     torch.cuda.synchronize(self.lm.device)
@@ -493,7 +498,8 @@ class ModelRunner:
         """Run `work`, which compiles its kernels, and capture it as a CUDA graph; returns the graph's replay."""
         started, device = time.perf_counter(), self.lm.device
         with self._current_device():
-            side = torch.cuda.Stream(device)
+            side = self._side
+            assert side is not None
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 work()

@@ -13,9 +13,9 @@ import torch
 from emu_cog.ops.interface import MAX_ROWS, ModelWeights, Weight, ceil_div
 
 ROWS = (16, 32, 64, 128)
-"""Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of the last, which is
-MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8, whatever the
-configuration, and so did up to 512 tokens."""
+"""Tokens of a pass, rounded up, that the linear kernels are compiled for; more are several tiles of up to the
+last, which is MAX_ROWS. On an H200 all gave the same bits for the released model's weights in bf16, fp8 and int8,
+whatever the configuration, and so did up to 512 tokens."""
 BESIDE = {48: 16, 80: 16, 96: 32}
 """Further numbers of rows where passes have more than MAX_ROWS tokens: of so many rows, as many are the second, smaller
 block of a tile, so that less is multiplied than for 128. On an H200 the four products of a layer of the 34 B model take
@@ -126,7 +126,7 @@ class LinearConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Configurations of all kernels. `linear` by one of ROWS and the weight's kind; `pdl` see
+    """Configurations of all kernels. `linear` by one of ROWS or BESIDE and the weight's kind; `pdl` see
     kernels/layers.py."""
 
     linear: Mapping[tuple[int, int, int, int], LinearConfig]

@@ -1,5 +1,5 @@
 """A step over diagonals (FlashAR) around its pass, in plain torch: what the heads read, where cells are stored, what is
-kept. `ops/kernels/diagonals.py` computes the same in three kernels.
+kept. `ops/kernels/diagonals.py` computes the same in four kernels.
 
 Source of the gates: lxazjk/Emu3.5-FlashAR at 2d4a74e, flashar/model/modeling_emu_flashar.py.
 """
@@ -89,7 +89,7 @@ def head_input(gates: Gates, state: SlotState, grid: DiagonalState, slots: Tenso
 def stored(
     codes: Tensor, state: SlotState, grid: DiagonalState, slots: Tensor, at: Places, ids: TokenIds
 ) -> tuple[Batch, Batch]:
-    """Store the codes (n, width) of the next diagonals; what their pass feeds, as `Ops.cells` returns it."""
+    """Store the codes (n, width) of the next diagonals; what their pass feeds, as `Ops.sample_cells` returns it."""
     pair, (n, width) = pairs(slots), at.cell.shape
     tokens = torch.where(at.live, ids.visual + codes, 0)
     state.out[torch.where(at.live, slots[:, None], state.padding), at.cell] = tokens

@@ -1,6 +1,7 @@
 """`interface.Ops` for CUDA, or for Triton's interpreter: own kernels for all passes that requests may share.
 
-Where a pass reads one prompt alone, PyTorch's products beyond `rows` tokens and its attention beyond MAX_ROWS.
+Where a pass reads one prompt alone, products of more rows than `_most` says are PyTorch's, and so is attention beyond
+MAX_ROWS, unless the pass is captured.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ FEW_SCORES, MANY_SCORES, MANY_SAMPLED = 1024, 4096, 8
 """Scores per program of the sampling kernels, for a few tokens and from so many on. On an H200 one token takes 20 us,
 with 2048 scores 22; 64 tokens take 174 us, with 2048 scores 204."""
 ONE_HEAD_ROWS = 64
-"""Rows up to which a program joins the parts of one head's attention, beyond of two: with 128 rows that takes 2.5 us
-less on an H200, with 64 rows 4 us more."""
+"""Up to so many rows, a program joins the parts of one head's attention; beyond, of two heads: with 128 rows two take
+2.5 us less than one on an H200, with 64 rows 4 us more."""
 FP8 = torch.float8_e4m3fn
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -86,7 +87,7 @@ def build_errors(device: torch.device) -> Iterator[None]:
 
 
 class TritonOps:
-    """The fast operations, for CUDA or Triton's interpreter. Works on one CUDA stream at a time."""
+    """The fast operations, for CUDA or Triton's interpreter. Samples on one CUDA stream at a time."""
 
     def __init__(self, config: KernelConfig, dtype: torch.dtype, rows: int = MAX_ROWS) -> None:
         """`rows`: tokens of the largest pass that requests may share."""
@@ -223,8 +224,13 @@ class TritonOps:
     def _most(self, w: Weight | None) -> int:
         """Rows up to which products with `w` are the kernels'. Beyond MAX_ROWS PyTorch's are faster, unless they widen
         8-bit weights first."""
-        widened = w is not None and w.in_words
+        widened = w is not None and w.scale is not None and not self._fits_scaled_mm(w)
         return MAX_ROWS if self._alone and not widened else self.rows
+
+    def _fits_scaled_mm(self, w: Weight) -> bool:
+        """Whether PyTorch multiplies by it in fp8."""
+        n, k = w.data.shape
+        return w.narrow and w.data.is_cuda and self.torch_dtype == torch.bfloat16 and n % 16 == k % 16 == 0
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
         return self._product(x, w) if len(x) <= self._most(w) else self._wide(x, w)
@@ -245,13 +251,12 @@ class TritonOps:
     def _wide(self, x: Tensor, w: Weight) -> Tensor:
         """A product of more rows than the kernels take, which belong to one prompt: by PyTorch. Where inputs are fp8,
         too, that is a fourth of what widening the weights takes: 0.43 instead of 2.05 ms for 2048 rows of `down`."""
-        (n, k), dtype = w.data.shape, self.torch_dtype
-        if not (w.narrow and w.scale is not None and x.is_cuda and dtype == torch.bfloat16 and n % 16 == k % 16 == 0):
+        if w.scale is None or not self._fits_scaled_mm(w):
             return w.product(x)
-        rows = self.narrowed(x)
+        rows, k = self.narrowed(x), x.shape[1]
         scale = rows.view(torch.uint8)[:, k : k + 4].view(torch.float32).contiguous()
         return torch._scaled_mm(
-            rows[:, :k].contiguous(), w.data.t(), scale_a=scale, scale_b=w.scale[None], out_dtype=dtype
+            rows[:, :k].contiguous(), w.data.t(), scale_a=scale, scale_b=w.scale[None], out_dtype=self.torch_dtype
         )
 
     def _product(self, x: Tensor, w: Weight, *, swiglu: bool = False) -> Tensor:

@@ -248,12 +248,14 @@ def stall(bench: Bench, engine: Engine, name: str, tokens: int) -> None:
     read = EngineRequest(conditional=prompt(ids, tokens, 3), unconditional=prompt(ids, tokens, 4), seed=0)
     picture = engine.submit([drawn], config)
     looks: list[float] = []
+    made: list[int] = []
     begun, ended, other = 0, None, None
     try:
         for event in picture.events():
             if not isinstance(event, Tokens):
                 continue
             looks.append(time.perf_counter())
+            made.append(len(event.ids))
             if len(looks) == 12:
                 begun, other = len(looks), _Reading(engine.submit([read], image_only((1, bench.columns))))
             elif other and other.seconds is not None:
@@ -268,15 +270,15 @@ def stall(bench: Bench, engine: Engine, name: str, tokens: int) -> None:
     if ended is None or other is None or other.seconds is None:
         bench.report.not_measured(f"stall, {name}", "the picture was finished before the prompt was read")
         return
-    alone = statistics.median(b - a for a, b in pairwise(looks[4:begun]))
-    beside = max(b - a for a, b in pairwise(looks[begun - 1 : ended + 1]))
+    alone = statistics.median((looks[i] - looks[i - 1]) / made[i] for i in range(5, begun))
+    beside = max(looks[i] - looks[i - 1] - alone * (made[i] - 1) for i in range(begun, ended + 1))
     bench.report.add(
         Row(
             part="prefill",
             what=f"longest time between two steps of a picture while a prompt is read, {name}",
-            value=1e3 * (beside - alone * (ROUND - 1) / ROUND),
+            value=1e3 * beside,
             unit="ms",
-            against=f"{1e3 * alone / ROUND:.1f} ms alone",
+            against=f"{1e3 * alone:.1f} ms alone",
             note=f"the prompt was read in {other.seconds:.2f} s beside the picture; one chunk, then {ROUND} steps",
         )
     )
@@ -317,9 +319,9 @@ def synchronisations(bench: Bench, engine: Engine) -> None:
         bench.report.not_measured("synchronisations", "the device is a CPU: nothing is asynchronous")
         return
     looks = image(bench, engine, context=512, images=1)
-    for _ in range(4):
-        next(looks)
-    found = _waits(lambda: (next(looks), next(looks)))
+    before = [next(looks)[1] for _ in range(4)][-1]
+    tokens: list[int] = []
+    found = _waits(lambda: tokens.extend(next(looks)[1] for _ in range(2)))
     looks.close()
     idle(engine)
     own = _waits(lambda: None)  # the profiler itself synchronizes at its end
@@ -330,7 +332,7 @@ def synchronisations(bench: Bench, engine: Engine) -> None:
             part="sync",
             what="synchronizations with the device",
             value=sum(waits.values()) / 2,
-            unit=f"per look of {ROUND} steps",
+            unit=f"per look of {(tokens[-1] - before) / 2:.0f} steps",
             note=f"in two looks: {counts}",
         )
     )

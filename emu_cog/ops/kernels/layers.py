@@ -75,7 +75,7 @@ def linear_kernel(
     are tensor descriptors of blocks (ROWS, BLOCK_K), (BESIDE, BLOCK_K) and (BLOCK_N, BLOCK_K), zero beyond the ends.
 
     Program (i, s): block i // tiles of the outputs and tile i % tiles of ROWS + BESIDE rows, so that tiles that read
-    the same weights run at the same time; split s, `chunk` long, of the sum over K. Both numbers are powers of two.
+    the same weights run at the same time; split s, `chunk` long, of the sum over K. ROWS and BESIDE are powers of two.
     """
     tiles = tl.cdiv(M, ROWS + BESIDE)
     first_n = tl.program_id(0) // tiles * BLOCK_N
