@@ -44,6 +44,7 @@ from emu_cog.ops.interface import (
     Shape,
     SlotState,
     Weight,
+    power_of_two,
 )
 from tests.decoder_kit import IDS
 
@@ -155,7 +156,8 @@ def steps(capability: int, weights: ModelWeights, row_counts: Sequence[int]) -> 
             forward(ops, weights, replace(batch, last=at), cache)
             ops.logits(hidden[::2], weights.text_head)
             logits = ops.logits(hidden, weights.visual_head)
-            ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)
+            if width == power_of_two(width):  # plain pictures have no other
+                ops.sample(logits, state, at[:: 2 * width], IDS, width=width, nucleus=False)
             diagonals(ops, logits, state, at[:: 2 * width], width)
     return found
 
