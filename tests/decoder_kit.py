@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_cog.engine.runner import ModelRunner
+from emu_cog.engine.sequence import SequenceState
 from emu_cog.model.kv_cache import PAGE, KVCache
 from emu_cog.model.qwen3 import LanguageModel, destinations, empty_weights
 from emu_cog.ops.interface import Batch, Span, Weight
@@ -84,6 +85,29 @@ def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
         return work
 
     monkeypatch.setattr(ModelRunner, "_record", record)
+
+
+def logged_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A log that gets "step" for each step, and "n later" where tokens are shown n steps after they were read."""
+    log: list[str] = []
+    step, read = runner.step, runner.read
+
+    def counted(sequences: Sequence[SequenceState], width: int = 1) -> torch.Tensor:
+        log.append("step")
+        return step(sequences, width)
+
+    def later(begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
+        rows, at = read(begun), log.count("step")
+
+        def shown() -> list[tuple[int, ...]]:
+            log.append(f"{log.count('step') - at} later")
+            return rows()
+
+        return shown
+
+    monkeypatch.setattr(runner, "step", counted)
+    monkeypatch.setattr(runner, "read", later)
+    return log
 
 
 def tokenwise(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ from emu_cog.ops.interface import Batch, Ops, Span, Weight, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.decoder_kit import run_uncaptured, tokenwise
+from tests.decoder_kit import logged_steps, run_uncaptured, tokenwise
 from tests.flashar_kit import load
 from tests.test_diagonals import codes_of, config_of
 
@@ -201,24 +201,8 @@ def test_the_device_has_steps_to_take_while_the_host_reads(model: FlashModel, mo
     """What a look finds is shown after the next one has been queued; never more than ROUND steps are on their way, and
     what is complete is shown at once."""
     expected = [codes for codes, _ in drawn(DiagonalRunner(model, slots=2, tokens=2 * 4096), [CASES["square"]] * 2)]
-    runner, log = uncaptured(model, LastOps, monkeypatch), []
-    step, read = runner.step, runner.read
-
-    def counted(*args: object) -> torch.Tensor:
-        log.append("step")
-        return step(*args)  # type: ignore[arg-type]
-
-    def later(begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
-        rows, at = read(begun), log.count("step")
-
-        def shown() -> list[tuple[int, ...]]:
-            log.append(f"{log.count('step') - at} later")
-            return rows()
-
-        return shown
-
-    monkeypatch.setattr(runner, "step", counted)
-    monkeypatch.setattr(runner, "read", later)
+    runner = uncaptured(model, LastOps, monkeypatch)
+    log = logged_steps(runner, monkeypatch)
     assert [codes for codes, _ in drawn(runner, [CASES["square"]])] == expected[:1]
     shown = [entry for entry in log if entry != "step"]
     assert log.count("step") == 17

@@ -417,8 +417,7 @@ def test_all_kernels_are_built_during_setup(monkeypatch: pytest.MonkeyPatch) -> 
     names = {name: module for name, module in names.items() if "narrow" not in name}  # FlashAR's in fp8
     for name, module in names.items():
         monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
-    for where in ("runner.PROMPT_SIZES", "prefill.SIZES"):
-        monkeypatch.setattr(f"emu_cog.engine.{where}", (16,))  # the interpreter is slow
+    monkeypatch.setattr("emu_cog.engine.prefill.SIZES", (16,))  # the interpreter is slow
     assert ModelRunner.best(lm, slots=1, tokens=128, compile=True).captured
     assert isinstance(lm.ops, TritonOps)
     assert set(launched) == names.keys()

@@ -24,7 +24,7 @@ from emu_cog.ops.interface import Ops, pages_for
 from emu_cog.ops.reference import TorchOps
 from emu_cog.pipeline import Pipeline
 from emu_cog.request import Request, Sampling
-from tests.decoder_kit import IDS, TokenwiseOps, random_model, run_uncaptured
+from tests.decoder_kit import IDS, TokenwiseOps, logged_steps, random_model, run_uncaptured
 
 Checkpoints = Callable[[str], tiny.TinyFolders]
 CASES = {
@@ -229,19 +229,7 @@ def test_a_look_that_had_to_wait_is_shown_at_once(
     pipeline = pipelines("picture")
     requests, config = prepared(pipeline, Request(prompt="a boat", seed=3, size=(12, 12), image_top_k=9), 1)
     engine = uncaptured(pipeline.lm, lambda lm: TokenwiseOps(), monkeypatch, decoding="parallel")
-    runner, log = engine.runner, []
-    step, read = runner.step, runner.read
-
-    def counted(*args: object) -> torch.Tensor:
-        log.append("step")
-        return step(*args)  # type: ignore[arg-type]
-
-    def later(begun: Sequence[tuple[SequenceState, int]]) -> Callable[[], list[tuple[int, ...]]]:
-        rows, at = read(begun), len(log)
-        return lambda: log.append(f"{len(log) - at} later") or rows()  # type: ignore[func-returns-value]
-
-    monkeypatch.setattr(runner, "step", counted)
-    monkeypatch.setattr(runner, "read", later)
+    log = logged_steps(engine.runner, monkeypatch)
     assert ids_of(engine, requests, config)
     shown = [entry for entry in log if entry != "step"]
     assert len(shown) > 1

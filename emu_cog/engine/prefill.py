@@ -22,7 +22,8 @@ STREAMS = 2
 
 
 class CapturedPrompts:
-    """Reads chunks of prompts of up to `most` rows. `record(work, name)` captures `work` and returns its replay."""
+    """Reads chunks of prompts of up to `most` rows, or SIZES[-1]. `record(work, name)` captures `work` and returns its
+    replay."""
 
     def __init__(
         self,
@@ -30,10 +31,10 @@ class CapturedPrompts:
         cache: KVCache,
         record: Callable[[Callable[[], None], str], Callable[[], None]],
         *,
-        most: int,
+        most: int | None = None,
     ) -> None:
         self.lm, self.cache, self._record = lm, cache, record
-        self.sizes = [size for size in SIZES if size <= most]
+        self.sizes = [size for size in SIZES if most is None or size <= most]
         rows, device = self.sizes[-1], lm.device
         self._tokens, self._positions, self._streams = torch.zeros((3, rows), dtype=torch.int64, device=device)
         # The last one is the padding's: its only page is nobody's.

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emu_cog.engine.prefill import SIZES as PROMPT_SIZES
 from emu_cog.engine.prefill import CapturedPrompts
 from emu_cog.engine.sequence import (
     LARGEST,
@@ -151,7 +150,7 @@ class ModelRunner:
         self._seconds: dict[tuple[int, int], float] = {}
         self._pool: Any = None
         # Where products of more rows would widen 8-bit weights first, the device takes longer than the host.
-        most = self.pass_rows if lm.weights.layers[0].qkv.in_words else PROMPT_SIZES[-1]
+        most = self.pass_rows if lm.weights.layers[0].qkv.in_words else None
         self.prompts = CapturedPrompts(lm, self.cache, self._record, most=most)
         self._side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
         """Where steps are captured."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from torch.nn import functional as F
 
 from emu_cog.log import log
 from emu_cog.vision.ibq import IBQ, ResBlock
+
+T = TypeVar("T", bound=nn.Module)
 
 
 class HalfConv(nn.Module):
@@ -50,18 +52,20 @@ class HalfConv(nn.Module):
 
 def halve(decoder: nn.Module) -> None:
     """Put each convolution of `decoder` into a HalfConv. Within a residual block they leave fp16, else fp32."""
-    for block in list(decoder.modules()):
-        for name, conv in list(block.named_children()):
-            if isinstance(conv, nn.Conv2d):
-                setattr(block, name, HalfConv(conv, torch.float16 if isinstance(block, ResBlock) else torch.float32))
+    for block, name, conv in _children(decoder, nn.Conv2d):
+        setattr(block, name, HalfConv(conv, torch.float16 if isinstance(block, ResBlock) else torch.float32))
 
 
 def unhalve(decoder: nn.Module) -> None:
     """Take them out again."""
-    for block in list(decoder.modules()):
-        for name, conv in list(block.named_children()):
-            if isinstance(conv, HalfConv):
-                setattr(block, name, conv.exact)
+    for block, name, conv in _children(decoder, HalfConv):
+        setattr(block, name, conv.exact)
+
+
+def _children(decoder: nn.Module, kind: type[T]) -> list[tuple[nn.Module, str, T]]:
+    """The modules of one kind: each with the one that holds it, and its name there."""
+    held = ((block, name, child) for block in decoder.modules() for name, child in block.named_children())
+    return [(block, name, child) for block, name, child in held if isinstance(child, kind)]
 
 
 class CompiledDecoder:

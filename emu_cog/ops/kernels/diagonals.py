@@ -12,6 +12,13 @@ from emu_cog.ops.kernels.sampling import _code
 
 
 @triton.jit
+def _next(slot_ptr, step_ptr, rows_ptr, columns_ptr):
+    """A picture's slot, the number of its next diagonal, and its rows and columns."""
+    slot = tl.load(slot_ptr)
+    return slot, tl.load(step_ptr + slot), tl.load(rows_ptr + slot), tl.load(columns_ptr + slot)
+
+
+@triton.jit
 def gather_kernel(
     slots_ptr,  # (n,) int64
     step_ptr,
@@ -34,9 +41,8 @@ def gather_kernel(
     h = tl.zeros((BLOCK,), tl.float32)
     v = tl.zeros((BLOCK,), tl.float32)
     if row < rows:
-        slot = tl.load(slots_ptr + row // (2 * width))
+        slot, number, high, columns = _next(slots_ptr + row // (2 * width), step_ptr, rows_ptr, columns_ptr)
         stream = 2 * slot + row // width % 2
-        number, high, columns = tl.load(step_ptr + slot), tl.load(rows_ptr + slot), tl.load(columns_ptr + slot)
         _, _, left, above, _ = _place(number, high, columns, row % width)
         h = tl.load(h_ptr + (stream * CELLS + tl.maximum(left, 0)) * H + i, mask=i < H, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + (stream * CELLS + tl.maximum(above, 0)) * H + i, mask=i < H, other=0.0).to(tl.float32)
@@ -69,8 +75,7 @@ def weigh_kernel(
     weight = tl.load(out_weight_ptr + g, mask=g < GATE, other=0.0)
     _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row // (2 * width))
-    number, high, columns = tl.load(step_ptr + slot), tl.load(rows_ptr + slot), tl.load(columns_ptr + slot)
+    _slot, number, high, columns = _next(slots_ptr + row // (2 * width), step_ptr, rows_ptr, columns_ptr)
     _, _, left, above, _ = _place(number, high, columns, row % width)
     h = tl.load(pair_ptr + row * 2 * H + i, mask=i < H, other=0.0)
     v = tl.load(pair_ptr + row * 2 * H + H + i, mask=i < H, other=0.0)
@@ -107,8 +112,7 @@ def store_kernel(
     """`stored`, and reset for the next step what was picked. Program (picture, cell)."""
     _begin(PDL)
     image, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots_ptr + image)
-    number, high, columns = tl.load(step_ptr + slot), tl.load(rows_ptr + slot), tl.load(columns_ptr + slot)
+    slot, number, high, columns = _next(slots_ptr + image, step_ptr, rows_ptr, columns_ptr)
     live, cell, _, _, count = _place(number, high, columns, j)
     drawn = _triangle(number) - _triangle(number - high) - _triangle(number - columns)
     drawn += _triangle(number - high - columns)
